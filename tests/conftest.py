@@ -1,0 +1,15 @@
+"""Fixtures every test may use."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The directory with reference outputs and the publisher's tokenizers; absent on a user's machine."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no reference data beside the repository ({SHARED.name}/ is absent)")
+    return SHARED
