@@ -1,0 +1,143 @@
+"""Plan files: TOML to a `PlanRequest`. Only the form is checked here; `planning.resolve` checks the meaning.
+
+model = "THUDM/chatglm-6b"        # a directory or a hub id; --model wins over it
+revision = "main"
+
+[[stage]]
+device = "cuda:0"                 # cpu, cuda:N
+layers = "1-24"                   # counted from 1, inclusive
+precision = "int8"                # fp32 bf16 fp16 int8 int4
+threads = 4
+kv_budget_tokens = 4096
+
+[[stage]]
+device = "cpu"
+layers = "25-28"
+
+[ends]
+embeddings = "cpu"
+final_layernorm = "cpu"
+lm_head = "cpu"
+precision = "fp32"                # of both ends
+lm_head_precision = "int8"        # of lm_head alone
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coordinator.errors import PlanError
+from coordinator.plan_request import Option, PlanRequest, StageRequest
+
+_TOP_KEYS: Mapping[str, type] = {"model": str, "revision": str, "stage": list, "ends": dict}
+_STAGE_KEYS: Mapping[str, type] = {
+    "device": str,
+    "layers": str,
+    "precision": str,
+    "threads": int,
+    "kv_budget_tokens": int,
+}
+_ENDS_KEYS: Mapping[str, type] = dict.fromkeys(
+    ("embeddings", "final_layernorm", "lm_head", "precision", "lm_head_precision"), str
+)
+_TYPE_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    list: "an array of tables, each under its own [[stage]]",
+    dict: "a table, under [ends]",
+}
+
+
+def read_plan_file(path: Path) -> PlanRequest:
+    """The request that a plan file holds, with the faults of its form in `.faults`.
+
+    Raises PlanError when the file cannot be read as TOML at all.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError([f"the plan file {path} cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise PlanError([f"the plan file {path} is not UTF-8 text"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError([f"the plan file {path} is not TOML: {error}"]) from None
+    return plan_request_of(table, path.parent)
+
+
+def plan_request_of(table: Mapping[str, Any], base: Path = Path()) -> PlanRequest:
+    """The request a parsed plan file means; a model given as `./...` or `../...` lies relative to `base`."""
+    faults: list[str] = []
+    top = _checked(table, _TOP_KEYS, "", faults)
+    entries = top.get("stage", [])
+    stages = [_stage(entry, number, faults) for number, entry in enumerate(entries, start=1)]
+    if not top.get("stage", table.get("stage")):
+        faults.append('no stage; add at least one [[stage]] with device = "cpu" and layers = "1-28"')
+    ends = _checked(top.get("ends", {}), _ENDS_KEYS, "[ends] ", faults)
+    options = {name: Option(f"[ends] {name}", text) for name, text in ends.items()}
+    return PlanRequest(
+        stages=tuple(stage for stage in stages if stage is not None),
+        embeddings=options.get("embeddings"),
+        final_layernorm=options.get("final_layernorm"),
+        lm_head=options.get("lm_head"),
+        ends_precision=options.get("precision"),
+        lm_head_precision=options.get("lm_head_precision"),
+        model=_model(top.get("model"), base),
+        revision=top.get("revision"),
+        faults=tuple(faults),
+        is_complete=bool(stages) and None not in stages,
+    )
+
+
+def _stage(entry: object, number: int, faults: list[str]) -> StageRequest | None:
+    origin = f"[[stage]] {number}"
+    if not isinstance(entry, dict):
+        faults.append(f"{origin} is not a table; write [[stage]] on a line of its own")
+        return None
+    if isinstance(entry.get("layers"), int) and not isinstance(entry["layers"], bool):
+        entry = {**entry, "layers": str(entry["layers"])}
+    known = _checked(entry, _STAGE_KEYS, f"{origin}: ", faults)
+    missing = [key for key in ("device", "layers") if key not in entry]
+    faults += [f"{origin}: {key} is missing" for key in missing]
+    if "device" not in known or "layers" not in known:
+        return None
+    return StageRequest(
+        origin=origin,
+        device=known["device"],
+        layers=known["layers"],
+        precision=known.get("precision"),
+        num_threads=known.get("threads"),
+        kv_budget_tokens=known.get("kv_budget_tokens"),
+    )
+
+
+def _checked(
+    table: Mapping[str, Any], known: Mapping[str, type], where: str, faults: list[str]
+) -> dict[str, Any]:
+    """The entries of `table` that have a known name and the right type; the others become faults."""
+    good = {}
+    for key, value in table.items():
+        if key not in known:
+            faults.append(f"{where}unknown key {key!r}; {_nearest(key, known)}")
+        elif type(value) is not known[key]:
+            faults.append(f"{where}{key} must be {_TYPE_NAMES[known[key]]}, not {value!r}")
+        else:
+            good[key] = value
+    return good
+
+
+def _nearest(key: str, known: Mapping[str, type]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
+
+
+def _model(name: str | None, base: Path) -> str | None:
+    """A path that says it is one (`./`, `../`, `~`) is resolved; anything else may be a hub id."""
+    if name is None:
+        return None
+    if name.startswith("~"):
+        return str(Path(name).expanduser())
+    if name.startswith("."):
+        return str(base / name)
+    return name

@@ -1,0 +1,76 @@
+"""What a user asked for, in the user's own words: unchecked, so that all faults can be told at once."""
+
+from dataclasses import dataclass
+
+from coordinator.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A value and the place it came from (`--embeddings`, `[ends] embeddings`), to name it in a fault."""
+
+    origin: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageRequest:
+    """A wished stage. `layers` is `1-12` or `5`, counted from 1."""
+
+    origin: str
+    device: str
+    layers: str
+    precision: str | None = None
+    num_threads: int | None = None
+    kv_budget_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """A wished placement. Without stages, all layers go to `num_stages` (or one) CPU stages, evenly.
+
+    `model` and `revision` are what a plan file names, None when it leaves them to the command line.
+    `faults` are those already found while reading; `resolve` lists them with its own. `is_complete` is false
+    when a stage was too malformed to be kept in `stages`: gaps between the others then mean nothing.
+    """
+
+    stages: tuple[StageRequest, ...] = ()
+    num_stages: int | None = None
+    num_threads: int | None = None
+    kv_budget_tokens: int | None = None
+    gpu_precision: Option | None = None
+    cpu_precision: Option | None = None
+    embeddings: Option | None = None
+    final_layernorm: Option | None = None
+    lm_head: Option | None = None
+    ends_precision: Option | None = None
+    lm_head_precision: Option | None = None
+    model: str | None = None
+    revision: str | None = None
+    faults: tuple[str, ...] = ()
+    is_complete: bool = True
+
+
+def request_of(plan: Plan) -> PlanRequest:
+    """The request that a plan built by hand amounts to, so that it passes the same checks."""
+    ends = plan.ends
+    stages = tuple(
+        StageRequest(
+            origin=f"stage {number}",
+            device=stage.device,
+            layers=f"{stage.layer_start + 1}-{stage.layer_end}",
+            precision=stage.precision,
+            num_threads=stage.num_threads,
+            kv_budget_tokens=stage.kv_budget_tokens,
+        )
+        for number, stage in enumerate(plan.stages, start=1)
+    )
+    return PlanRequest(
+        stages=stages,
+        embeddings=Option("embedding_device", ends.embedding_device),
+        final_layernorm=Option("final_layernorm_device", ends.final_layernorm_device),
+        lm_head=Option("lm_head_device", ends.lm_head_device),
+        ends_precision=Option("embedding_precision", ends.embedding_precision),
+        lm_head_precision=Option("lm_head_precision", ends.lm_head_precision),
+        faults=() if plan.stages else ("a plan needs at least one stage",),
+    )

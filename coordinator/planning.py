@@ -1,0 +1,272 @@
+"""From a wish to a plan: pure checks that find every fault before anything is loaded."""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from coordinator.errors import PlanError
+from coordinator.plan import (
+    CPU_PRECISIONS,
+    PRECISIONS,
+    QUANTIZED,
+    EndsPlan,
+    Plan,
+    StagePlan,
+    available_devices,
+    default_precision,
+    is_gpu,
+    layers_text,
+    parse_device,
+)
+from coordinator.plan_file import read_plan_file
+from coordinator.plan_request import Option, PlanRequest, StageRequest, request_of
+
+PlanSource = Plan | PlanRequest | Path | str | None
+"""A plan, a wish, a plan file, or None for the default."""
+
+
+class _Range(NamedTuple):
+    """A well-formed layer range `[start, end)` and the origin it came from."""
+
+    start: int
+    end: int
+    origin: str
+
+
+def plan_for(source: PlanSource, num_layers: int, devices: Sequence[str] | None = None) -> Plan:
+    """The checked plan for a model of `num_layers`, whatever form the wish has.
+
+    `devices` defaults to those of this machine. Raises PlanError with every fault.
+    """
+    if source is None:
+        request = PlanRequest()
+    elif isinstance(source, Plan):
+        request = request_of(source)
+    elif isinstance(source, PlanRequest):
+        request = source
+    else:
+        request = read_plan_file(Path(source))
+    return resolve(request, num_layers, available_devices() if devices is None else devices)
+
+
+def resolve(request: PlanRequest, num_layers: int, devices: Sequence[str]) -> Plan:
+    """The plan that a request means for a model of `num_layers` on a machine with `devices`.
+
+    Pure. Raises PlanError with all faults, in the order a user wrote things.
+    """
+    faults = list(request.faults)
+    _check_precisions(request, faults)
+    stages = _stages(request, num_layers, devices, faults)
+    ends = _ends(request, devices, faults)
+    if faults:
+        raise PlanError(tuple(dict.fromkeys(faults)))
+    return Plan(tuple(sorted(stages, key=lambda stage: stage.layer_start)), ends)
+
+
+def even_split(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges that cover `num_layers`, their sizes differing by at most one, larger ones first."""
+    size, extra = divmod(num_layers, num_stages)
+    starts = [size * index + min(index, extra) for index in range(num_stages + 1)]
+    return tuple(itertools.pairwise(starts))
+
+
+def notes(request: PlanRequest, plan: Plan) -> tuple[str, ...]:
+    """What a user should hear about options that touch nothing in this plan."""
+    ends = plan.ends
+    parts = [stage.device for stage in plan.stages]
+    parts += [ends.embedding_device, ends.final_layernorm_device, ends.lm_head_device]
+    lines = []
+    if request.gpu_precision and not any(is_gpu(device) for device in parts):
+        lines.append(f"{_quote(request.gpu_precision)} touches nothing: no part of the model is on a GPU")
+    if request.cpu_precision and all(is_gpu(device) for device in parts):
+        lines.append(f"{_quote(request.cpu_precision)} touches nothing: no part of the model is on a CPU")
+    return tuple(lines)
+
+
+def _stages(
+    request: PlanRequest, num_layers: int, devices: Sequence[str], faults: list[str]
+) -> list[StagePlan]:
+    wishes = request.stages
+    if not wishes:
+        wishes = _default_stages(request.num_stages, num_layers, faults)
+    elif request.num_stages is not None:
+        faults.append("--stages splits the layers evenly by itself; use it or --layers, not both")
+    ranges = [_range(wish, num_layers, faults) for wish in wishes]
+    _check_overlaps(ranges, faults)
+    if request.is_complete and None not in ranges and ranges:
+        _check_gaps(ranges, num_layers, faults)
+    return [_stage(request, wish, found, devices, faults) for wish, found in zip(wishes, ranges, strict=True)]
+
+
+def _default_stages(num_stages: int | None, num_layers: int, faults: list[str]) -> tuple[StageRequest, ...]:
+    count = 1 if num_stages is None else num_stages
+    if not 1 <= count <= num_layers:
+        faults.append(
+            f"--stages {count}: the model has {num_layers} layers, so choose between 1 and {num_layers}"
+        )
+        return ()
+    return tuple(
+        StageRequest(f"--stages {count}", "cpu", layers_text(start, end))
+        for start, end in even_split(num_layers, count)
+    )
+
+
+def _stage(
+    request: PlanRequest,
+    wish: StageRequest,
+    found: _Range | None,
+    devices: Sequence[str],
+    faults: list[str],
+) -> StagePlan:
+    device = _device(Option(wish.origin, wish.device), devices, faults)
+    precision = _device_precision(request, device)
+    if wish.precision is not None:
+        precision = wish.precision.strip().lower()
+        faults += _precision_faults(Option(wish.origin, precision), device)
+    num_threads = request.num_threads if wish.num_threads is None else wish.num_threads
+    budget = request.kv_budget_tokens if wish.kv_budget_tokens is None else wish.kv_budget_tokens
+    for name, value in (("threads", num_threads), ("kv_budget_tokens", budget)):
+        if value is not None and value < 1:
+            faults.append(f"{wish.origin}: {name} {value} is too small; it must be at least 1")
+    start, end = (found.start, found.end) if found else (0, 0)
+    return StagePlan(device or "cpu", start, end, precision, num_threads, budget)
+
+
+def _range(wish: StageRequest, num_layers: int, faults: list[str]) -> _Range | None:
+    """The half-open range a wish means, cut to the model; None where it means none."""
+    match = re.fullmatch(r"\s*(-?[0-9]{1,9})\s*(?:-\s*([0-9]{1,9}))?\s*", wish.layers)
+    if match is None:
+        faults.append(f"{wish.origin}: {wish.layers!r} is not a layer range; write 1-12, or 5 for one layer")
+        return None
+    first, last = int(match[1]), int(match[2] or match[1])
+    if first > last:
+        faults.append(f"{wish.origin}: layers {first}-{last} run backwards; write {last}-{first}")
+        return None
+    if first < 1 or last > num_layers:
+        culprit = first if first < 1 else last
+        faults.append(
+            f"{wish.origin}: layer {culprit} is out of range; the model's layers are 1-{num_layers}"
+        )
+    start, end = max(first - 1, 0), min(last, num_layers)
+    return _Range(start, end, wish.origin) if start < end else None
+
+
+def _check_overlaps(ranges: Sequence[_Range | None], faults: list[str]) -> None:
+    furthest: _Range | None = None
+    for current in sorted(found for found in ranges if found is not None):
+        if furthest and current.start < furthest.end:
+            faults.append(_overlap(furthest, current))
+        if furthest is None or current.end > furthest.end:
+            furthest = current
+
+
+def _check_gaps(ranges: Sequence[_Range | None], num_layers: int, faults: list[str]) -> None:
+    """Only meaningful when every range could be read: a malformed one may be what would fill the gap."""
+    placed = {layer for found in ranges if found for layer in range(found.start, found.end)}
+    missing = [layer for layer in range(num_layers) if layer not in placed]
+    for start, end in _runs(missing):
+        faults.append(
+            f"{_layers(start, end)} in no stage; all {num_layers} layers must be placed, {len(placed)} are"
+            f" (add for example --layers cpu={layers_text(start, end)})"
+        )
+
+
+def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending layer numbers as half-open ranges of consecutive ones."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer + 1 for layer in layers if layer + 1 not in layers]
+    return list(zip(starts, ends, strict=True))
+
+
+def _overlap(first: _Range, second: _Range) -> str:
+    if first == second:
+        return f"{first.origin} is given twice; a layer belongs to one stage"
+    shared = _layers(second.start, min(first.end, second.end))
+    return f"{shared} in two stages, {first.origin} and {second.origin}; a layer belongs to one stage"
+
+
+def _layers(start: int, end: int) -> str:
+    return f"layer {end} is" if end - start == 1 else f"layers {layers_text(start, end)} are"
+
+
+def _ends(request: PlanRequest, devices: Sequence[str], faults: list[str]) -> EndsPlan:
+    """Both ends: lm_head beside the embeddings, final_layernorm beside lm_head, unless told otherwise."""
+    embedding = _device(request.embeddings, devices, faults) if request.embeddings else "cpu"
+    lm_head = _device(request.lm_head, devices, faults) if request.lm_head else embedding
+    norm = _device(request.final_layernorm, devices, faults) if request.final_layernorm else lm_head
+    head_wish = request.lm_head_precision or request.ends_precision
+    return EndsPlan(
+        embedding_device=embedding or "cpu",
+        embedding_precision=_end_precision(request, request.ends_precision, embedding, faults),
+        final_layernorm_device=norm or "cpu",
+        lm_head_device=lm_head or "cpu",
+        lm_head_precision=_end_precision(request, head_wish, lm_head, faults),
+    )
+
+
+def _end_precision(request: PlanRequest, wish: Option | None, device: str | None, faults: list[str]) -> str:
+    """An end's precision: as wished, else its device's, but not quantised without being asked.
+
+    Quantising lm_head moves every logit, and embeddings are looked up, not multiplied: beside int8 or int4
+    layers the ends stay at 16 bits.
+    """
+    if wish is not None:
+        faults += _precision_faults(wish, device)
+        return wish.text.strip().lower()
+    precision = _device_precision(request, device)
+    if precision in QUANTIZED:
+        return "bf16" if device == "cpu" else "fp16"
+    return precision
+
+
+def _device_precision(request: PlanRequest, device: str | None) -> str:
+    if device is None:
+        return "fp32"
+    wish = request.gpu_precision if is_gpu(device) else request.cpu_precision
+    return wish.text.strip().lower() if wish else default_precision(device)
+
+
+def _check_precisions(request: PlanRequest, faults: list[str]) -> None:
+    if request.gpu_precision:
+        faults += _precision_faults(request.gpu_precision, "cuda")
+    if request.cpu_precision:
+        faults += _precision_faults(request.cpu_precision, "cpu")
+
+
+def _precision_faults(wish: Option, device: str | None) -> list[str]:
+    precision = wish.text.strip().lower()
+    if precision not in PRECISIONS:
+        remedy = _did_you_mean(precision, PRECISIONS)
+        return [f"{wish.origin}: precision {precision!r} is unknown; {remedy}"]
+    if device == "cpu" and precision not in CPU_PRECISIONS:
+        return [f"{wish.origin}: {precision} does not compute on a CPU; use bf16 for the same size"]
+    return []
+
+
+def _device(wish: Option, devices: Sequence[str], faults: list[str]) -> str | None:
+    """The canonical device; None for one that is at fault."""
+    device = parse_device(wish.text)
+    if device is None:
+        remedy = _did_you_mean(wish.text, devices)
+        faults.append(f"{wish.origin}: device {wish.text!r} is unknown; {remedy}")
+        return None
+    if device not in devices:
+        seen = ", ".join(devices)
+        hint = (
+            "" if any(map(is_gpu, devices)) else "; torch sees no GPU, so check its driver and its CUDA build"
+        )
+        faults.append(f"{wish.origin}: device {device} is not on this machine, which has {seen}{hint}")
+    return device
+
+
+def _did_you_mean(text: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(text.lower(), names, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+
+
+def _quote(option: Option) -> str:
+    return f"{option.origin} {option.text}"
