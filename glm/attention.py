@@ -1,0 +1,92 @@
+"""Attention of the new tokens of each sequence over all of its keys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from glm.config import ModelConfig
+from glm.errors import CacheGapError
+from glm.kv_cache import SequenceCache
+from glm.positions import PromptLayout, token_positions, visible_keys
+from glm.rotary import RotaryTable, rotary_table
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence's share of a forward: `num_tokens` new tokens from `start_pos` on, where its cache ends."""
+
+    cache: SequenceCache
+    start_pos: int
+    num_tokens: int
+    layout: PromptLayout | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What all layers of one forward share: rotary tables of all tokens, and who sees whom in each segment."""
+
+    segments: tuple[Segment, ...]
+    rotary: RotaryTable
+    visible: tuple[torch.Tensor | None, ...]
+
+
+def make_geometry(segments: Sequence[Segment], config: ModelConfig, device: torch.device) -> Geometry:
+    """Compute positions, rotary tables and visibility once for all layers.
+
+    Raises:
+        CacheGapError: a segment does not start where its cache ends.
+    """
+    for segment in segments:
+        if segment.start_pos != segment.cache.length:
+            raise CacheGapError(
+                f"a segment starts at position {segment.start_pos}, its cache holds {segment.cache.length} tokens"
+            )
+    positions = [token_positions(s.start_pos, s.num_tokens, s.layout) for s in segments]
+    masks = [visible_keys(s.start_pos, s.num_tokens, s.layout) for s in segments]
+    return Geometry(
+        segments=tuple(segments),
+        rotary=rotary_table(torch.cat(positions, dim=1), config, device),
+        visible=tuple(None if mask is None else mask.to(device) for mask in masks),
+    )
+
+
+def attend(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Cache the new keys and values of one layer, then attend segment by segment.
+
+    Args:
+        layer: index into the caches, from the start of the layer range.
+        query: [num_tokens, num_heads, head_dim], rotated; tokens of all segments one after the other.
+        key, value: [num_tokens, num_kv_heads, head_dim], the key rotated.
+
+    Returns:
+        [num_tokens, num_heads * head_dim].
+    """
+    out = torch.empty_like(query)
+    start = 0
+    for segment, visible in zip(geometry.segments, geometry.visible, strict=True):
+        new = slice(start, start + segment.num_tokens)
+        keys, values = segment.cache.write(layer, key[new], value[new])
+        out[new] = _attend_one(query[new], keys, values, visible)
+        start = new.stop
+    return out.flatten(1)
+
+
+def _attend_one(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None
+) -> torch.Tensor:
+    """query [n, heads, head_dim], keys and values [kv_heads, length, head_dim] -> [n, heads, head_dim].
+
+    Query heads that share a key/value group become the heads of one batch entry, and the group is expanded, not
+    copied.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_groups = keys.shape[0]
+    shared = num_heads // num_groups
+    grouped = query.view(num_tokens, num_groups, shared, head_dim).permute(1, 2, 0, 3)
+    wide = (num_groups, shared, keys.shape[1], head_dim)
+    context = functional.scaled_dot_product_attention(
+        grouped, keys.unsqueeze(1).expand(wide), values.unsqueeze(1).expand(wide), attn_mask=visible
+    )
+    return context.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)

@@ -1,0 +1,106 @@
+"""One small block class per kind of family: a layer from hidden states to hidden states."""
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from glm.attention import Geometry, attend
+from glm.config import ModelConfig
+from glm.norm import LayerNorm, RMSNorm
+from glm.rotary import rotate_halves, rotate_neighbours
+from glm.weights import Placement, StoredPart, build_linear, build_vector
+
+# ChatGLM-6B's blocks always believe to be 28: the original never tells them its number of layers.
+_PREFIX_ALPHA = math.sqrt(2 * 28)
+
+
+class Block(Protocol):
+    """What a range of layers is made of."""
+
+    num_bytes: int
+
+    def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> the same; `layer` counts from the start of the range."""
+
+
+class _Linears:
+    """The four linear layers that every family has."""
+
+    def __init__(self, parts: Mapping[str, StoredPart], placement: Placement) -> None:
+        self.query_key_value = build_linear(parts, "query_key_value", placement)
+        self.dense = build_linear(parts, "dense", placement)
+        self.up = build_linear(parts, "dense_h_to_4h", placement)
+        self.down = build_linear(parts, "dense_4h_to_h", placement)
+        self.num_bytes = sum(x.num_bytes for x in (self.query_key_value, self.dense, self.up, self.down))
+
+
+class PrefixBlock:
+    """ChatGLM-6B: layer norms whose normalised input is the residual branch, scaled by alpha; GELU."""
+
+    def __init__(self, parts: Mapping[str, StoredPart], config: ModelConfig, placement: Placement) -> None:
+        self.config = config
+        self.linears = _Linears(parts, placement)
+        self.input_norm, self.post_norm = (
+            LayerNorm(
+                build_vector(parts, f"{name}.weight", placement),
+                build_vector(parts, f"{name}.bias", placement),
+                config.norm_eps,
+            )
+            for name in ("input_layernorm", "post_attention_layernorm")
+        )
+        self.num_bytes = self.linears.num_bytes
+
+    def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
+        normed = self.input_norm(hidden)
+        fused = self.linears.query_key_value(normed)
+        query, key, value = fused.view(fused.shape[0], self.config.num_heads, 3, -1).unbind(2)
+        query, key = rotate_halves(query, geometry.rotary), rotate_halves(key, geometry.rotary)
+        hidden = _PREFIX_ALPHA * normed + self.linears.dense(attend(geometry, layer, query, key, value))
+        normed = self.post_norm(hidden)
+        activated = functional.gelu(self.linears.up(normed), approximate="tanh")
+        return _PREFIX_ALPHA * normed + self.linears.down(activated)
+
+
+class CausalBlock:
+    """ChatGLM2-6B and all later: pre-norm, grouped queries, gated SiLU.
+
+    GLM-4-0414 (`glm4`) also normalises what attention and MLP give before it is added; the other families have no
+    such norms and use what they are given.
+    """
+
+    def __init__(self, parts: Mapping[str, StoredPart], config: ModelConfig, placement: Placement) -> None:
+        self.config = config
+        self.linears = _Linears(parts, placement)
+
+        def norm(name: str) -> RMSNorm | None:
+            weight = f"{name}.weight"
+            return RMSNorm(build_vector(parts, weight, placement), config.norm_eps) if weight in parts else None
+
+        self.input_norm = RMSNorm(build_vector(parts, "input_layernorm.weight", placement), config.norm_eps)
+        self.post_norm = RMSNorm(build_vector(parts, "post_attention_layernorm.weight", placement), config.norm_eps)
+        self.attention_out_norm = norm("post_self_attn_layernorm")
+        self.mlp_out_norm = norm("post_mlp_layernorm")
+        self.num_bytes = self.linears.num_bytes
+
+    def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
+        attended = self._attention(self.input_norm(hidden), geometry, layer)
+        hidden = hidden + (self.attention_out_norm(attended) if self.attention_out_norm else attended)
+        gate, up = self.linears.up(self.post_norm(hidden)).chunk(2, dim=-1)
+        expanded = self.linears.down(functional.silu(gate) * up)
+        return hidden + (self.mlp_out_norm(expanded) if self.mlp_out_norm else expanded)
+
+    def _attention(self, normed: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
+        config = self.config
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        fused = self.linears.query_key_value(normed).view(normed.shape[0], -1, config.head_dim)
+        query, key, value = fused.split(sizes, dim=1)
+        query, key = rotate_neighbours(query, geometry.rotary), rotate_neighbours(key, geometry.rotary)
+        return self.linears.dense(attend(geometry, layer, query, key, value))
+
+
+def make_block(parts: Mapping[str, StoredPart], config: ModelConfig, placement: Placement) -> Block:
+    """The block of the config's family."""
+    return (PrefixBlock if config.is_prefix_lm else CausalBlock)(parts, config, placement)

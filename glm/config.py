@@ -1,0 +1,273 @@
+"""One frozen dataclass for all dialects of config.json that GLM models were published with."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from glm.errors import ConfigError
+
+Family = Literal["chatglm", "chatglm2", "glm", "glm4"]
+
+SUPPORTED = (
+    "model_type 'chatglm' (ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B-chat), "
+    "'glm' (glm-4-9b-chat-hf, glm-edge) and 'glm4' (GLM-4-0414, GLM-Z1)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The facts about a model that the network, the tokenizer and the planner need.
+
+    `family` names the on-disk layout and block: "chatglm" is ChatGLM-6B, "chatglm2" everything published since in
+    the publisher's own layout (ChatGLM2/3-6B, CodeGeeX2, GLM-4-9B-chat), "glm" and "glm4" are transformers' layouts.
+    Sizes are counts of elements. `rotary_dim` is the width of a head that is rotated.
+    """
+
+    family: Family
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_context: int
+    norm_eps: float
+    rotary_dim: int
+    rotary_base: float
+    stored_dtype: str
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+    bos_id: int | None = None
+    mask_id: int | None = None
+    gmask_id: int | None = None
+    qkv_bias: bool = True
+    tied_ends: bool = False
+    position_encoding_2d: bool = False
+    quantization_bits: int | None = None
+    quantized_ends: bool = False
+
+    @property
+    def is_prefix_lm(self) -> bool:
+        """Whether prompt tokens attend to each other both ways (ChatGLM-6B)."""
+        return self.family == "chatglm"
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused query/key/value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+def load_config(model_dir: Path) -> ModelConfig:
+    """Read `config.json` of a model directory.
+
+    Raises:
+        ConfigError: no such file, not JSON, an unsupported model_type, or a key with an impossible value.
+    """
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{model_dir} has no config.json: is this a model directory?")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is not readable JSON ({error}): download it again") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object: download it again")
+    return parse_config(raw, source=str(path), name=model_dir.name)
+
+
+def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: str = "") -> ModelConfig:
+    """Turn the keys of a config.json into a `ModelConfig`; `source` is how error messages call it."""
+    keys = _Keys(raw, source)
+    model_type = raw.get("model_type")
+    if model_type == "chatglm":
+        config = _parse_chatglm(keys) if "inner_hidden_size" in raw else _parse_chatglm2(keys)
+    elif model_type in ("glm", "glm4"):
+        config = _parse_transformers(keys, model_type)
+    else:
+        raise ConfigError(f"{source}: model_type {model_type!r} is not supported; supported are {SUPPORTED}")
+    keys.check(config)
+    return replace(config, name=str(raw.get("_name_or_path") or name))
+
+
+class _Keys:
+    """Typed access to the keys of one config.json; every complaint names the key, its value and what it must be."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        self.raw = raw
+        self.source = source
+
+    def fail(self, key: str, must: str) -> ConfigError:
+        return ConfigError(f"{self.source}: {key} is {self.raw.get(key)!r}, it must be {must}")
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise self.fail(key, "a positive whole number")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise self.fail(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, "true or false")
+        return value
+
+    def require(self, key: str, wanted: bool) -> None:
+        if self.flag(key, wanted) is not wanted:
+            raise self.fail(key, f"{str(wanted).lower()}: no published GLM model has the other value")
+
+    def token_id(self, key: str, default: int | None = None) -> int | None:
+        value = self.raw.get(key, default)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.fail(key, "a token id (a whole number from 0)")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.raw.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(not isinstance(item, int) or isinstance(item, bool) or item < 0 for item in values):
+            raise self.fail(key, "a token id or a list of them")
+        return tuple(values)
+
+    def stored_dtype(self) -> str:
+        value = self.raw.get("torch_dtype", self.raw.get("dtype")) or "float32"
+        if value not in ("float16", "bfloat16", "float32"):
+            raise ConfigError(f"{self.source}: torch_dtype is {value!r}, it must be float16, bfloat16 or float32")
+        return str(value)
+
+    def quantization_bits(self) -> int | None:
+        value = self.raw.get("quantization_bit") or None
+        if value not in (None, 4, 8):
+            raise self.fail("quantization_bit", "4, 8 or 0")
+        return value
+
+    def check(self, config: ModelConfig) -> None:
+        """What must hold between keys, in every family."""
+        if config.num_heads % config.num_kv_heads:
+            raise ConfigError(
+                f"{self.source}: {config.num_heads} attention heads cannot share {config.num_kv_heads} key/value "
+                "groups; the first must be a multiple of the second"
+            )
+        if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
+            raise ConfigError(
+                f"{self.source}: a rotary width of {config.rotary_dim} does not fit heads of {config.head_dim}; "
+                "it must be even and at most the head's width"
+            )
+        for key, ids in (("eos_token_id", config.eos_ids), ("bos_token_id", (config.bos_id,))):
+            beyond = [i for i in ids if i is not None and i >= config.vocab_size]
+            if beyond:
+                raise self.fail(key, f"below the vocabulary size {config.vocab_size}")
+
+
+def _parse_chatglm(keys: _Keys) -> ModelConfig:
+    hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
+    if hidden_size % num_heads or (hidden_size // num_heads) % 4:
+        raise keys.fail("num_attention_heads", f"a divisor of hidden_size {hidden_size} leaving heads of 4, 8, 12, ...")
+    bos_id = keys.token_id("bos_token_id")
+    if bos_id is None:
+        raise keys.fail("bos_token_id", "a token id: prompt positions depend on it")
+    head_dim = hidden_size // num_heads
+    return ModelConfig(
+        family="chatglm",
+        name="",
+        num_layers=keys.count("num_layers"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        ffn_size=keys.count("inner_hidden_size"),
+        vocab_size=keys.count("vocab_size"),
+        max_context=keys.count("max_sequence_length", 2048),
+        norm_eps=keys.number("layernorm_epsilon", 1e-5),
+        rotary_dim=head_dim,
+        rotary_base=10000.0,
+        stored_dtype=keys.stored_dtype(),
+        eos_ids=keys.token_ids("eos_token_id"),
+        pad_id=keys.token_id("pad_token_id"),
+        bos_id=bos_id,
+        # Revisions of spring 2023 leave these out; in every vocabulary [MASK] [gMASK] [sMASK] <unused_0> precede <sop>.
+        mask_id=keys.token_id("mask_token_id", bos_id - 4),
+        gmask_id=keys.token_id("gmask_token_id", bos_id - 3),
+        tied_ends=True,
+        position_encoding_2d=keys.flag("position_encoding_2d", True),
+        quantization_bits=keys.quantization_bits(),
+        quantized_ends=keys.flag("quantization_embeddings", False),
+    )
+
+
+def _parse_chatglm2(keys: _Keys) -> ModelConfig:
+    for key, wanted in (
+        ("add_bias_linear", False),
+        ("rmsnorm", True),
+        ("post_layer_norm", True),
+        ("apply_residual_connection_post_layernorm", False),
+    ):
+        keys.require(key, wanted)
+    num_heads, head_dim = keys.count("num_attention_heads"), keys.count("kv_channels")
+    grouped = keys.flag("multi_query_attention", False)
+    return ModelConfig(
+        family="chatglm2",
+        name="",
+        num_layers=keys.count("num_layers"),
+        hidden_size=keys.count("hidden_size"),
+        num_heads=num_heads,
+        num_kv_heads=keys.count("multi_query_group_num") if grouped else num_heads,
+        head_dim=head_dim,
+        ffn_size=keys.count("ffn_hidden_size"),
+        vocab_size=keys.count("padded_vocab_size"),
+        max_context=keys.count("seq_length"),
+        norm_eps=keys.number("layernorm_epsilon", 1e-5),
+        rotary_dim=head_dim // 2,
+        rotary_base=10000.0 * keys.number("rope_ratio", 1.0),
+        stored_dtype=keys.stored_dtype(),
+        eos_ids=keys.token_ids("eos_token_id"),
+        pad_id=keys.token_id("pad_token_id"),
+        qkv_bias=keys.flag("add_qkv_bias", False),
+        tied_ends=keys.flag("tie_word_embeddings", False),
+        quantization_bits=keys.quantization_bits(),
+    )
+
+
+def _parse_transformers(keys: _Keys, family: Literal["glm", "glm4"]) -> ModelConfig:
+    hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
+    head_dim = keys.count("head_dim", hidden_size // num_heads)
+    rope = keys.raw.get("rope_parameters") or keys.raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ConfigError(f"{keys.source}: rotary scaling {rope_type!r} is not supported; remove rope_scaling")
+    if keys.raw.get("hidden_act", "silu") != "silu":
+        raise keys.fail("hidden_act", "'silu'")
+    if keys.raw.get("quantization_config"):
+        raise ConfigError(f"{keys.source}: quantization_config is not supported; use the unquantised model")
+    rope_keys = _Keys({**keys.raw, **rope}, keys.source)
+    return ModelConfig(
+        family=family,
+        name="",
+        num_layers=keys.count("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=keys.count("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        ffn_size=keys.count("intermediate_size"),
+        vocab_size=keys.count("vocab_size"),
+        max_context=keys.count("max_position_embeddings"),
+        norm_eps=keys.number("rms_norm_eps", 1.5625e-07),
+        rotary_dim=int(head_dim * rope_keys.number("partial_rotary_factor", 0.5)),
+        rotary_base=rope_keys.number("rope_theta", 10000.0),
+        stored_dtype=keys.stored_dtype(),
+        eos_ids=keys.token_ids("eos_token_id"),
+        pad_id=keys.token_id("pad_token_id"),
+        qkv_bias=keys.flag("attention_bias", family == "glm"),
+        tied_ends=keys.flag("tie_word_embeddings", False),
+    )

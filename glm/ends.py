@@ -1,0 +1,115 @@
+"""Both ends of the model: token ids to hidden states, and hidden states to logits."""
+
+import torch
+from torch.nn import functional
+
+from glm.checkpoint import Checkpoint
+from glm.config import ModelConfig
+from glm.errors import GlmError
+from glm.layout import embedding_source, final_norm_sources, lm_head_source
+from glm.linear import make_linear, tensor_bytes
+from glm.norm import LayerNorm, RMSNorm
+from glm.precision import Precision, compute_dtype
+from glm.quantization import QuantizedWeight
+from glm.weights import Placement, build_vector, build_weight, read_parts
+
+
+def end_placement(precision: Precision, device: torch.device, config: ModelConfig) -> Placement:
+    """Where and how one part of an end is held."""
+    return Placement(precision, compute_dtype(precision, device, config), device)
+
+
+class Embedding:
+    """The word embedding, at a precision, on a device."""
+
+    def __init__(self, table: torch.Tensor | QuantizedWeight, placement: Placement) -> None:
+        self._table = table
+        self.placement = placement
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: ModelConfig, placement: Placement) -> "Embedding":
+        """Read the table.
+
+        Raises:
+            CheckpointError: it is missing or misshapen.
+        """
+        stored = read_parts(checkpoint, {"table": embedding_source(config)}, config)["table"]
+        return cls(build_weight(stored, placement), placement)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the table."""
+        return self._table.num_bytes if isinstance(self._table, QuantizedWeight) else tensor_bytes(self._table)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table."""
+        return self._table.num_rows if isinstance(self._table, QuantizedWeight) else self._table.shape[0]
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [num_tokens] -> [num_tokens, hidden_size] in the placement's dtype.
+
+        Raises:
+            GlmError: an id outside the vocabulary.
+        """
+        wrong = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)]
+        if wrong.numel():
+            raise GlmError(f"token id {int(wrong[0])} is outside the vocabulary of {self.vocab_size}")
+        ids = token_ids.to(self.placement.device)
+        if isinstance(self._table, QuantizedWeight):
+            return self._table.rows(ids).dequantize(self.placement.dtype)
+        return functional.embedding(ids, self._table)
+
+
+class Head:
+    """Final norm and output projection, each on a device of its own."""
+
+    def __init__(
+        self,
+        norm: LayerNorm | RMSNorm,
+        norm_placement: Placement,
+        lm_head: torch.Tensor | QuantizedWeight,
+        lm_head_placement: Placement,
+    ) -> None:
+        self._norm = norm
+        self._norm_placement = norm_placement
+        self._lm_head = make_linear(lm_head, None)
+        self._lm_head_placement = lm_head_placement
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: ModelConfig, norm: Placement, lm_head: Placement) -> "Head":
+        """Read both; a tied model without a stored output projection uses the embedding's table.
+
+        Raises:
+            CheckpointError: one is missing or misshapen.
+        """
+        parts = read_parts(checkpoint, final_norm_sources(config), config)
+        weight = build_vector(parts, "weight", norm)
+        final_norm = (
+            LayerNorm(weight, build_vector(parts, "bias", norm), config.norm_eps)
+            if config.is_prefix_lm
+            else RMSNorm(weight, config.norm_eps)
+        )
+        source = lm_head_source(config)
+        if config.tied_ends and source.names[0] not in checkpoint:
+            source = embedding_source(config)
+        stored = read_parts(checkpoint, {"lm_head": source}, config)["lm_head"]
+        return cls(final_norm, norm, build_weight(stored, lm_head), lm_head)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the output projection (the norm's few KiB are not counted)."""
+        return self._lm_head.num_bytes
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] of any dtype and device -> the same shape where the norm is."""
+        return self._norm(hidden.to(self._norm_placement.device, self._norm_placement.dtype))
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] after the final norm -> fp32 [num_tokens, vocab_size] on the CPU."""
+        placed = normed.to(self._lm_head_placement.device, self._lm_head_placement.dtype)
+        return self._lm_head(placed).to("cpu", torch.float32)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] from the last layer -> fp32 logits [num_tokens, vocab_size] on the CPU."""
+        return self.logits(self.final_norm(hidden))

@@ -1,0 +1,65 @@
+"""What can be wrong with a model, from a user's point of view.
+
+    GlmError
+    ├── ConfigError               config.json is missing, unreadable, unsupported or impossible
+    ├── ModelNotFoundError        neither a directory nor a model a hub has
+    ├── PrecisionError            a precision that is unknown, or that this device or shape cannot have
+    ├── CheckpointError           the weights are not what config.json promises
+    │   ├── LfsPointerError       a Git-LFS pointer file lies where weights should be
+    │   ├── ShardError            a shard is missing, truncated or unreadable
+    │   ├── MissingTensorError    a tensor that the layout needs is in no shard
+    │   └── TensorShapeError      a tensor has another shape than config.json implies
+    ├── CacheGapError             a segment starts beyond the cached tokens
+    ├── TokenizerError            tokenizer files are missing or broken
+    └── SamplingError             sampling params with impossible values
+
+Every message names the culprit, the number and the remedy, and is meant to be shown as it is.
+"""
+
+
+class GlmError(Exception):
+    """Root of all errors of this package."""
+
+
+class ConfigError(GlmError):
+    """config.json is missing, unreadable, unsupported or impossible."""
+
+
+class ModelNotFoundError(GlmError):
+    """The model is neither a directory here nor available from a hub."""
+
+
+class PrecisionError(GlmError):
+    """A precision that is unknown, or that this device or shape cannot have."""
+
+
+class CheckpointError(GlmError):
+    """The weights on disk are not what config.json promises."""
+
+
+class LfsPointerError(CheckpointError):
+    """A Git-LFS pointer file lies where weights should be."""
+
+
+class ShardError(CheckpointError):
+    """A shard is missing, truncated or unreadable."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor that the layout needs is in no shard."""
+
+
+class TensorShapeError(CheckpointError):
+    """A tensor has another shape than config.json implies."""
+
+
+class CacheGapError(GlmError):
+    """A segment starts beyond the tokens that the cache holds."""
+
+
+class TokenizerError(GlmError):
+    """Tokenizer files are missing or broken."""
+
+
+class SamplingError(GlmError):
+    """Sampling params with impossible values."""

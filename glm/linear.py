@@ -1,0 +1,90 @@
+"""The two kinds of linear layer, with one call: `[num_tokens, in_features] -> [num_tokens, out_features]`.
+
+A faster way to multiply by quantised weights replaces `QuantizedLinear` and nothing else.
+"""
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from glm.precision import Precision
+from glm.quantization import QuantizedWeight, quantize
+
+
+class Linear(Protocol):
+    """What blocks and ends need of a linear layer."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weight, scales and bias."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, in_features] -> [num_tokens, out_features], both in the compute dtype."""
+
+
+class DenseLinear:
+    """A float weight [out_features, in_features] in the compute dtype."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def num_bytes(self) -> int:
+        return tensor_bytes(self.weight, self.bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class QuantizedLinear:
+    """Integer weights, dequantised a cache-sized block of rows at a time."""
+
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._blocks = weight.row_blocks()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.num_bytes + tensor_bytes(self.bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], self.weight.num_rows)
+        for block in self._blocks:
+            out[:, block] = functional.linear(x, self.weight.rows(block).dequantize(x.dtype))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def make_weight(
+    stored: torch.Tensor | QuantizedWeight, precision: Precision, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | QuantizedWeight:
+    """A weight [rows, columns] at a precision, from what a checkpoint holds (which may be a view of a mapped file).
+
+    The result owns its memory. A published quantised weight whose bits are those of `precision` is kept as it is;
+    otherwise it is dequantised first.
+    """
+    if isinstance(stored, QuantizedWeight):
+        if stored.bits == precision.bits:
+            values, scales = (owned(t, t.dtype, device) for t in (stored.values, stored.scales))
+            return QuantizedWeight(values, scales, stored.bits)
+        stored = torch.cat([stored.rows(block).dequantize(torch.float32) for block in stored.row_blocks()])
+    if precision.is_quantized:
+        return quantize(stored.to(device), precision)
+    return owned(stored, dtype, device)
+
+
+def make_linear(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> Linear:
+    """The linear layer for a weight as `make_weight` returns it."""
+    return QuantizedLinear(weight, bias) if isinstance(weight, QuantizedWeight) else DenseLinear(weight, bias)
+
+
+def owned(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous copy that does not hold on to a mapped file."""
+    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+
+def tensor_bytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the tensors that are there."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,0 +1,145 @@
+"""A contiguous range of layers, and the undivided model that every split must equal."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from glm.attention import Segment, make_geometry
+from glm.block import Block, make_block
+from glm.checkpoint import Checkpoint
+from glm.config import ModelConfig
+from glm.ends import Embedding, Head, end_placement
+from glm.kv_cache import SequenceCache
+from glm.layout import layer_sources
+from glm.positions import prompt_layout
+from glm.precision import Precision, compute_dtype
+from glm.weights import Placement, read_parts
+
+LoadProgress = Callable[[int, int, int], None]
+LayerObserver = Callable[[int, torch.Tensor], None]
+
+
+class LayerStack:
+    """The blocks of the layers [start, end) at one precision on one device."""
+
+    def __init__(self, blocks: Sequence[Block], config: ModelConfig, start: int, placement: Placement) -> None:
+        self.blocks = list(blocks)
+        self.config = config
+        self.start = start
+        self.end = start + len(self.blocks)
+        self.placement = placement
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        start: int,
+        end: int,
+        precision: Precision,
+        device: torch.device,
+        progress: LoadProgress | None = None,
+    ) -> "LayerStack":
+        """Read the layers one by one, tensor by tensor; never holds much more than its own weights.
+
+        `progress(layers_done, layers_total, weight_bytes)` is called after each layer.
+
+        Raises:
+            CheckpointError: a tensor is missing or misshapen, a shard is damaged.
+        """
+        placement = Placement(precision, compute_dtype(precision, device, config), device)
+        blocks: list[Block] = []
+        for layer in range(start, end):
+            parts = read_parts(checkpoint, layer_sources(config, layer), config)
+            blocks.append(make_block(parts, config, placement))
+            if progress is not None:
+                progress(len(blocks), end - start, sum(block.num_bytes for block in blocks))
+        return cls(blocks, config, start, placement)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the linear layers (norms are a few KiB and not counted)."""
+        return sum(block.num_bytes for block in self.blocks)
+
+    @property
+    def kernel_path(self) -> str:
+        """Which arithmetic the linear layers take, for people."""
+        kind = "dequantise + matmul" if self.placement.precision.is_quantized else "matmul"
+        return f"torch {kind}, {str(self.placement.dtype).removeprefix('torch.')}"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one cached token takes in all layers of the range."""
+        size = self.config.num_kv_heads * self.config.head_dim
+        return 2 * len(self.blocks) * size * self.placement.dtype.itemsize
+
+    def new_cache(self) -> SequenceCache:
+        """An empty cache for one sequence."""
+        config = self.config
+        return SequenceCache(
+            len(self.blocks),
+            config.num_kv_heads,
+            config.head_dim,
+            self.placement.dtype,
+            self.placement.device,
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self, hidden: torch.Tensor, segments: Sequence[Segment], observer: LayerObserver | None = None
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] of all segments, one after the other, through the range.
+
+        The new tokens' keys and values are appended to the segments' caches; if anything raises, the caches still
+        hold what they held. `observer(layer, hidden)` sees what each layer (counted from 0 in the model) gives out.
+
+        Raises:
+            CacheGapError: a segment does not start where its cache ends.
+        """
+        hidden = hidden.to(self.placement.device, self.placement.dtype)
+        geometry = make_geometry(segments, self.config, self.placement.device)
+        for segment in segments:
+            segment.cache.reserve(segment.start_pos + segment.num_tokens)
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, geometry, index)
+            if observer is not None:
+                observer(self.start + index, hidden)
+        for segment in segments:
+            segment.cache.commit(segment.num_tokens)
+        return hidden
+
+
+class Model:
+    """The undivided model: what one process computes when everything fits."""
+
+    def __init__(self, embedding: Embedding, layers: LayerStack, head: Head) -> None:
+        self.embedding = embedding
+        self.layers = layers
+        self.head = head
+        self.config = layers.config
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        precision: Precision = Precision.FP32,
+        device: torch.device | None = None,
+    ) -> "Model":
+        """All layers and both ends at one precision on one device (default: the CPU)."""
+        device = device or torch.device("cpu")
+        placement = end_placement(precision, device, config)
+        layers = LayerStack.load(checkpoint, config, 0, config.num_layers, precision, device)
+        embedding = Embedding.load(checkpoint, config, placement)
+        return cls(embedding, layers, Head.load(checkpoint, config, placement, placement))
+
+    def greedy(self, prompt_ids: Sequence[int], num_new: int) -> list[int]:
+        """The arg-max continuation of a prompt, end tokens not minded."""
+        cache, layout = self.layers.new_cache(), prompt_layout(prompt_ids, self.config)
+        ids, fed = list(prompt_ids), 0
+        for _ in range(num_new):
+            hidden = self.embedding.forward(torch.tensor(ids[fed:]))
+            hidden = self.layers.forward(hidden, [Segment(cache, fed, len(ids) - fed, layout)])
+            fed = len(ids)
+            ids.append(int(self.head.forward(hidden[-1:]).argmax()))
+        return ids[len(prompt_ids) :]

@@ -1,0 +1,121 @@
+"""Integer weights with scales: quantise, pack, unpack, dequantise.
+
+One scheme serves everything: `w = int * scale`, symmetric, with one scale for each group of columns in each row. A
+published checkpoint has one group per row; this project's own int8 too, its own int4 has small groups. Four-bit values
+are packed as the publisher does: byte j of a row holds column 2j in the high nibble and column 2j+1 in the low one,
+both in two's complement (-8..7).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from glm.errors import PrecisionError
+from glm.precision import Precision
+
+INT4_GROUP_SIZE = 32
+_BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """`values`: int8 [rows, columns], or [rows, columns/2] packed when `bits` is 4; `scales`: [rows, num_groups]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    bits: int
+
+    @property
+    def num_rows(self) -> int:
+        """Output features."""
+        return self.values.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """Input features."""
+        return self.values.shape[1] * (2 if self.bits == 4 else 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values and scales together."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.scales))
+
+    def rows(self, selection: slice | torch.Tensor) -> "QuantizedWeight":
+        """The same weight with only some rows (a slice is a view)."""
+        return QuantizedWeight(self.values[selection], self.scales[selection], self.bits)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns] in `dtype`; the product is exact in fp32."""
+        values = unpack_int4(self.values) if self.bits == 4 else self.values
+        grouped = values.to(dtype).view(self.num_rows, self.scales.shape[1], -1)
+        return (grouped * self.scales.to(dtype).unsqueeze(-1)).view(self.num_rows, -1)
+
+    def row_blocks(self) -> list[slice]:
+        """Row ranges small enough that a dequantised block stays a few MiB."""
+        step = max(1, _BLOCK_ELEMENTS // self.num_columns)
+        return [slice(a, min(a + step, self.num_rows)) for a in range(0, self.num_rows, step)]
+
+
+def pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """int8 values in -8..7, [rows, columns] -> int8 [rows, columns/2]."""
+    return (values[:, 0::2] << 4) | (values[:, 1::2] & 0x0F)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """int8 [rows, columns/2] -> int8 values in -8..7, [rows, columns]."""
+    high, low = packed >> 4, (packed << 4) >> 4
+    return torch.stack((high, low), dim=-1).view(packed.shape[0], -1)
+
+
+def group_size(bits: int, num_columns: int) -> int:
+    """Columns that share a scale: a whole row in int8; in int4 32, or the largest power of two below that fits."""
+    return num_columns if bits == 8 else math.gcd(num_columns, INT4_GROUP_SIZE)
+
+
+def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedWeight:
+    """Quantise a float weight [rows, columns] in blocks of rows, so that memory beyond the result stays small.
+
+    Raises:
+        PrecisionError: int4 of an odd number of columns.
+    """
+    bits = precision.bits
+    num_rows, num_columns = weight.shape
+    group = group_size(bits, num_columns)
+    if bits == 4 and group < 2:
+        raise PrecisionError(f"int4 needs an even number of input features, not {num_columns}; use int8")
+    values = torch.empty(num_rows, num_columns * bits // 8, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(
+        num_rows,
+        num_columns // group,
+        dtype=torch.float16 if bits == 4 else torch.float32,
+        device=weight.device,
+    )
+    result = QuantizedWeight(values, scales, bits)
+    for block in result.row_blocks():
+        grouped = weight[block].to(torch.float32).view(-1, num_columns // group, group)
+        scale = _int4_scales(grouped) if bits == 4 else grouped.abs().amax(-1) / 127
+        scales[block] = scale
+        inverse = torch.where(scales[block] != 0, 1 / scales[block].to(torch.float32), 0.0)
+        low, high = (-8, 7) if bits == 4 else (-127, 127)
+        integers = (grouped * inverse.unsqueeze(-1)).round_().clamp_(low, high).to(torch.int8).view(-1, num_columns)
+        values[block] = pack_int4(integers) if bits == 4 else integers
+    return result
+
+
+def _int4_scales(grouped: torch.Tensor) -> torch.Tensor:
+    """[rows, groups, group] -> [rows, groups]: the scale, of a few candidates, with the least squared error.
+
+    The largest magnitude maps to -8, whose range is one longer; shrinking clips it in favour of all the others.
+    """
+    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best = torch.zeros_like(extreme)
+    best_error = torch.full_like(extreme, torch.inf)
+    for levels in (8.0, 7.5, 8.5, 9.0, 9.5):
+        scale = (extreme / -levels).to(torch.float16).to(torch.float32)
+        inverse = torch.where(scale != 0, 1 / scale, 0.0).unsqueeze(-1)
+        rounded = (grouped * inverse).round_().clamp_(-8, 7) * scale.unsqueeze(-1)
+        error = (rounded - grouped).square_().sum(-1)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best

@@ -1,0 +1,54 @@
+"""Rotary position embedding, as the originals' fp32 run computes it, in every precision.
+
+ChatGLM-6B rotates the first half of a head by the position and the second by the block position, pairing element i
+with i + quarter; its inverse frequencies are rounded to fp16 and then used exactly. All later families rotate the
+first part of a head by the position and pair neighbours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from glm.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """`cos` and `sin`, fp32, [num_tokens, 1, parts, pairs]: parts is 2 for two-dimensional positions, else 1."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+    """fp32 [pairs]: the angle a pair turns by from one position to the next."""
+    width = config.rotary_dim // 2 if config.position_encoding_2d else config.rotary_dim
+    exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
+    frequencies = 1.0 / (config.rotary_base**exponent)
+    return frequencies.to(torch.float16).to(torch.float32) if config.is_prefix_lm else frequencies
+
+
+def rotary_table(positions: torch.Tensor, config: ModelConfig, device: torch.device) -> RotaryTable:
+    """The table for token positions int64 [2, num_tokens] (see `positions.token_positions`)."""
+    rows = positions if config.position_encoding_2d else positions[:1]
+    angles = rows.to(torch.float32).t().unsqueeze(-1) * inverse_frequencies(config)
+    angles = angles.unsqueeze(1)
+    return RotaryTable(angles.cos().to(device), angles.sin().to(device))
+
+
+def rotate_halves(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """ChatGLM-6B: x [num_tokens, num_heads, head_dim], the whole head rotated."""
+    parts = table.cos.shape[2]
+    pairs = x.to(torch.float32).view(*x.shape[:2], parts, 2, -1)
+    first, second = pairs.unbind(-2)
+    rotated = torch.stack((first * table.cos - second * table.sin, second * table.cos + first * table.sin), dim=-2)
+    return rotated.view(x.shape).to(x.dtype)
+
+
+def rotate_neighbours(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """Later families: x [num_tokens, num_heads, head_dim], only the first 2 * pairs elements of a head rotated."""
+    cos, sin = table.cos.squeeze(2), table.sin.squeeze(2)
+    width = 2 * cos.shape[-1]
+    even, odd = x[..., :width].to(torch.float32).unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)

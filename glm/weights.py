@@ -1,0 +1,82 @@
+"""From named tensors on disk to the parts a block or an end is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from glm.checkpoint import Checkpoint
+from glm.config import ModelConfig
+from glm.errors import CheckpointError
+from glm.layout import Source
+from glm.linear import Linear, make_linear, make_weight, owned
+from glm.precision import Precision
+from glm.quantization import QuantizedWeight
+
+StoredPart = torch.Tensor | QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how a part is held: `dtype` is that of activations, and of what is never quantised (norms, biases)."""
+
+    precision: Precision
+    dtype: torch.dtype
+    device: torch.device
+
+
+def read_parts(checkpoint: Checkpoint, sources: Mapping[str, Source], config: ModelConfig) -> dict[str, StoredPart]:
+    """Read the parts as stored; fused ones are concatenated, published quantised ones keep their packing.
+
+    Float parts may be views of a mapped file.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for source in sources.values():
+        shapes |= _stored_shapes(checkpoint, source, config)
+    tensors = dict(checkpoint.read(shapes))
+    return {part: _assemble(source, tensors, config) for part, source in sources.items()}
+
+
+def _stored_shapes(checkpoint: Checkpoint, source: Source, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in source.shapes.items():
+        if f"{name}_scale" not in checkpoint:
+            shapes[name] = shape
+            continue
+        if config.quantization_bits is None:
+            raise CheckpointError(
+                f"{checkpoint.model_dir}: {name}_scale says the weights are quantised, but config.json has no "
+                "quantization_bit: use the config.json published with them"
+            )
+        shapes[name] = (shape[0], shape[1] * config.quantization_bits // 8)
+        shapes[f"{name}_scale"] = (shape[0],)
+    return shapes
+
+
+def _assemble(source: Source, tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> StoredPart:
+    first = source.names[0]
+    if f"{first}_scale" in tensors and config.quantization_bits is not None:
+        return QuantizedWeight(tensors[first], tensors[f"{first}_scale"].view(-1, 1), config.quantization_bits)
+    stored = [tensors[name] for name in source.names]
+    for name, tensor in zip(source.names, stored, strict=True):
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"tensor {name} is {tensor.dtype} without scales: this quantisation is not supported")
+    return stored[0] if len(stored) == 1 else torch.cat(stored)
+
+
+def build_weight(stored: StoredPart, placement: Placement) -> StoredPart:
+    """A weight at the placement's precision, owning its memory."""
+    return make_weight(stored, placement.precision, placement.dtype, placement.device)
+
+
+def build_linear(parts: Mapping[str, StoredPart], name: str, placement: Placement) -> Linear:
+    """The linear layer `name`, from `name.weight` and, where there is one, `name.bias`."""
+    bias = build_vector(parts, f"{name}.bias", placement) if f"{name}.bias" in parts else None
+    return make_linear(build_weight(parts[f"{name}.weight"], placement), bias)
+
+
+def build_vector(parts: Mapping[str, StoredPart], name: str, placement: Placement) -> torch.Tensor:
+    """The vector `name` in the placement's dtype."""
+    part = parts[name]
+    assert isinstance(part, torch.Tensor)
+    return owned(part, placement.dtype, placement.device)
