@@ -1,0 +1,163 @@
+"""Client plane: a running launch's ROUTER <-> chat and generate programs' DEALER, through `--connect`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from protocol.limits import (
+    MAX_STAGES,
+    MAX_STOP_STRINGS,
+    MAX_TURNS,
+    Count,
+    FloatRange,
+    Id,
+    Index,
+    MaxLength,
+    Name,
+    PositiveCount,
+    Probability,
+    Prompt,
+    Seconds,
+    Text,
+    TokenIds,
+    Total,
+)
+
+FinishReason = Literal["stop", "length", "stop_string", "context_full", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 each switch their rule off."""
+
+    temperature: Annotated[float, FloatRange(0.0, 100.0)]
+    top_k: Count
+    top_p: Probability
+    min_p: Probability
+    repetition_penalty: Annotated[float, FloatRange(0.01, 100.0)]
+    seed: Id | None
+    stop: Annotated[tuple[Text, ...], MaxLength(MAX_STOP_STRINGS)]
+    max_new_tokens: PositiveCount | None
+    ignore_eos: bool
+    greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """One message of a conversation; `metadata` is a tool's name, mostly empty."""
+
+    role: Name
+    metadata: Name
+    content: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation, to be put into the model's chat format."""
+
+    turns: Annotated[tuple[ChatTurn, ...], MaxLength(MAX_TURNS)]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text, to be tokenized as the family's published tokenizer does."""
+
+    text: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, taken as they are."""
+
+    token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Client -> launch. Answered by any number of Delta and one Finished, or by Error. `sampling` None: defaults."""
+
+    request_id: Id
+    prompt: ChatPrompt | TextPrompt | TokenPrompt
+    sampling: SamplingParams | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of an answer."""
+
+    request_id: Id
+    text: Prompt
+    token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class StageStats:
+    """One stage's share of an answer; `layers` is 1-based and inclusive, as users read it: `1-12`."""
+
+    stage_index: Index
+    device: Name
+    layers: Name
+    precision: Name
+    compute_s: Seconds
+    wire_s: Seconds
+    kv_tokens: Total
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """What an answer cost."""
+
+    prompt_tokens: Count
+    prefill_s: Seconds
+    new_tokens: Count
+    decode_s: Seconds
+    total_s: Seconds
+    stages: Annotated[tuple[StageStats, ...], MaxLength(MAX_STAGES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete: all of its text and token ids."""
+
+    request_id: Id
+    finish_reason: FinishReason
+    text: Prompt
+    token_ids: TokenIds
+    stats: GenerationStats
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """The request failed; the launch goes on."""
+
+    request_id: Id
+    code: Name
+    text: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Client -> launch: stop the answer with this request_id; Finished (`cancelled`) follows."""
+
+    request_id: Id
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Client -> launch: what runs there? Also serves as the client's ping."""
+
+    request_id: Id
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Answer to Describe."""
+
+    request_id: Id
+    model_name: Name
+    family: Name
+    max_context: PositiveCount
+    plan_lines: Annotated[tuple[Text, ...], MaxLength(MAX_STAGES + 64)]
+    defaults: SamplingParams
+
+
+ClientMessage = Generate | Delta | Finished | Error | Cancel | Describe | Description

@@ -1,0 +1,227 @@
+"""Control plane: coordinator ROUTER <-> worker DEALER. A reply repeats its request's `request_id`; 0 is unsolicited."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from protocol.errors import MessageError
+from protocol.limits import (
+    Bytes,
+    Count,
+    Id,
+    Index,
+    MaxLength,
+    Name,
+    PathText,
+    PositiveCount,
+    PositiveSeconds,
+    Seconds,
+    Text,
+    Total,
+)
+
+WorkerState = Literal["idle", "loading", "serving"]
+InspectedPart = Literal["hidden", "key", "value"]
+ControlFailureCode = Literal[
+    "bad_model", "fingerprint_mismatch", "out_of_memory", "unreachable", "bad_request", "internal"
+]
+"""`bad_model`: the checkpoint cannot be served (text says why). `unreachable`: the next hop's address is refused.
+`bad_request`: not possible in this state, or names what is not there. `internal`: a bug of the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Worker -> coordinator, first message: who I am, what I have. `data_endpoint` is where my PULL listens."""
+
+    request_id: Id
+    worker_id: Name
+    glmpipe_version: Name
+    torch_version: Name
+    host: Name
+    pid: Count
+    device: Name
+    device_name: Name
+    memory_total_bytes: Bytes
+    memory_free_bytes: Bytes
+    num_threads: PositiveCount
+    kernels: Annotated[tuple[Name, ...], MaxLength(64)]
+    data_endpoint: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Coordinator -> worker: joined. A worker that hears nothing for `orphan_timeout_s` leaves."""
+
+    request_id: Id
+    coordinator_id: Name
+    heartbeat_interval_s: PositiveSeconds
+    orphan_timeout_s: PositiveSeconds
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Coordinator -> worker: not joined, and why; the worker leaves."""
+
+    request_id: Id
+    code: Name
+    text: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Coordinator -> worker: become stage `stage_index` of `num_stages` with layers [layer_start, layer_end), 0-based.
+
+    `kv_budget_tokens` bounds the sum of all sequences' cached tokens. `activation_dtype` None: hidden states leave in
+    the stage's compute dtype. `record_hidden_states` keeps every layer's output per sequence, for Inspect.
+    """
+
+    request_id: Id
+    epoch: Id
+    stage_index: Index
+    num_stages: PositiveCount
+    model_path: PathText
+    fingerprint: Name
+    layer_start: Index
+    layer_end: PositiveCount
+    precision: Name
+    kv_budget_tokens: PositiveCount
+    next_endpoint: Name
+    next_public_key: Name | None
+    activation_dtype: Literal["float32", "float16", "bfloat16"] | None
+    record_hidden_states: bool
+
+    def __post_init__(self) -> None:
+        if self.layer_start >= self.layer_end:
+            raise MessageError(f"layers [{self.layer_start}, {self.layer_end}) are empty")
+        if self.stage_index >= self.num_stages:
+            raise MessageError(f"stage {self.stage_index} of {self.num_stages} stages")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Worker -> coordinator while loading, `request_id` 0; `weight_bytes` held so far."""
+
+    request_id: Id
+    epoch: Id
+    layers_done: Count
+    layers_total: Count
+    weight_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Answer to Assign: serving. `resident_bytes`: RSS of the process, on a GPU the memory reserved there."""
+
+    request_id: Id
+    epoch: Id
+    weight_bytes: Bytes
+    resident_bytes: Bytes
+    load_s: Seconds
+    kernel_path: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Answer to Assign, Inspect or Release that could not be done; the worker stays joined."""
+
+    request_id: Id
+    epoch: Id
+    code: ControlFailureCode
+    text: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Coordinator -> worker: alive? Answered at once in every state."""
+
+    request_id: Id
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Answer to Ping. `busy_s`: seconds computing and `num_steps` done since Assign; `epoch` 0 while idle."""
+
+    request_id: Id
+    state: WorkerState
+    epoch: Id
+    busy_s: Seconds
+    num_steps: Total
+    kv_tokens: Total
+    num_sequences: Count
+    weight_bytes: Bytes
+    resident_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Coordinator -> worker: what a layer (0-based, of the whole model) holds for a sequence."""
+
+    request_id: Id
+    sequence_id: Id
+    layer: Index
+    what: InspectedPart
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """Answer to Inspect, with one float32 tensor.
+
+    hidden: [tokens, hidden_size]; key, value: [tokens, kv_heads, head_dim].
+    """
+
+    request_id: Id
+    epoch: Id
+    sequence_id: Id
+    layer: Index
+    what: InspectedPart
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Coordinator -> worker: give up weights and caches, be idle again."""
+
+    request_id: Id
+    epoch: Id
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Answer to Release: `freed_bytes` is how far the worker's resident memory fell."""
+
+    request_id: Id
+    epoch: Id
+    freed_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Coordinator -> worker: leave. Answered with Leaving."""
+
+    request_id: Id
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Worker -> coordinator, last message: goodbye, and why."""
+
+    request_id: Id
+    reason: Text
+
+
+ControlMessage = (
+    Join
+    | Welcome
+    | Refused
+    | Assign
+    | Progress
+    | Ready
+    | Failed
+    | Ping
+    | Pong
+    | Inspect
+    | Inspected
+    | Release
+    | Released
+    | Shutdown
+    | Leaving
+)

@@ -1,0 +1,42 @@
+"""Everything that can be wrong with what another process said.
+
+ProtocolError
+├── FrameError      not our frames at all: their number, a size, no msgpack, no header
+├── VersionError    a header of another protocol version
+├── MessageError    an unknown type, a missing, unknown, mistyped or impossible field
+├── TensorError     a descriptor beyond the limits, or a buffer that does not match it
+└── EndpointError   an address this version does not bind or connect
+"""
+
+
+class ProtocolError(Exception):
+    """Whatever arrived, or was about to be sent, breaks the contract of protocol/README.md."""
+
+
+class FrameError(ProtocolError):
+    """The frames cannot be read as a header and its tensors."""
+
+
+class VersionError(ProtocolError):
+    """The peer speaks another version of the protocol."""
+
+
+class MessageError(ProtocolError):
+    """A header that reads well but holds no valid message; `path` says where, e.g. `Step.spans[0].start_pos`."""
+
+    def __init__(self, text: str, path: str = "") -> None:
+        super().__init__(f"{path}: {text}" if path else text)
+        self.text = text
+        self.path = path
+
+    def inside(self, part: str) -> "MessageError":
+        """The same fault seen from one level further out; `part` is `.field`, `[index]` or a type's name."""
+        return MessageError(self.text, part + self.path)
+
+
+class TensorError(ProtocolError):
+    """A tensor's descriptor and its buffer disagree, or go beyond the limits."""
+
+
+class EndpointError(ProtocolError):
+    """An address that is malformed or not allowed."""

@@ -1,0 +1,71 @@
+"""Every size a peer may ask us to hold. Annotated types carry the bounds, so a field cannot be declared without one."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+MAX_TENSORS = 4
+MAX_TENSOR_RANK = 4
+MAX_TENSOR_DIM = 2**31 - 1
+MAX_TENSOR_BYTES = 2**30
+MAX_FRAMES = 1 + MAX_TENSORS
+
+MAX_DATA_HEADER_BYTES = 2**20
+MAX_CONTROL_HEADER_BYTES = 2**17
+MAX_CLIENT_HEADER_BYTES = 6 * 2**20
+SMALL_HEADER_BYTES = 2**16
+MAX_CONTAINERS = 2**15
+"""Maps and arrays in one header; counted above SMALL_HEADER_BYTES, where they could cost real memory."""
+
+MAX_SPANS = 1024
+MAX_UPDATES = 4096
+MAX_STAGES = 256
+MAX_TOKENS = 2**20
+MAX_TURNS = 4096
+MAX_STOP_STRINGS = 64
+MAX_TEXT = 16_384
+MAX_PROMPT = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class IntRange:
+    """Bounds of an int field, both included."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class FloatRange:
+    """Bounds of a float field, both included; NaN and infinities are never valid."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class MaxLength:
+    """The most characters of a string, or entries of a tuple."""
+
+    high: int
+
+
+Id = Annotated[int, IntRange(0, 2**63 - 1)]
+Bytes = Annotated[int, IntRange(0, 2**63 - 1)]
+Total = Annotated[int, IntRange(0, 2**63 - 1)]
+Count = Annotated[int, IntRange(0, 2**31 - 1)]
+PositiveCount = Annotated[int, IntRange(1, 2**31 - 1)]
+Index = Annotated[int, IntRange(0, 2**31 - 1)]
+Seconds = Annotated[float, FloatRange(0.0, 1e12)]
+PositiveSeconds = Annotated[float, FloatRange(1e-3, 1e9)]
+Probability = Annotated[float, FloatRange(0.0, 1.0)]
+Name = Annotated[str, MaxLength(256)]
+PathText = Annotated[str, MaxLength(4096)]
+Text = Annotated[str, MaxLength(MAX_TEXT)]
+Prompt = Annotated[str, MaxLength(MAX_PROMPT)]
+TokenIds = Annotated[tuple[Count, ...], MaxLength(MAX_TOKENS)]
+
+
+def clip_text(text: str, limit: int = MAX_TEXT) -> str:
+    """`text`, shortened to fit a `Text` field; for errors, which may list more than fits."""
+    encodable = text.encode("utf-8", "replace").decode("utf-8")
+    return encodable if len(encodable) <= limit else encodable[: limit - 4] + " ..."

@@ -1,0 +1,41 @@
+"""The closed set of messages, by plane; each type belongs to exactly one."""
+
+from enum import Enum
+from typing import get_args
+
+from protocol.client import ClientMessage
+from protocol.control import ControlMessage
+from protocol.data import DataMessage
+from protocol.limits import MAX_CLIENT_HEADER_BYTES, MAX_CONTROL_HEADER_BYTES, MAX_DATA_HEADER_BYTES
+
+Message = ControlMessage | DataMessage | ClientMessage
+
+
+class Plane(Enum):
+    """Who talks to whom. A socket belongs to one plane and refuses messages of the others."""
+
+    CONTROL = "control"
+    DATA = "data"
+    CLIENT = "client"
+
+    @property
+    def max_header_bytes(self) -> int:
+        """The largest header frame of this plane."""
+        return _MAX_HEADER_BYTES[self]
+
+
+_MAX_HEADER_BYTES = {
+    Plane.CONTROL: MAX_CONTROL_HEADER_BYTES,
+    Plane.DATA: MAX_DATA_HEADER_BYTES,
+    Plane.CLIENT: MAX_CLIENT_HEADER_BYTES,
+}
+
+MESSAGE_PLANES: dict[type[Message], Plane] = {
+    message_type: plane
+    for plane, union in (
+        (Plane.CONTROL, ControlMessage),
+        (Plane.DATA, DataMessage),
+        (Plane.CLIENT, ClientMessage),
+    )
+    for message_type in get_args(union)
+}

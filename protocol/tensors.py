@@ -1,0 +1,45 @@
+"""Tensors as they travel: a descriptor in the header, the bytes in a frame of their own, never copied here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+from protocol.errors import TensorError
+from protocol.limits import MAX_TENSOR_BYTES, MAX_TENSOR_DIM, MAX_TENSOR_RANK
+
+ITEM_SIZES: Mapping[str, int] = MappingProxyType(
+    {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1}
+)
+FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16"})
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """Row-major, little-endian values in a buffer that belongs to somebody else. Raises TensorError."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    def __post_init__(self) -> None:
+        expected = checked_num_bytes(self.dtype, self.shape)
+        actual = len(self.data) if type(self.data) is bytes else memoryview(self.data).nbytes
+        if actual != expected:
+            raise TensorError(f"{self.dtype} {list(self.shape)} takes {expected} bytes, the frame has {actual}")
+
+
+def checked_num_bytes(dtype: Any, shape: tuple[Any, ...]) -> int:
+    """Bytes of such a tensor, after all limits were checked; anything may have been sent as dtype and dimensions."""
+    if type(dtype) is not str or dtype not in ITEM_SIZES:
+        raise TensorError(f"dtype {dtype!r:.40} is none of {', '.join(ITEM_SIZES)}")
+    if len(shape) > MAX_TENSOR_RANK:
+        raise TensorError(f"{len(shape)} dimensions, at most {MAX_TENSOR_RANK} are allowed")
+    for dim in shape:
+        if type(dim) is not int or not 0 <= dim <= MAX_TENSOR_DIM:
+            raise TensorError(f"a dimension is {type(dim).__name__} or not in 0..{MAX_TENSOR_DIM}")
+    num_bytes: int = prod(shape) * ITEM_SIZES[dtype]
+    if num_bytes > MAX_TENSOR_BYTES:
+        raise TensorError(f"{dtype} {list(shape)} takes {num_bytes} bytes, at most {MAX_TENSOR_BYTES} are allowed")
+    return num_bytes

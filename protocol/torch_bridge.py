@@ -1,0 +1,44 @@
+"""torch.Tensor <-> RawTensor; the only module here that knows torch, imported only by those who have tensors."""
+
+import torch
+
+from protocol.errors import TensorError
+from protocol.tensors import RawTensor
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 64
+
+
+def to_raw(tensor: torch.Tensor) -> RawTensor:
+    """A view of a CPU tensor's memory, or of a copy if it is elsewhere or not contiguous. Do not write to it after."""
+    if tensor.dtype not in _NAMES:
+        raise TensorError(f"a tensor of {tensor.dtype} cannot travel: convert it to one of {', '.join(_DTYPES)}")
+    return RawTensor(_NAMES[tensor.dtype], tuple(tensor.shape), _bytes_of(tensor.detach().cpu().contiguous()))
+
+
+def from_raw(raw: RawTensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The values on `device`, in memory that may be written to.
+
+    Shares a writable, aligned buffer; copies others, since kernels may round differently on unaligned memory and the
+    same bytes must give the same result wherever they landed.
+    """
+    view = memoryview(raw.data)
+    if view.nbytes and not view.readonly:
+        shared = torch.frombuffer(view, dtype=_DTYPES[raw.dtype]).reshape(raw.shape)
+        if shared.data_ptr() % _ALIGNMENT == 0:
+            return shared.to(device)
+    tensor = torch.empty(raw.shape, dtype=_DTYPES[raw.dtype])
+    _bytes_of(tensor)[:] = view.cast("B")
+    return tensor.to(device)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,121 @@
+"""Only this host, only this user: which addresses are bound or connected."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from protocol.control import Ping
+from protocol.endpoints import checked_endpoint, ipc_path
+from protocol.errors import EndpointError
+from protocol.messages import Plane
+from protocol.sockets import bind, connect, data_socket, receive, send
+from protocol.wire import decode
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    """A ZeroMQ context that is closed with all its sockets."""
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        ("ipc:///run/user/1/glmpipe-7-abcd/control", "ipc:///run/user/1/glmpipe-7-abcd/control"),
+        ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5555"),
+        ("tcp://127.8.9.10:*", "tcp://127.8.9.10:*"),
+        ("tcp://localhost:0", "tcp://127.0.0.1:0"),
+        ("tcp://[::1]:5555", "tcp://[::1]:5555"),
+    ],
+)
+def test_this_host_is_allowed(endpoint: str, expected: str) -> None:
+    """ipc files and the loopback interface, in one canonical spelling."""
+    assert checked_endpoint(endpoint) == expected
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "tcp://0.0.0.0:1",
+        "tcp://*:1",
+        "tcp://192.168.1.2:1",
+        "tcp://example.org:1",
+        "tcp://[::]:1",
+        "tcp://eth0:1",
+        "tcp://128.0.0.1:1",
+    ],
+)
+def test_other_hosts_are_refused(endpoint: str) -> None:
+    """Another interface or host is refused with the reason and what to use instead."""
+    with pytest.raises(
+        EndpointError, match=r"Other hosts.*keys.*not supported yet: use tcp://127\.0\.0\.1:PORT.*ipc:///"
+    ):
+        checked_endpoint(endpoint)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("", "no endpoint"),
+        ("127.0.0.1:5555", "no endpoint"),
+        ("ipc://\n/tmp/x", "no endpoint"),
+        ("inproc://x", "'inproc' is not supported"),
+        ("udp://127.0.0.1:1", "'udp' is not supported"),
+        ("ipc://relative", "absolute path"),
+        ("ipc://@abstract", "absolute path"),
+        ("ipc://*", "absolute path"),
+        ("ipc:///tmp/", "absolute path"),
+        ("ipc:///" + "x" * 107, "108 bytes, a socket file at most 107"),
+        ("tcp://127.0.0.1", "no host and port"),
+        ("tcp://127.0.0.1:99999", "port 99999"),
+        ("tcp://127.0.0.1:http", "no host and port"),
+        ("tcp://127.0.0.2:1;127.0.0.1:2", "no host and port"),
+        ("tcp://::1:5", "no host and port"),
+    ],
+)
+def test_malformed_endpoints(endpoint: str, words: str) -> None:
+    """Each malformed address says what is wrong with it."""
+    with pytest.raises(EndpointError, match=words):
+        checked_endpoint(endpoint)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "tcp://localhost:*", "ipc"])
+def test_sockets_talk(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, address: str) -> None:
+    """What bind returns can be connected to, on every allowed transport."""
+    with data_socket(context, zmq.PULL) as pull, data_socket(context, zmq.PUSH) as push:
+        connect(push, bind(pull, f"ipc://{tmp_path}/s" if address == "ipc" else address))
+        assert push.poll(5000, zmq.POLLOUT)
+        send(push, Ping(5))
+        assert pull.poll(5000)
+        assert decode(receive(pull), Plane.CONTROL) == (Ping(5), ())
+
+
+def test_a_data_socket_queues_only_for_a_peer_that_is_there(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    """A step for a next hop that does not listen is not accepted, instead of waiting for somebody else."""
+    with data_socket(context, zmq.PUSH) as push:
+        connect(push, f"ipc://{tmp_path}/nobody")
+        with pytest.raises(zmq.Again):
+            send(push, Ping(5), flags=zmq.NOBLOCK)
+
+
+def test_bind_and_connect_check_and_explain(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    """No socket gets past the rule, and a bind that the system refuses is an EndpointError too."""
+    with data_socket(context, zmq.PULL) as socket:
+        with pytest.raises(EndpointError):
+            bind(socket, "tcp://0.0.0.0:*")
+        with pytest.raises(EndpointError):
+            connect(socket, "tcp://10.0.0.1:5")
+        with pytest.raises(EndpointError, match=r"cannot bind ipc://.*absent"):
+            bind(socket, f"ipc://{tmp_path}/absent/s")
+
+
+def test_ipc_path() -> None:
+    """The file behind an ipc endpoint; other transports have none."""
+    assert str(ipc_path("ipc:///tmp/a/b")) == "/tmp/a/b"
+    assert ipc_path("tcp://127.0.0.1:1") is None
