@@ -112,9 +112,7 @@ def _stage(entry: object, number: int, faults: list[str]) -> StageRequest | None
     )
 
 
-def _checked(
-    table: Mapping[str, Any], known: Mapping[str, type], where: str, faults: list[str]
-) -> dict[str, Any]:
+def _checked(table: Mapping[str, Any], known: Mapping[str, type], where: str, faults: list[str]) -> dict[str, Any]:
     """The entries of `table` that have a known name and the right type; the others become faults."""
     good = {}
     for key, value in table.items():

@@ -86,9 +86,7 @@ def notes(request: PlanRequest, plan: Plan) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _stages(
-    request: PlanRequest, num_layers: int, devices: Sequence[str], faults: list[str]
-) -> list[StagePlan]:
+def _stages(request: PlanRequest, num_layers: int, devices: Sequence[str], faults: list[str]) -> list[StagePlan]:
     wishes = request.stages
     if not wishes:
         wishes = _default_stages(request.num_stages, num_layers, faults)
@@ -104,9 +102,7 @@ def _stages(
 def _default_stages(num_stages: int | None, num_layers: int, faults: list[str]) -> tuple[StageRequest, ...]:
     count = 1 if num_stages is None else num_stages
     if not 1 <= count <= num_layers:
-        faults.append(
-            f"--stages {count}: the model has {num_layers} layers, so choose between 1 and {num_layers}"
-        )
+        faults.append(f"--stages {count}: the model has {num_layers} layers, so choose between 1 and {num_layers}")
         return ()
     return tuple(
         StageRequest(f"--stages {count}", "cpu", layers_text(start, end))
@@ -147,9 +143,7 @@ def _range(wish: StageRequest, num_layers: int, faults: list[str]) -> _Range | N
         return None
     if first < 1 or last > num_layers:
         culprit = first if first < 1 else last
-        faults.append(
-            f"{wish.origin}: layer {culprit} is out of range; the model's layers are 1-{num_layers}"
-        )
+        faults.append(f"{wish.origin}: layer {culprit} is out of range; the model's layers are 1-{num_layers}")
     start, end = max(first - 1, 0), min(last, num_layers)
     return _Range(start, end, wish.origin) if start < end else None
 
@@ -255,9 +249,7 @@ def _device(wish: Option, devices: Sequence[str], faults: list[str]) -> str | No
         return None
     if device not in devices:
         seen = ", ".join(devices)
-        hint = (
-            "" if any(map(is_gpu, devices)) else "; torch sees no GPU, so check its driver and its CUDA build"
-        )
+        hint = "" if any(map(is_gpu, devices)) else "; torch sees no GPU, so check its driver and its CUDA build"
         faults.append(f"{wish.origin}: device {device} is not on this machine, which has {seen}{hint}")
     return device
 

@@ -1,0 +1,230 @@
+"""Starts one worker process per stage, relays what they print, notices their death and never leaves one behind.
+
+Every worker inherits the read end of one pipe, the lifeline. Only the launcher holds the write end, so the pipe
+reaches end-of-file the moment the launcher is gone, however it died, and the workers leave by themselves. Workers
+have process groups of their own: a terminal's Ctrl-C reaches the launcher alone, which then stops them in order.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Self
+
+from coordinator.errors import LaunchError
+from coordinator.plan import StagePlan
+from coordinator.worker_command import usable_cores, worker_command, worker_environment
+
+LogSink = Callable[[str], None]
+"""Takes one line of a worker's output, prefixed with its stage. Called from the launcher's reader threads."""
+
+NUM_LAST_LINES = 12
+_MAX_LINE_BYTES = 16 * 1024
+_SIGNAL_REMEDIES: Mapping[int, str] = {
+    signal.SIGKILL: "the system has probably run out of memory: give this stage fewer layers or a lower precision",
+    signal.SIGILL: "this CPU lacks an instruction that the installed torch needs: install another build of torch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExit:
+    """A worker that has ended. `returncode` is negative for a signal, as in `subprocess`."""
+
+    stage_index: int
+    device: str
+    pid: int
+    returncode: int
+    last_lines: tuple[str, ...]
+
+    @property
+    def reason(self) -> str:
+        """`exit code 3` or `signal SIGKILL`."""
+        if self.returncode >= 0:
+            return f"exit code {self.returncode}"
+        return f"signal {_signal_name(-self.returncode)}"
+
+    def describe(self, when: str) -> str:
+        """For an error's message; `when` is such as `before it joined`. Carries the worker's last lines."""
+        remedy = _SIGNAL_REMEDIES.get(-self.returncode)
+        text = f"stage {self.stage_index + 1} ({self.device}, pid {self.pid}) ended with {self.reason} {when}"
+        text += f"; {remedy}" if remedy else ""
+        if not self.last_lines:
+            return f"{text}; it printed nothing"
+        return f"{text}; its last lines:" + "".join(f"\n  | {line}" for line in self.last_lines)
+
+
+class Launcher:
+    """One worker process per stage of a plan. A context manager: `start` on the way in, `stop` on the way out.
+
+    `endpoint` is the coordinator's control endpoint. `on_log` receives the workers' prefixed lines, stderr by
+    default. `command` is what starts a worker; the worker's options are appended.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StagePlan],
+        endpoint: str,
+        *,
+        on_log: LogSink | None = None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        self._stages = tuple(stages)
+        self._endpoint = endpoint
+        self._on_log = on_log or _to_stderr
+        self._command = tuple(command) if command is not None else worker_command()
+        self._workers: list[_Worker] = []
+        self._lifeline: int | None = None
+
+    @property
+    def worker_ids(self) -> tuple[str, ...]:
+        """The `worker_id` each stage's worker joins with, in stage order."""
+        return tuple(f"stage-{number}" for number in range(1, len(self._stages) + 1))
+
+    def start(self) -> None:
+        """Spawn all workers. Raises LaunchError, with none left running, when one cannot be spawned."""
+        if self._lifeline is not None or self._workers:
+            raise LaunchError("these workers were started already; a launcher starts its workers once")
+        read_end, self._lifeline = os.pipe()
+        try:
+            for index in range(len(self._stages)):
+                self._workers.append(self._spawn(index, read_end))
+        except OSError as error:
+            self.stop()
+            raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            os.close(read_end)
+
+    def poll(self) -> WorkerExit | None:
+        """The worker that died first, if any has."""
+        dead = [worker for worker in self._workers if worker.has_ended()]
+        return min(dead, key=lambda worker: worker.ended_at_s).exit() if dead else None
+
+    def check(self) -> None:
+        """For the time before all workers joined: raises LaunchError with its last lines if one has died."""
+        dead = self.poll()
+        if dead is not None:
+            raise LaunchError(dead.describe("before it joined"))
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Ask all workers to leave, kill those that have not after `grace_s`, and reap every one.
+
+        Safe to call at any time, from `finally` clauses and twice. Interrupted (Ctrl-C again), it kills at once.
+        """
+        workers, self._workers = self._workers, []
+        lifeline, self._lifeline = self._lifeline, None
+        try:
+            for worker in workers:
+                worker.signal(signal.SIGTERM)
+            deadline_s = time.monotonic() + grace_s
+            for worker in workers:
+                worker.wait(max(0.0, deadline_s - time.monotonic()))
+        finally:
+            if lifeline is not None:
+                os.close(lifeline)
+            for worker in workers:
+                worker.kill()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _spawn(self, index: int, lifeline: int) -> "_Worker":
+        stage = self._stages[index]
+        num_threads = usable_cores() if stage.num_threads is None else stage.num_threads
+        options = {
+            "--join": self._endpoint,
+            "--device": stage.device,
+            "--threads": num_threads,
+            "--worker-id": self.worker_ids[index],
+            "--lifeline-fd": lifeline,
+        }
+        command = [*self._command, *(str(part) for option in options.items() for part in option)]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=worker_environment(),
+            pass_fds=(lifeline,),
+            process_group=0,
+        )
+        return _Worker(index, stage.device, process, self._on_log)
+
+
+class _Worker:
+    """One worker process and the thread that reads what it prints."""
+
+    def __init__(self, index: int, device: str, process: "subprocess.Popen[bytes]", on_log: LogSink) -> None:
+        self._index = index
+        self._device = device
+        self._process = process
+        self._on_log = on_log
+        self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
+        self.ended_at_s = float("inf")
+        self._reader = threading.Thread(target=self._read, name=f"log of stage {index + 1}", daemon=True)
+        self._reader.start()
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def exit(self) -> WorkerExit:
+        self._reader.join(timeout=1.0)
+        return WorkerExit(
+            self._index, self._device, self._process.pid, self._process.returncode, tuple(self._last_lines)
+        )
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End the process with all its children, reap it and finish reading."""
+        if self._process.poll() is None:  # once reaped, its pid may be somebody else's
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._reader.join(timeout=1.0)
+
+    def _read(self) -> None:
+        prefix = f"[stage {self._index + 1} {self._device}]"
+        pipe: IO[bytes] | None = self._process.stdout
+        assert pipe is not None
+        with pipe:
+            while line := pipe.readline(_MAX_LINE_BYTES):
+                text = line.decode("utf-8", errors="replace").rstrip()
+                self._last_lines.append(text)
+                # A sink that fails must not stop the reading: the worker would block on a full pipe.
+                with contextlib.suppress(Exception):
+                    self._on_log(f"{prefix} {text}")
+        self.ended_at_s = time.monotonic()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

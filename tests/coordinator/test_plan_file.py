@@ -1,0 +1,108 @@
+"""Plan files: what they say is kept, what they say wrongly is told at once."""
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.errors import PlanError
+from coordinator.plan import EndsPlan, StagePlan
+from coordinator.plan_file import read_plan_file
+from coordinator.planning import plan_for
+
+FULL = """
+model = "THUDM/chatglm-6b"
+revision = "v1"
+
+[[stage]]
+device = "cpu"
+layers = 3
+precision = "int8"
+threads = 2
+kv_budget_tokens = 512
+
+[[stage]]
+device = "cuda:0"
+layers = "1-2"
+
+[ends]
+embeddings = "cuda:0"
+final_layernorm = "cpu"
+lm_head = "cpu"
+precision = "fp32"
+lm_head_precision = "int8"
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults_of(path: Path) -> tuple[str, ...]:
+    with pytest.raises(PlanError) as caught:
+        plan_for(path, 6, ("cpu",))
+    return caught.value.faults
+
+
+def test_every_key_of_a_plan_file_reaches_the_plan(tmp_path: Path) -> None:
+    """Nothing written is ignored."""
+    path = write(tmp_path, FULL)
+    request = read_plan_file(path)
+    assert (request.model, request.revision) == ("THUDM/chatglm-6b", "v1")
+    plan = plan_for(path, 3, ("cpu", "cuda:0"))
+    assert plan.stages == (
+        StagePlan("cuda:0", 0, 2, "fp16"),
+        StagePlan("cpu", 2, 3, "int8", num_threads=2, kv_budget_tokens=512),
+    )
+    assert plan.ends == EndsPlan("cuda:0", "fp32", "cpu", "cpu", "int8")
+    assert plan_for(str(path), 3, ("cpu", "cuda:0")) == plan
+
+
+def test_a_model_that_is_a_path_lies_relative_to_the_plan_file(tmp_path: Path) -> None:
+    """A plan can travel with its model; a hub id stays a hub id."""
+    path = write(tmp_path, 'model = "./glm"\n[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n')
+    assert read_plan_file(path).model == str(tmp_path / "glm")
+
+
+STAGE = '[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("modle = 'x'\n" + STAGE, "unknown key 'modle'; did you mean 'model'?"),
+        (STAGE + "devices = 'x'", "[[stage]] 1: unknown key 'devices'; did you mean 'device'?"),
+        (STAGE + "colour = 'x'", "the keys here are device, layers, precision, threads, kv_budget_tokens"),
+        (STAGE + "[ends]\nlmhead = 'cpu'", "[ends] unknown key 'lmhead'; did you mean 'lm_head'?"),
+        (STAGE + "threads = '4'", "[[stage]] 1: threads must be a whole number, not '4'"),
+        (STAGE + "threads = true", "[[stage]] 1: threads must be a whole number, not True"),
+        (STAGE + "threads = 0", "[[stage]] 1: threads 0 is too small"),
+        (STAGE + "kv_budget_tokens = -1", "kv_budget_tokens -1 is too small"),
+        (STAGE + "precision = 'fp16'", "[[stage]] 1: fp16 does not compute on a CPU"),
+        ("[[stage]]\nlayers = '1-6'", "[[stage]] 1: device is missing"),
+        ("[stage]\ndevice = 'cpu'", "each under its own [[stage]]"),
+        ("stage = [1]", "[[stage]] 1 is not a table"),
+        ("model = 'x'", "no stage; add at least one [[stage]]"),
+        ("[[stage]\n", "is not TOML"),
+    ],
+)
+def test_a_faulty_plan_file_is_refused_with_one_sentence(tmp_path: Path, text: str, fault: str) -> None:
+    """Unknown keys, wrong types, missing keys and broken TOML are named, and nothing else is."""
+    faults = faults_of(write(tmp_path, text))
+    assert len(faults) == 1
+    assert fault in faults[0]
+
+
+def test_faults_of_form_and_meaning_are_listed_together(tmp_path: Path) -> None:
+    """One run shows them all."""
+    text = STAGE.replace("1-6", "1-9") + "thread = 1\n[ends]\nlm_head = 'gpu'\nprecision = 'fp8'\n"
+    assert len(faults_of(write(tmp_path, text))) == 4
+
+
+def test_a_plan_file_that_cannot_be_read_is_a_plan_error(tmp_path: Path) -> None:
+    """Missing files, directories and bytes that are no text."""
+    assert "cannot be read" in faults_of(tmp_path / "none.toml")[0]
+    assert "cannot be read" in faults_of(tmp_path)[0]
+    (tmp_path / "latin.toml").write_bytes(b"model = '\xff'")
+    assert "not UTF-8" in faults_of(tmp_path / "latin.toml")[0]
