@@ -21,6 +21,8 @@ SETS = (
     "chatglm-int4-qe",
     "chatglm2-int4",
 )
+CHUNKED_SETS = ("chatglm2", "chatglm2-safetensors", "chatglm3", "glm4")
+PREFIX_SETS = tuple(name for name in SETS if name == "chatglm" or name.startswith("chatglm-"))
 
 
 @dataclass(frozen=True)
