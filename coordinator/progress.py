@@ -1,0 +1,149 @@
+"""What a terminal shows while the stages load: a bar for each on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, TextIO
+
+from coordinator.plan import Plan, StagePlan
+
+PLAIN_INTERVAL_S = 3.0
+"""Without a terminal, a loading stage is mentioned at most this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """How far one stage has loaded. `weight_bytes` is what its weights take so far."""
+
+    stage_index: int
+    layers_done: int
+    layers_total: int
+    weight_bytes: int
+    is_ready: bool = False
+
+
+class LoadView(Protocol):
+    """Where load progress and the workers' lines go. A context manager around the loading."""
+
+    def update(self, progress: StageProgress) -> None:
+        """Show a stage's progress."""
+
+    def log(self, line: str) -> None:
+        """Show a worker's line; works after the loading, too."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def load_view(plan: Plan, stream: TextIO | None = None) -> LoadView:
+    """The view that suits `stream`, stderr by default."""
+    stream = stream or sys.stderr
+    return BarView(plan, stream) if stream.isatty() else PlainView(plan, stream)
+
+
+class PlainView:
+    """Lines: when a stage is ready, and every few seconds while one is loading."""
+
+    def __init__(self, plan: Plan, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._titles = _titles(plan)
+        self._stream = stream
+        self._clock = clock
+        self._due_s = dict.fromkeys(range(len(plan.stages)), clock() + PLAIN_INTERVAL_S)
+
+    def update(self, progress: StageProgress) -> None:
+        now_s = self._clock()
+        if not progress.is_ready and now_s < self._due_s[progress.stage_index]:
+            return
+        self._due_s[progress.stage_index] = now_s + PLAIN_INTERVAL_S
+        state = "ready" if progress.is_ready else f"{progress.layers_done}/{progress.layers_total} layers"
+        self.log(f"{self._titles[progress.stage_index]}: {state}, {format_bytes(progress.weight_bytes)}")
+
+    def log(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class BarView:
+    """One bar per stage, with layers and bytes. The workers' lines scroll above the bars."""
+
+    def __init__(self, plan: Plan, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._stream = stream
+        self._is_live = False
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} layers"),
+            TextColumn("{task.fields[size]}"),
+            console=Console(file=stream, highlight=False),
+        )
+        self._tasks = [
+            self._progress.add_task(title, total=stage.layer_end - stage.layer_start, size="")
+            for title, stage in zip(_titles(plan), plan.stages, strict=True)
+        ]
+
+    def update(self, progress: StageProgress) -> None:
+        self._progress.update(
+            self._tasks[progress.stage_index],
+            completed=progress.layers_total if progress.is_ready else progress.layers_done,
+            total=progress.layers_total,
+            size=format_bytes(progress.weight_bytes),
+        )
+
+    def log(self, line: str) -> None:
+        if self._is_live:
+            self._progress.console.print(line, markup=False, soft_wrap=True)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._is_live = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_live = False
+        self._progress.stop()
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`512 B`, `14.2 MB`, `3.3 GB`: powers of 1000, as disks and model cards count."""
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _titles(plan: Plan) -> list[str]:
+    return [_title(number, stage) for number, stage in enumerate(plan.stages, start=1)]
+
+
+def _title(number: int, stage: StagePlan) -> str:
+    return f"stage {number} {stage.device} layers {stage.layers_text} {stage.precision}"
