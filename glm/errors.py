@@ -11,6 +11,7 @@
     │   └── TensorShapeError      a tensor has another shape than config.json implies
     ├── CacheGapError             a segment starts beyond the cached tokens
     ├── TokenizerError            tokenizer files are missing or broken
+    ├── ChatFormatError           a conversation that the model's chat format has no place for
     └── SamplingError             sampling params with impossible values
 
 Every message names the culprit, the number and the remedy, and is meant to be shown as it is.
@@ -59,6 +60,10 @@ class CacheGapError(GlmError):
 
 class TokenizerError(GlmError):
     """Tokenizer files are missing or broken."""
+
+
+class ChatFormatError(GlmError):
+    """A conversation that the model's chat format has no place for."""
 
 
 class SamplingError(GlmError):

@@ -1,0 +1,221 @@
+"""The tokenizers of GLM-4 and later: byte-level BPE, in tiktoken's text format or as a tokenizer.json."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import tokenizers
+
+from glm.config import ModelConfig
+from glm.decoding import DecodingRules, Piece
+from glm.dialect import Dialect
+from glm.errors import TokenizerError
+from glm.tokenizer import Tokenizer, Vocabulary
+
+# How GLM-4 cuts a text into words before merging bytes: a fact of its vocabulary, as the vocabulary itself.
+SPLIT_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+# In this order after the ranks, where tokenizer_config.json does not place them.
+GLM4_SPECIAL = (
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+)
+
+
+def load_tiktoken(path: Path, dialect: Dialect, config: ModelConfig, settings: Mapping[str, Any]) -> Tokenizer:
+    """GLM-4's `tokenizer.model`: a line for each rank, its bytes in base64, a space, the rank."""
+    del config
+    ranks = _read_ranks(path)
+    special = {content: token_id for token_id, content in _added_tokens(settings).items()}
+    special = special or {name: len(ranks) + index for index, name in enumerate(GLM4_SPECIAL)}
+    if min(special.values()) != len(ranks):
+        raise TokenizerError(
+            f"{path} has {len(ranks)} ranks, but the special tokens begin at id {min(special.values())}: "
+            "the file is truncated or belongs to another model; download it again"
+        )
+    missing = [name for name in ("[gMASK]", "<sop>") if name not in special]
+    if missing:
+        raise TokenizerError(f"tokenizer_config.json beside {path} has no {' and no '.join(missing)}")
+    return TiktokenTokenizer(ranks, special, dialect)
+
+
+class TiktokenTokenizer(Tokenizer):
+    """GLM-4-9B-chat in its own layout."""
+
+    def __init__(self, ranks: Mapping[bytes, int], special: Mapping[str, int], dialect: Dialect) -> None:
+        super().__init__(
+            Vocabulary(
+                dialect=dialect,
+                size=max(special.values()) + 1,
+                special=special,
+                typed_special=special,
+                prefix_ids=(special["[gMASK]"], special["<sop>"]),
+                rules=DecodingRules(special_separator=" "),
+            )
+        )
+        self._bytes = list(ranks)
+        self._special_bytes = {token_id: name.encode() for name, token_id in special.items()}
+        self._encoding = tiktoken.Encoding(
+            "glm4", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens=dict(special)
+        )
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def piece(self, token_id: int) -> Piece:
+        if 0 <= token_id < len(self._bytes):
+            return Piece(self._bytes[token_id])
+        return Piece(self._special_bytes.get(token_id, b""), is_special=True)
+
+
+def load_tokenizer_json(path: Path, dialect: Dialect, config: ModelConfig, settings: Mapping[str, Any]) -> Tokenizer:
+    """A `tokenizer.json` of a model in one of transformers' layouts."""
+    del config
+    try:
+        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"{path} is no complete tokenizer.json ({error}): download it again") from error
+    decoder = type(backend.decoder).__name__
+    if decoder != "ByteLevel":
+        raise TokenizerError(
+            f"{path} decodes with {decoder}; GLM models decode with ByteLevel, others are not supported"
+        )
+    return JsonTokenizer(backend, dialect, settings, read_chat_template(path.parent, settings))
+
+
+class JsonTokenizer(Tokenizer):
+    """Byte-level BPE described by a tokenizer.json."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, dialect: Dialect, settings: Mapping[str, Any], chat_template: str | None
+    ) -> None:
+        # Special tokens are recognised by this project alone, and only where it wants them.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._added = {
+            token_id: Piece(token.content.encode(), is_special=token.special)
+            for token_id, token in backend.get_added_tokens_decoder().items()
+        }
+        special = {piece.data.decode(): token_id for token_id, piece in self._added.items() if piece.is_special}
+        prefix_ids, suffix_ids = _what_stands_around(backend)
+        super().__init__(
+            Vocabulary(
+                dialect=dialect,
+                size=1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1),
+                special=special,
+                typed_special=special,
+                prefix_ids=prefix_ids,
+                suffix_ids=suffix_ids,
+                chat_template=chat_template,
+                template_variables=_template_variables(settings),
+            )
+        )
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def piece(self, token_id: int) -> Piece:
+        added = self._added.get(token_id)
+        if added is not None:
+            return added
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            return Piece(b"", is_special=True)
+        try:
+            return Piece(bytes(BYTE_OF_CHARACTER[character] for character in token))
+        except KeyError:
+            return Piece(token.encode())
+
+
+def read_chat_template(model_dir: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template of a model: chat_template.jinja, else the one in tokenizer_config.json, else None."""
+    path = model_dir / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes printable Latin-1 bytes as themselves, the others as characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines()):
+        piece, _, rank = line.partition(b" ")
+        try:
+            is_next = int(rank) == number
+            ranks[base64.b64decode(piece, validate=True)] = number
+        except (ValueError, binascii.Error):
+            is_next = False
+        if not is_next:
+            raise TokenizerError(
+                f"{path}, line {number + 1}: {line[:40]!r} is not a base64 piece and the rank {number}: "
+                "the file is damaged or truncated; download it again"
+            )
+    if len(ranks) < number + 1:
+        raise TokenizerError(f"{path} has the same piece twice: download it again")
+    return ranks
+
+
+def _added_tokens(settings: Mapping[str, Any]) -> dict[int, str]:
+    added = settings.get("added_tokens_decoder", {})
+    try:
+        return {int(token_id): str(token["content"]) for token_id, token in added.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder is malformed ({error!r})") from error
+
+
+def _what_stands_around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the tokenizer's own post-processing puts before and after a text."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start]), tuple(full[start + len(bare) :])
+    return (), ()
+
+
+def _template_variables(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by role, as `bos_token`; published files hold strings or objects with a `content`."""
+    variables = {}
+    for key, value in settings.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            variables[key] = content
+    return variables
