@@ -1,0 +1,122 @@
+"""The text side of one request: token ids come in, text that is final goes out, and at the end what it cost."""
+
+import time
+from collections.abc import Sequence as AbstractSequence
+
+from coordinator.plan import Plan
+from coordinator.sequence import Sequence
+from coordinator.timing import StageShare, StepTiming
+from glm.answer import AnswerStream
+from glm.config import ModelConfig
+from glm.decoding import IncrementalDecoder, StopStringMatcher
+from glm.tokenizer import Tokenizer
+from protocol.client import Delta, Finished, FinishReason, GenerationStats, StageStats
+
+
+class Answer:
+    """Follows one sequence from its first step to its last.
+
+    `clean` says whether the text gets the family's answer clean-up (chats do, plain continuations do not). Without a
+    tokenizer the text stays empty and only token ids are reported.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        plan: Plan,
+        *,
+        request_id: int,
+        tokenizer: Tokenizer | None,
+        config: ModelConfig,
+        stop: AbstractSequence[str],
+        end_ids: AbstractSequence[int],
+        clean: bool,
+    ) -> None:
+        self.sequence = sequence
+        self.request_id = request_id
+        self._plan = plan
+        self._end_ids = frozenset(end_ids)
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
+        self._matcher = StopStringMatcher(stop)
+        self._cleaner = AnswerStream(config) if clean else None
+        self._text: list[str] = []
+        self._num_seen = 0
+        self._started_at_s = time.monotonic()
+        self._first_token_at_s: float | None = None
+        self._shares = [StageShare(0.0, 0.0, 0)] * len(plan.stages)
+
+    @property
+    def found_stop_string(self) -> bool:
+        """Whether a stop string is complete, so that the sequence should be cancelled."""
+        return self._matcher.found is not None
+
+    def account(self, timing: StepTiming | None) -> None:
+        """Add what a step cost."""
+        if timing is None or len(timing.stages) != len(self._shares):
+            return
+        self._shares = [
+            StageShare(old.compute_s + new.compute_s, old.wire_s + new.wire_s, new.kv_tokens)
+            for old, new in zip(self._shares, timing.stages, strict=True)
+        ]
+
+    def advance(self) -> Delta | None:
+        """The text that became final since the last call; None when there are no new ids."""
+        new_ids = self.sequence.new_ids[self._num_seen :]
+        if not new_ids:
+            return None
+        if self._first_token_at_s is None:
+            self._first_token_at_s = time.monotonic()
+        self._num_seen += len(new_ids)
+        return Delta(self.request_id, self._show("".join(map(self._decode, new_ids))), tuple(new_ids))
+
+    def close(self) -> tuple[Delta | None, Finished]:
+        """The text that was held back, if any, and the whole outcome."""
+        tail = self._matcher.push(self._decoder.flush()) if self._decoder else ""
+        tail += self._matcher.flush()
+        if self._cleaner is not None:
+            tail = self._cleaner.push(tail) + self._cleaner.flush()
+        self._text.append(tail)
+        finish_reason: FinishReason = self.sequence.finish_reason or "cancelled"
+        finished = Finished(
+            self.request_id,
+            "stop_string" if self.found_stop_string else finish_reason,
+            "".join(self._text),
+            tuple(self.sequence.new_ids),
+            self._stats(),
+        )
+        return (Delta(self.request_id, tail, ()) if tail else None), finished
+
+    def _decode(self, token_id: int) -> str:
+        if self._decoder is None or (token_id in self._end_ids and token_id == self.sequence.token_ids[-1]):
+            return ""
+        return self._decoder.push(token_id)
+
+    def _show(self, text: str) -> str:
+        text = self._matcher.push(text)
+        if self._cleaner is not None:
+            text = self._cleaner.push(text)
+        self._text.append(text)
+        return text
+
+    def _stats(self) -> GenerationStats:
+        now_s = time.monotonic()
+        first_s = self._first_token_at_s or now_s
+        return GenerationStats(
+            prompt_tokens=self.sequence.num_prompt,
+            prefill_s=first_s - self._started_at_s,
+            new_tokens=len(self.sequence.new_ids),
+            decode_s=now_s - first_s,
+            total_s=now_s - self._started_at_s,
+            stages=tuple(
+                StageStats(
+                    index,
+                    stage.device,
+                    stage.layers_text,
+                    stage.precision,
+                    share.compute_s,
+                    share.wire_s,
+                    share.kv_tokens,
+                )
+                for index, (stage, share) in enumerate(zip(self._plan.stages, self._shares, strict=True))
+            ),
+        )

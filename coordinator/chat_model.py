@@ -1,0 +1,301 @@
+"""A GLM model that runs in stage workers, for use from Python: `with launch(model, plan) as chat_model: ...`."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+
+from coordinator.answer import Answer
+from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
+from coordinator.engine import EPOCH, Engine
+from coordinator.errors import GenerationError
+from coordinator.launcher import LogSink
+from coordinator.plan import Plan, describe
+from coordinator.planning import PlanSource, plan_for
+from coordinator.sequence import Sequence
+from glm.chat_format import ChatMessage, Role, chat_format_for
+from glm.checkpoint import Checkpoint
+from glm.config import ModelConfig, load_config
+from glm.demo import demo_model_dir
+from glm.ends import Embedding, Head, end_placement
+from glm.errors import TokenizerError
+from glm.generation import generation_defaults
+from glm.hub import resolve_model
+from glm.positions import prompt_layout
+from glm.precision import Precision
+from glm.sampling import Sampler, SamplingParams
+from glm.tokenizer import Tokenizer, load_tokenizer
+from protocol import client
+
+History = list[dict[str, str]]
+StreamEvent = client.Delta | client.Finished
+Prompt = client.ChatPrompt | client.TextPrompt | client.TokenPrompt
+KV_BUDGET_CONTEXTS = 4
+"""Full contexts that a stage's KV cache may hold together where the plan states no budget of its own."""
+
+
+def launch(
+    model: str | Path | None = None,
+    plan: PlanSource = None,
+    *,
+    revision: str | None = None,
+    chat_format: str | None = None,
+    on_progress: ProgressSink | None = None,
+    on_log: LogSink | None = None,
+    record_hidden_states: bool = False,
+) -> "ChatModel":
+    """Start the workers of a plan and load a model into them.
+
+    Args:
+        model: a model directory or hub id; None is the demo model that comes with glmpipe.
+        plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
+        chat_format: overrides the chat format found from the model's files.
+        on_progress, on_log: receive load progress, and the workers' log lines.
+
+    Raises:
+        GlmError: the model is not usable. PlanError: the plan is not. LaunchError: a worker is not.
+    """
+    model_dir = demo_model_dir() if model is None else resolve_model(model, revision)
+    config = load_config(model_dir)
+    checked_plan = plan_for(plan, config.num_layers)
+    checkpoint = Checkpoint(model_dir)
+    settings = ClusterSettings(
+        model_dir=model_dir.resolve(),
+        fingerprint=checkpoint.fingerprint(),
+        epoch=EPOCH,
+        default_kv_budget_tokens=KV_BUDGET_CONTEXTS * config.max_context,
+        record_hidden_states=record_hidden_states,
+    )
+    cluster = Cluster(checked_plan, settings, on_progress=on_progress, on_log=on_log)
+    try:
+        embedding, head = _load_ends(checkpoint, config, checked_plan)
+        cluster.load()
+        budgets = [s.kv_budget_tokens or settings.default_kv_budget_tokens for s in checked_plan.stages]
+        engine = Engine(embedding, head, cluster.pipeline, min(budgets))
+        return ChatModel(cluster, engine, config, model_dir, chat_format)
+    except BaseException:
+        cluster.close()
+        raise
+
+
+def _load_ends(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:
+    ends = plan.ends
+
+    def placed(precision: str, device: str) -> Any:
+        return end_placement(Precision.parse(precision), torch.device(device), config)
+
+    embedding = Embedding.load(checkpoint, config, placed(ends.embedding_precision, ends.embedding_device))
+    norm = placed(ends.final_layernorm_precision, ends.final_layernorm_device)
+    lm_head = placed(ends.lm_head_precision, ends.lm_head_device)
+    return embedding, Head.load(checkpoint, config, norm, lm_head)
+
+
+class ChatModel:
+    """Chat and generation through a running pipeline. A context manager; use it from one thread.
+
+    Only `cancel` may be called from another thread or a signal handler.
+    """
+
+    def __init__(
+        self, cluster: Cluster, engine: Engine, config: ModelConfig, model_dir: Path, chat_format: str | None
+    ) -> None:
+        self.cluster = cluster
+        self.engine = engine
+        self.config = config
+        self.model_dir = model_dir
+        self._no_tokenizer: TokenizerError | None = None
+        self._tokenizer: Tokenizer | None = None
+        try:
+            self._tokenizer = load_tokenizer(model_dir, config, chat_format)
+        except TokenizerError as error:
+            self._no_tokenizer = error
+        self.defaults = generation_defaults(config, model_dir, self._tokenizer)
+        self._cancelled = threading.Event()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            TokenizerError: the model directory has none, and what that means.
+        """
+        if self._tokenizer is None:
+            assert self._no_tokenizer is not None
+            raise self._no_tokenizer
+        return self._tokenizer
+
+    def describe(self) -> client.Description:
+        """What runs here: model, family, context, where each part went, sampling defaults."""
+        return client.Description(
+            request_id=0,
+            model_name=self.config.name or self.model_dir.name,
+            family=self.config.family,
+            max_context=self.config.max_context,
+            plan_lines=describe(self.cluster.plan),
+            defaults=_to_wire(self.defaults.sampling),
+        )
+
+    def chat(
+        self, query: str, history: AbstractSequence[Mapping[str, str]] = (), **sampling: Any
+    ) -> tuple[str, History]:
+        """Answer a question; returns the answer and the history with both appended.
+
+        `history` is a list of `{"role": ..., "content": ...}`; `sampling` are fields of `SamplingParams`, those not
+        given have the model's defaults.
+
+        Raises:
+            GenerationError: the conversation does not fit, or a stage could not do it.
+        """
+        reply, grown = "", list(map(dict, history))
+        for reply, grown in self.stream_chat(query, history, **sampling):  # noqa: B007 - the last one counts
+            pass
+        return reply, grown
+
+    def stream_chat(
+        self, query: str, history: AbstractSequence[Mapping[str, str]] = (), **sampling: Any
+    ) -> Iterator[tuple[str, History]]:
+        """As `chat`, yielding the answer so far and the history with it, each time it has grown."""
+        asked = [*map(dict, history), {"role": "user", "content": query}]
+        turns = tuple(client.ChatTurn(m["role"], m.get("metadata", ""), m["content"]) for m in asked)
+        text = ""
+        for event in self.stream(client.ChatPrompt(turns), self._sampling(sampling)):
+            text = event.text if isinstance(event, client.Finished) else text + event.text
+            yield text, [*asked, {"role": "assistant", "content": text}]
+
+    def generate(self, token_ids: AbstractSequence[int], **sampling: Any) -> client.Finished:
+        """Continue token ids as they are; the outcome has `.token_ids` (the new ones), `.text`, `.stats`."""
+        outcome: StreamEvent | None = None
+        for outcome in self.stream(client.TokenPrompt(tuple(token_ids)), self._sampling(sampling)):  # noqa: B007
+            pass
+        assert isinstance(outcome, client.Finished)
+        return outcome
+
+    def stream(self, prompt: Prompt, sampling: client.SamplingParams | None = None) -> Iterator[StreamEvent]:
+        """Generate for a prompt: any number of Delta, then one Finished.
+
+        Closing the iterator, or `cancel`, stops the answer.
+
+        Raises:
+            GenerationError: this request failed; the model goes on. StageLost: the pipeline is broken.
+        """
+        self._cancelled.clear()
+        answer = self.begin(prompt, sampling)
+        try:
+            while not answer.sequence.is_finished:
+                if self._cancelled.is_set():
+                    self.engine.cancel(answer.sequence)
+                    break
+                for _, event in self.step([answer]):
+                    yield event
+        finally:
+            self.engine.cancel(answer.sequence)
+        if answer.sequence.error is not None:
+            raise answer.sequence.error
+        tail, finished = answer.close()
+        if tail is not None:
+            yield tail
+        yield finished
+
+    def begin(self, prompt: Prompt, sampling: client.SamplingParams | None = None, request_id: int = 0) -> Answer:
+        """Queue a request; `step` moves it on.
+
+        Raises:
+            GenerationError: it does not fit the model's context. TokenizerError: text for a model without tokenizer.
+        """
+        params = self.defaults.sampling if sampling is None else _from_wire(sampling)
+        prompt_ids = self.prompt_ids(prompt)
+        self._check_prompt(prompt_ids)
+        sequence = Sequence(
+            self.engine.new_sequence_id(),
+            prompt_ids,
+            Sampler(params, prompt_ids, guard_id=self.defaults.guard_id),
+            layout=prompt_layout(prompt_ids, self.config),
+            end_ids=frozenset() if params.ignore_eos else frozenset(self.defaults.end_ids),
+            max_new_tokens=params.max_new_tokens,
+            max_length=self.defaults.max_length,
+            max_context=self.config.max_context,
+        )
+        self.engine.add(sequence)
+        return Answer(
+            sequence,
+            self.cluster.plan,
+            request_id=request_id,
+            tokenizer=self._tokenizer,
+            config=self.config,
+            stop=params.stop,
+            end_ids=() if params.ignore_eos else self.defaults.end_ids,
+            clean=isinstance(prompt, client.ChatPrompt),
+        )
+
+    def step(self, answers: AbstractSequence[Answer]) -> list[tuple[Answer, client.Delta]]:
+        """One walk of the chain for all queued requests; what became final in the given answers."""
+        by_sequence = {id(answer.sequence): answer for answer in answers}
+        events = []
+        for sequence, timing in self.engine.step():
+            answer = by_sequence.get(id(sequence))
+            if answer is None:
+                continue
+            answer.account(timing)
+            delta = answer.advance()
+            if answer.found_stop_string:
+                self.engine.cancel(sequence)
+            if delta is not None:
+                events.append((answer, delta))
+        return events
+
+    def cancel(self) -> None:
+        """Stop the answer that `stream` is giving, after the step under way."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Stop the workers and leave nothing behind. Safe to call twice."""
+        self.cluster.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The token ids a prompt becomes.
+
+        Raises:
+            TokenizerError: it is text, and the model directory has no tokenizer.
+        """
+        if isinstance(prompt, client.TokenPrompt):
+            return list(prompt.token_ids)
+        if isinstance(prompt, client.TextPrompt):
+            return self.tokenizer.encode_prompt(prompt.text)
+        messages = [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata) for turn in prompt.turns]
+        return chat_format_for(self.tokenizer).encode(messages)
+
+    def _check_prompt(self, prompt_ids: AbstractSequence[int]) -> None:
+        if not prompt_ids:
+            raise GenerationError("the prompt has no tokens: give at least one")
+        if len(prompt_ids) >= self.config.max_context:
+            raise GenerationError(
+                f"the conversation has {len(prompt_ids)} tokens, the model's context holds {self.config.max_context}: "
+                "shorten it or start a new one"
+            )
+        wrong = [i for i in prompt_ids if not 0 <= i < self.config.vocab_size]
+        if wrong:
+            raise GenerationError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size}")
+
+    def _sampling(self, given: Mapping[str, Any]) -> client.SamplingParams:
+        return _to_wire(replace(self.defaults.sampling, **given))
+
+
+def _to_wire(params: SamplingParams) -> client.SamplingParams:
+    return client.SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})
+
+
+def _from_wire(params: client.SamplingParams) -> SamplingParams:
+    return SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})

@@ -1,0 +1,184 @@
+"""The worker processes of one plan on this host: brought up, assigned their layers, watched, taken down."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+import zmq
+
+from coordinator.control import ControlPlane, Reply, expect
+from coordinator.errors import LaunchError, StageLost
+from coordinator.launcher import Launcher, LogSink
+from coordinator.pipeline import Pipeline
+from coordinator.plan import Plan
+from coordinator.runtime_dir import RuntimeDir
+from protocol.control import Assign, Inspect, Inspected, InspectedPart, Progress, Ready
+from protocol.sockets import Socket
+from protocol.torch_bridge import from_raw
+
+JOIN_DEADLINE_S = 120.0
+"""Python and torch take seconds to start, a minute on a slow disk."""
+REQUEST_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """How far one stage has loaded; `ready` is set once, when it serves."""
+
+    stage_index: int
+    layers_done: int
+    layers_total: int
+    weight_bytes: int
+    ready: Ready | None = None
+
+
+ProgressSink = Callable[[StageProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """What every stage is told: the model, the epoch, the KV budget of stages that state none themselves."""
+
+    model_dir: Path
+    fingerprint: str
+    epoch: int
+    default_kv_budget_tokens: int
+    record_hidden_states: bool = False
+
+
+class Cluster:
+    """One worker per stage, and the pipeline through them. A context manager: nothing is left when it closes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: ClusterSettings,
+        *,
+        on_progress: ProgressSink | None = None,
+        on_log: LogSink | None = None,
+    ) -> None:
+        """Start the workers; `load` makes them ready.
+
+        Raises:
+            LaunchError: a worker cannot be started.
+        """
+        self.plan = plan
+        self._settings = settings
+        self._on_progress = on_progress
+        with ExitStack() as stack:
+            self.runtime_dir = stack.enter_context(RuntimeDir())
+            self.context: zmq.Context[Socket] = stack.enter_context(zmq.Context())
+            endpoint = self.runtime_dir.endpoint("control")
+            self._launcher = Launcher(plan.stages, endpoint, on_log=on_log)
+            self._worker_ids = self._launcher.worker_ids
+            self._control = stack.enter_context(
+                ControlPlane(self.context, endpoint, self._worker_ids, on_progress=self._relay_progress)
+            )
+            self.pipeline = Pipeline(self.context, self.runtime_dir.endpoint("return"), self.check)
+            stack.callback(self.pipeline.close)
+            stack.enter_context(self._launcher)
+            self._resources = stack.pop_all()
+
+    def load(self) -> tuple[Ready, ...]:
+        """Wait for the workers, give each its layers, wait until all serve.
+
+        Raises:
+            LaunchError: a worker died, did not join in time, or cannot hold its layers.
+        """
+        joins = self._control.wait_for_joins(JOIN_DEADLINE_S, self._launcher.check)
+        endpoints = [joins[worker_id].data_endpoint for worker_id in self._worker_ids]
+        following = [*endpoints[1:], self.pipeline.return_endpoint]
+        futures = [
+            self._control.begin(worker_id, self._assignment(index, following[index]))
+            for index, worker_id in enumerate(self._worker_ids)
+        ]
+        self._wait_until_ready(futures)
+        ready = [self._ready(index, future) for index, future in enumerate(futures)]
+        self.pipeline.connect(endpoints[0])
+        return tuple(ready)
+
+    def check(self) -> None:
+        """Raises StageLost when a worker has died, left or fallen silent."""
+        dead = self._launcher.poll()
+        if dead is not None:
+            raise StageLost(dead.describe("while serving"))
+        lost = self._control.lost()
+        if lost is not None:
+            worker_id, what = lost
+            stage = self.plan.stages[self._worker_ids.index(worker_id)]
+            raise StageLost(f"{worker_id} ({stage.device}, layers {stage.layers_text}) {what}")
+
+    def inspect(self, layer: int, sequence_id: int, what: InspectedPart) -> torch.Tensor:
+        """What the stage that holds `layer` (from 0) has of a sequence, fp32 [num_tokens, ...].
+
+        Raises:
+            LaunchError: the stage has no such thing. StageLost: it does not answer.
+        """
+        index = next(i for i, stage in enumerate(self.plan.stages) if stage.layer_start <= layer < stage.layer_end)
+        reply = self._control.request(self._worker_ids[index], Inspect(0, sequence_id, layer, what), REQUEST_DEADLINE_S)
+        _, tensors = expect(reply, Inspected, f"stage {index + 1}")
+        return from_raw(tensors[0])
+
+    def close(self) -> None:
+        """Stop and reap the workers, close the sockets, remove the runtime directory. Safe to call twice."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _assignment(self, index: int, next_endpoint: str) -> Assign:
+        stage, settings = self.plan.stages[index], self._settings
+        return Assign(
+            request_id=0,
+            epoch=settings.epoch,
+            stage_index=index,
+            num_stages=len(self.plan.stages),
+            model_path=str(settings.model_dir),
+            fingerprint=settings.fingerprint,
+            layer_start=stage.layer_start,
+            layer_end=stage.layer_end,
+            precision=stage.precision,
+            kv_budget_tokens=stage.kv_budget_tokens or settings.default_kv_budget_tokens,
+            next_endpoint=next_endpoint,
+            next_public_key=None,
+            activation_dtype=None,
+            record_hidden_states=settings.record_hidden_states,
+        )
+
+    def _wait_until_ready(self, futures: list[Future[Reply]]) -> None:
+        """Loading may take minutes; what ends the wait is a reply from all, a failure of one, or a lost worker."""
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=0.1)
+            for future in done:
+                self._ready(futures.index(future), future)
+            try:
+                self.check()
+            except StageLost as error:
+                raise LaunchError(str(error).replace("while serving", "while loading")) from None
+
+    def _ready(self, index: int, future: Future[Reply]) -> Ready:
+        stage = self.plan.stages[index]
+        message, _ = expect(future.result(0), Ready, f"stage {index + 1} ({stage.device}, layers {stage.layers_text})")
+        assert isinstance(message, Ready)
+        num_layers = stage.layer_end - stage.layer_start
+        self._report(StageProgress(index, num_layers, num_layers, message.weight_bytes, message))
+        return message
+
+    def _relay_progress(self, worker_id: str, progress: Progress) -> None:
+        index = self._worker_ids.index(worker_id)
+        self._report(StageProgress(index, progress.layers_done, progress.layers_total, progress.weight_bytes))
+
+    def _report(self, progress: StageProgress) -> None:
+        if self._on_progress is not None:
+            self._on_progress(progress)

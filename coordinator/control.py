@@ -1,0 +1,258 @@
+"""The coordinator's side of the control plane: who joined, requests with deadlines, heartbeats.
+
+One thread owns the ROUTER; everybody else talks to it through `ControlPlane`, whose methods may be called from any
+thread and never wait without a deadline.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from coordinator.errors import LaunchError, StageLost
+from protocol.control import Failed, Join, Leaving, Ping, Pong, Progress, Refused, Welcome
+from protocol.errors import ProtocolError
+from protocol.messages import Message, Plane
+from protocol.sockets import Socket, bind, control_socket
+from protocol.tensors import RawTensor
+from protocol.version import VERSION
+from protocol.wire import decode, encode
+
+HEARTBEAT_INTERVAL_S = 1.0
+SILENCE_LIMIT_S = 15.0
+"""A worker that answered no ping for so long counts as lost. Its control thread answers during loads and long steps."""
+ORPHAN_TIMEOUT_S = 20.0
+"""A worker that hears nothing from its coordinator for so long leaves."""
+
+Reply = tuple[Message, tuple[RawTensor, ...]]
+ProgressSink = Callable[[str, Progress], None]
+
+
+@dataclass(slots=True)
+class _Worker:
+    identity: bytes
+    join: Join
+    last_heard_s: float
+    pong: Pong | None = None
+    left: str | None = None
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What the thread and its callers share, guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    workers: dict[str, _Worker] = field(default_factory=dict)
+    futures: dict[int, Future[Reply]] = field(default_factory=dict)
+
+
+class ControlPlane:
+    """Joined workers by id. A context manager; `close` ends the thread and its socket.
+
+    Only the ids in `expected` may join, each once, and only with this version of glmpipe.
+    """
+
+    def __init__(
+        self,
+        context: "zmq.Context[Socket]",
+        endpoint: str,
+        expected: Iterable[str],
+        *,
+        on_progress: ProgressSink | None = None,
+    ) -> None:
+        self._expected = frozenset(expected)
+        self._on_progress = on_progress
+        self._shared = _Shared()
+        self._request_ids = itertools.count(1)
+        self._outgoing: queue.SimpleQueue[tuple[bytes, Message] | None] = queue.SimpleQueue()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._router = control_socket(context, zmq.ROUTER)
+        self.endpoint = bind(self._router, endpoint)
+        self._thread = threading.Thread(target=self._run, name="control-plane", daemon=True)
+        self._thread.start()
+
+    def wait_for_joins(self, deadline_s: float, check: Callable[[], None]) -> dict[str, Join]:
+        """Block until every expected worker joined; `check` runs every 0.1 s and may raise.
+
+        Raises:
+            LaunchError: some have not within `deadline_s` seconds.
+        """
+        give_up_at = time.monotonic() + deadline_s
+        shared = self._shared
+        while True:
+            with shared.changed:
+                shared.changed.wait_for(lambda: len(shared.workers) == len(self._expected), timeout=0.1)
+                joined = {worker_id: worker.join for worker_id, worker in shared.workers.items()}
+            if len(joined) == len(self._expected):
+                return joined
+            check()
+            if time.monotonic() > give_up_at:
+                absent = ", ".join(sorted(self._expected - joined.keys()))
+                raise LaunchError(f"{absent} did not join within {deadline_s:.0f} s; look at its log lines above")
+
+    def begin(self, worker_id: str, message: Any) -> "Future[Reply]":
+        """Send a request (its request_id is chosen here); the future holds the reply."""
+        request_id = next(self._request_ids)
+        future: Future[Reply] = Future()
+        with self._shared.changed:
+            self._shared.futures[request_id] = future
+            identity = self._shared.workers[worker_id].identity
+        self._post(identity, dataclasses.replace(message, request_id=request_id))
+        return future
+
+    def request(self, worker_id: str, message: Any, deadline_s: float) -> Reply:
+        """Send a request and wait for its reply.
+
+        Raises:
+            StageLost: no reply within `deadline_s` seconds, or the worker left.
+        """
+        try:
+            return self.begin(worker_id, message).result(deadline_s)
+        except FutureTimeout:
+            name = type(message).__name__
+            raise StageLost(f"{worker_id} did not answer {name} within {deadline_s:g} s") from None
+
+    def lost(self) -> tuple[str, str] | None:
+        """The id of a worker that left or fell silent, and what happened; None while all are well."""
+        now = time.monotonic()
+        with self._shared.changed:
+            for worker_id, worker in self._shared.workers.items():
+                if worker.left is not None:
+                    return worker_id, f"left: {worker.left}"
+                if now - worker.last_heard_s > SILENCE_LIMIT_S:
+                    return worker_id, f"has been silent for {now - worker.last_heard_s:.0f} s"
+        return None
+
+    def pongs(self) -> dict[str, Pong]:
+        """The latest health report of each worker that gave one."""
+        with self._shared.changed:
+            return {i: w.pong for i, w in self._shared.workers.items() if w.pong is not None}
+
+    def close(self) -> None:
+        """End the thread, close the socket. Safe to call twice."""
+        if self._thread.is_alive():
+            self._outgoing.put(None)
+            self._wake()
+            self._thread.join()
+        self._wake_sender.close()
+        self._wake_receiver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _post(self, identity: bytes, message: Message) -> None:
+        self._outgoing.put((identity, message))
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake_sender.send(b"!")
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._wake_receiver, zmq.POLLIN)
+        next_ping_s = time.monotonic()
+        try:
+            while self._send_outgoing():
+                ready = dict(poller.poll(max(0, int((next_ping_s - time.monotonic()) * 1000))))
+                if self._wake_receiver.fileno() in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        self._wake_receiver.recv(4096)
+                if self._router in ready:
+                    self._receive()
+                if time.monotonic() >= next_ping_s:
+                    self._ping_all()
+                    next_ping_s = time.monotonic() + HEARTBEAT_INTERVAL_S
+        finally:
+            self._router.close()
+
+    def _send_outgoing(self) -> bool:
+        """Send what was posted; false when asked to end."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._outgoing.get_nowait()
+                if item is None:
+                    return False
+                identity, message = item
+                self._router.send_multipart([identity, *encode(message)])
+        return True
+
+    def _ping_all(self) -> None:
+        with self._shared.changed:
+            identities = [w.identity for w in self._shared.workers.values() if w.left is None]
+        for identity in identities:
+            self._router.send_multipart([identity, *encode(Ping(request_id=0))])
+
+    def _receive(self) -> None:
+        identity, *frames = self._router.recv_multipart()
+        try:
+            message, tensors = decode(frames, Plane.CONTROL)
+        except ProtocolError:
+            return  # whoever sent this is no worker of ours; a worker's own silence is noticed by its heartbeat
+        if isinstance(message, Join):
+            self._router.send_multipart([identity, *encode(self._admit(identity, message))])
+            return
+        with self._shared.changed:
+            found = next(((i, w) for i, w in self._shared.workers.items() if w.identity == identity), None)
+            if found is None:
+                return
+            worker_id, worker = found
+            worker.last_heard_s = time.monotonic()
+            future = self._note(worker, message)
+        if isinstance(message, Progress) and self._on_progress is not None:
+            self._on_progress(worker_id, message)
+        if future is not None:
+            future.set_result((message, tensors))
+
+    def _note(self, worker: _Worker, message: Message) -> "Future[Reply] | None":
+        """Take in what a worker said; returns the future that waits for it."""
+        if isinstance(message, Pong):
+            worker.pong = message
+        elif isinstance(message, Leaving):
+            worker.left = message.reason
+            self._shared.changed.notify_all()
+        request_id = getattr(message, "request_id", 0)
+        return self._shared.futures.pop(request_id, None) if request_id else None
+
+    def _admit(self, identity: bytes, join: Join) -> Welcome | Refused:
+        with self._shared.changed:
+            if join.worker_id not in self._expected or join.worker_id in self._shared.workers:
+                return Refused(join.request_id, "unknown_worker", f"no stage waits for a worker {join.worker_id!r}")
+            if join.glmpipe_version != VERSION:
+                text = f"worker {join.worker_id} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}"
+                return Refused(join.request_id, "version", f"{text}: install the same version on both")
+            self._shared.workers[join.worker_id] = _Worker(identity, join, time.monotonic())
+            self._shared.changed.notify_all()
+        return Welcome(join.request_id, "coordinator", HEARTBEAT_INTERVAL_S, ORPHAN_TIMEOUT_S)
+
+
+def expect(reply: Reply, wanted: type[Message], who: str) -> Reply:
+    """The reply if it is of the wanted type.
+
+    Raises:
+        LaunchError: the worker answered Failed, with its words, or something else.
+    """
+    message = reply[0]
+    if isinstance(message, Failed):
+        raise LaunchError(f"{who}: {message.text}")
+    if not isinstance(message, wanted):
+        raise LaunchError(f"{who} answered {type(message).__name__} where {wanted.__name__} was due")
+    return reply

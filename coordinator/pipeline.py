@@ -1,0 +1,80 @@
+"""All stages as one thing: submit a step at one end, collect its outcome at the other."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from protocol.data import Step, StepFailed
+from protocol.errors import ProtocolError
+from protocol.messages import Plane
+from protocol.sockets import Socket, bind, connect, data_socket, receive, send
+from protocol.torch_bridge import from_raw, to_raw
+from protocol.wire import decode
+
+_POLL_MS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a step. `hidden` [num_tokens, hidden_size] is None when a stage failed it.
+
+    Times are seconds of this host's monotonic clock.
+    """
+
+    message: Step | StepFailed
+    hidden: torch.Tensor | None
+    submitted_at_s: float
+    arrived_at_s: float
+
+
+class Pipeline:
+    """The coordinator's two ends of the chain of stages.
+
+    `check` is called while waiting and raises when a stage is gone: nothing here waits for what cannot come.
+    """
+
+    def __init__(self, context: "zmq.Context[Socket]", return_endpoint: str, check: Callable[[], None]) -> None:
+        self._push = data_socket(context, zmq.PUSH)
+        self._pull = data_socket(context, zmq.PULL)
+        self.return_endpoint = bind(self._pull, return_endpoint)
+        self._check = check
+        self._submitted_at_s: dict[int, float] = {}
+
+    def connect(self, first_stage_endpoint: str) -> None:
+        """Aim at the first stage."""
+        connect(self._push, first_stage_endpoint)
+
+    def submit(self, step: Step, hidden: torch.Tensor) -> None:
+        """Send a step down the chain; waits, watching the stages' health, where the first queue is full."""
+        self._wait(self._push, zmq.POLLOUT)
+        self._submitted_at_s[step.step_id] = time.monotonic()
+        send(self._push, step, (to_raw(hidden),))
+
+    def collect(self, epoch: int) -> Outcome:
+        """The next outcome of this epoch, in the order of submission; malformed and older frames are dropped."""
+        while True:
+            self._wait(self._pull, zmq.POLLIN)
+            frames = receive(self._pull)
+            arrived_at_s = time.monotonic()
+            try:
+                message, tensors = decode(frames, Plane.DATA)
+            except ProtocolError:
+                continue
+            assert isinstance(message, Step | StepFailed)
+            submitted_at_s = self._submitted_at_s.pop(message.step_id, None)
+            if message.epoch != epoch or submitted_at_s is None:
+                continue
+            hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
+            return Outcome(message, hidden, submitted_at_s, arrived_at_s)
+
+    def close(self) -> None:
+        """Close both sockets; steps under way are dropped."""
+        self._push.close(linger=0)
+        self._pull.close(linger=0)
+
+    def _wait(self, socket: Socket, event: int) -> None:
+        while not socket.poll(_POLL_MS, event):
+            self._check()

@@ -1,0 +1,116 @@
+"""Serves a chat model to the programs that connect to a running launch: many requests, one loop."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import zmq
+
+from coordinator.answer import Answer
+from coordinator.chat_model import ChatModel
+from coordinator.errors import CoordinatorError, GenerationError
+from glm.errors import GlmError
+from protocol import client
+from protocol.errors import ProtocolError
+from protocol.limits import clip_text
+from protocol.messages import Plane
+from protocol.sockets import Socket, bind, control_socket
+from protocol.wire import decode, encode
+
+_IDLE_POLL_MS = 200
+_log = logging.getLogger(__name__)
+
+
+def serve(chat_model: ChatModel, endpoint: str, should_stop: Callable[[], bool]) -> None:
+    """Answer clients until `should_stop()`; it is asked between steps and a few times a second.
+
+    Raises:
+        StageLost: the pipeline is broken; every waiting client has been told.
+    """
+    router = control_socket(chat_model.cluster.context, zmq.ROUTER)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    try:
+        bind(router, endpoint)
+        Service(chat_model, router).run(should_stop)
+    finally:
+        router.close()
+
+
+class Service:
+    """Requests by client and request id; a client may have several at once."""
+
+    def __init__(self, chat_model: ChatModel, router: Socket) -> None:
+        self._chat_model = chat_model
+        self._router = router
+        self._answers: dict[tuple[bytes, int], Answer] = {}
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Take in requests, walk the chain, send what became final; see `serve`."""
+        try:
+            while not should_stop():
+                while self._router.poll(0 if self._answers else _IDLE_POLL_MS):
+                    self._receive()
+                if self._answers:
+                    self._step()
+                else:
+                    self._chat_model.cluster.check()
+        except CoordinatorError as error:
+            for (identity, request_id), _ in list(self._answers.items()):
+                self._send(identity, client.Error(request_id, type(error).__name__, clip_text(str(error))))
+            raise
+
+    def _receive(self) -> None:
+        identity, *frames = self._router.recv_multipart()
+        try:
+            message, _ = decode(frames, Plane.CLIENT)
+        except ProtocolError as error:
+            _log.warning("dropped a malformed message of a client: %s", error)
+            return
+        if isinstance(message, client.Generate):
+            self._begin(identity, message)
+        elif isinstance(message, client.Cancel):
+            answer = self._answers.get((identity, message.request_id))
+            if answer is not None:
+                self._chat_model.engine.cancel(answer.sequence)
+                self._finish(identity, answer)
+        elif isinstance(message, client.Describe):
+            described = self._chat_model.describe()
+            self._send(identity, dataclasses.replace(described, request_id=message.request_id))
+
+    def _begin(self, identity: bytes, message: client.Generate) -> None:
+        key = (identity, message.request_id)
+        try:
+            if key in self._answers:
+                raise GenerationError(f"request {message.request_id} is already being answered")
+            self._answers[key] = self._chat_model.begin(message.prompt, message.sampling, message.request_id)
+        except (CoordinatorError, GlmError) as error:
+            self._send(identity, client.Error(message.request_id, type(error).__name__, clip_text(str(error))))
+
+    def _step(self) -> None:
+        owners = {id(answer): identity for (identity, _), answer in self._answers.items()}
+        for answer, delta in self._chat_model.step(list(self._answers.values())):
+            self._send(owners[id(answer)], delta)
+        for (identity, _), answer in list(self._answers.items()):
+            if answer.sequence.is_finished:
+                self._finish(identity, answer)
+
+    def _finish(self, identity: bytes, answer: Answer) -> None:
+        if self._answers.pop((identity, answer.request_id), None) is None:
+            return  # its client was found gone a moment ago
+        error = answer.sequence.error
+        if error is not None:
+            self._send(identity, client.Error(answer.request_id, type(error).__name__, clip_text(str(error))))
+            return
+        tail, finished = answer.close()
+        if tail is not None:
+            self._send(identity, tail)
+        self._send(identity, finished)
+
+    def _send(self, identity: bytes, message: client.ClientMessage) -> None:
+        """Nobody waits for a client: one that is gone, or does not read, has its answers cancelled."""
+        try:
+            self._router.send_multipart([identity, *encode(message)], flags=zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            _log.info("a client is gone: %s", error.strerror)
+            for key in [key for key in self._answers if key[0] == identity]:
+                self._chat_model.engine.cancel(self._answers.pop(key).sequence)
