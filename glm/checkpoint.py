@@ -6,7 +6,7 @@ read and unmapped after, so that a process never holds much more than what it ke
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from glm.errors import CheckpointError, LfsPointerError, MissingTensorError, ShardError, TensorShapeError
+from glm.lfs import is_lfs_pointer, lfs_complaint
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-_LFS_MAGIC = b"version https://git-lfs"
+# (index, single file), the preferred format first.
+_LAYOUTS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+_NUM_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+_ZIP_END_BYTES = 22 + 65535  # the end record with the longest comment
 
 
 class Checkpoint:
@@ -38,7 +44,12 @@ class Checkpoint:
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield `(name, tensor)` for each wanted name, checked against its wanted shape.
 
-        A yielded tensor is a view of the mapped file: copy what is to be kept before the next one is asked for.
+        A yielded tensor is a view of the mapped file, which stays mapped as long as the tensor lives.
+
+        Raises:
+            MissingTensorError: no shard has it.
+            TensorShapeError: it has another shape.
+            ShardError: its shard turns out to be damaged.
         """
         by_shard: dict[Path, list[str]] = {}
         for name in shapes:
@@ -58,38 +69,43 @@ class Checkpoint:
                 yield name, tensor
 
     def fingerprint(self) -> str:
-        """A short word that differs when config, shard names, sizes or headers differ (reads a few KiB a shard)."""
+        """A short word that tells models apart: config, shard names and sizes, and samples of every shard.
+
+        Reads 64 KiB of each shard, so that two fine-tunes of one model differ without reading either whole.
+        """
         digest = hashlib.sha256((self.model_dir / "config.json").read_bytes())
         for shard in sorted(set(self.shard_of.values())):
             size = shard.stat().st_size
             digest.update(f"{shard.name}:{size}:".encode())
             with shard.open("rb") as file:
-                digest.update(file.read(4096))
-                file.seek(max(0, size - 4096))
-                digest.update(file.read(4096))
+                for sample in range(_NUM_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()[:16]
 
 
 def _find_shards(model_dir: Path) -> dict[str, Path]:
-    for index_name in _INDEXES:
+    for index_name, file_name in _LAYOUTS:
         if (model_dir / index_name).is_file():
             return _read_index(model_dir / index_name)
-    for file_name in _SINGLE_FILES:
         shard = model_dir / file_name
         if shard.is_file():
             _check_shard(shard)
             return dict.fromkeys(_shard_names(shard), shard)
-    names = ", ".join((*_INDEXES, *_SINGLE_FILES))
-    raise CheckpointError(f"{model_dir} has no weights: expected one of {names}")
+    names = ", ".join(name for layout in _LAYOUTS for name in layout)
+    strays = sorted(p.name for p in model_dir.glob("*-of-*") if p.suffix in (".safetensors", ".bin"))
+    hint = f"; {strays[0]} is there but its index is not: download the index" if strays else ""
+    raise CheckpointError(f"{model_dir} has no weights: expected one of {names}{hint}")
 
 
 def _read_index(index: Path) -> dict[str, Path]:
+    with _reading(index):
+        if is_lfs_pointer(index):
+            raise LfsPointerError(lfs_complaint(index))
+        text = index.read_bytes()
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = [(str(name), str(file_name)) for name, file_name in weight_map.items()]
+        entries = [(str(name), str(shard)) for name, shard in json.loads(text)["weight_map"].items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if _is_lfs_pointer(index):
-            raise _lfs_error(index) from None
         raise ShardError(f"{index} is not a readable weight index ({error!r}): download it again") from error
     for file_name in sorted({file_name for _, file_name in entries}):
         if Path(file_name).name != file_name or file_name in ("", ".", ".."):
@@ -101,35 +117,36 @@ def _read_index(index: Path) -> dict[str, Path]:
     return {name: index.parent / file_name for name, file_name in entries}
 
 
-def _is_lfs_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_LFS_MAGIC)) == _LFS_MAGIC
-
-
-def _lfs_error(path: Path) -> LfsPointerError:
-    return LfsPointerError(
-        f"{path} is a Git-LFS pointer of {path.stat().st_size} bytes, not the file itself: run `git lfs pull` in its "
-        "directory or download it again"
-    )
-
-
 def _check_shard(shard: Path) -> None:
     """Cheap checks that catch an interrupted download before anything is loaded."""
-    if _is_lfs_pointer(shard):
-        raise _lfs_error(shard)
-    if shard.suffix == ".safetensors":
-        with _mapped_safetensors(shard):
-            return
-    size = shard.stat().st_size
+    with _reading(shard):
+        if is_lfs_pointer(shard):
+            raise LfsPointerError(lfs_complaint(shard))
+        if shard.suffix == ".safetensors":
+            with _mapped_safetensors(shard):
+                return
+        if _is_zip(shard):
+            with shard.open("rb") as file:
+                file.seek(max(0, shard.stat().st_size - _ZIP_END_BYTES))
+                if b"PK\x05\x06" not in file.read():
+                    raise _truncated(shard, "its end is missing")
+
+
+def _is_zip(shard: Path) -> bool:
     with shard.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-        file.seek(max(0, size - 65557))
-        if is_zip and b"PK\x05\x06" not in file.read():
-            raise _truncated(shard)
+        return file.read(4) == b"PK\x03\x04"
 
 
-def _truncated(shard: Path, detail: str = "its end is missing") -> ShardError:
+def _truncated(shard: Path, detail: str) -> ShardError:
     return ShardError(f"{shard} is truncated or damaged at {shard.stat().st_size} bytes ({detail}): download it again")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
 
 
 @contextmanager
@@ -139,22 +156,22 @@ def _mapped_safetensors(shard: Path) -> Iterator[safe_open]:
             yield file
     except SafetensorError as error:
         raise _truncated(shard, str(error)) from error
-    except OSError as error:
-        raise ShardError(f"{shard} cannot be read: {error}") from error
 
 
 def _mapped_bin(shard: Path) -> dict[str, torch.Tensor]:
-    """The dict of tensors a `.bin` holds, through torch's weights-only reader, mapped where its format allows."""
+    """The dict of tensors a `.bin` holds, through torch's weights-only reader, mapped if it is of the zip format.
+
+    The older format, which cannot be mapped, is read whole.
+    """
     try:
-        try:
-            tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            tensors = torch.load(shard, map_location="cpu", weights_only=True)
+        tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=_is_zip(shard))
+    except OSError:
+        raise
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and more for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _truncated(shard, reason) from error
+        reason = str(error).strip() or type(error).__name__
+        if "nsupported" in reason:
+            raise ShardError(f"{shard} holds something other than tensors, which is never run: {reason}") from error
+        raise _truncated(shard, reason.splitlines()[0]) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ShardError(f"{shard} does not hold a dict of tensors: it is not a published checkpoint shard")
     return tensors
@@ -168,19 +185,19 @@ def _shard_names(shard: Path) -> list[str]:
 
 
 def _read_shard(shard: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    def absent(name: str) -> MissingTensorError:
-        return MissingTensorError(f"{shard}: the index says tensor {name} is here, but it is not: download it again")
-
-    if shard.suffix == ".safetensors":
-        with _mapped_safetensors(shard) as file:
-            present = set(file.keys())
+    with _reading(shard):
+        if shard.suffix == ".safetensors":
+            with _mapped_safetensors(shard) as file:
+                present = set(file.keys())
+                for name in names:
+                    yield name, file.get_tensor(_present(name, present, shard))
+        else:
+            tensors = _mapped_bin(shard)
             for name in names:
-                if name not in present:
-                    raise absent(name)
-                yield name, file.get_tensor(name)
-    else:
-        tensors = _mapped_bin(shard)
-        for name in names:
-            if name not in tensors:
-                raise absent(name)
-            yield name, tensors.pop(name)
+                yield name, tensors[_present(name, tensors, shard)].detach()
+
+
+def _present(name: str, names: Collection[str], shard: Path) -> str:
+    if name not in names:
+        raise MissingTensorError(f"{shard}: the index says tensor {name} is here, but it is not: download it again")
+    return name

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm.errors import ConfigError
+from glm.lfs import is_lfs_pointer, lfs_complaint
 
 Family = Literal["chatglm", "chatglm2", "glm", "glm4"]
 
@@ -71,12 +72,21 @@ def load_config(model_dir: Path) -> ModelConfig:
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no config.json: is this a model directory?")
     try:
+        if is_lfs_pointer(path):
+            raise ConfigError(lfs_complaint(path))
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object: download it again")
-    return parse_config(raw, source=str(path), name=model_dir.name)
+    return parse_config(raw, source=str(path), name=_directory_name(model_dir.resolve()))
+
+
+def _directory_name(model_dir: Path) -> str:
+    """The directory's own name, or `org/name` inside a hub's cache (models--org--name/snapshots/COMMIT)."""
+    if model_dir.parent.name != "snapshots":
+        return model_dir.name
+    return model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
 def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: str = "") -> ModelConfig:
@@ -94,10 +104,13 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: s
 
 
 class _Keys:
-    """Typed access to the keys of one config.json; every complaint names the key, its value and what it must be."""
+    """Typed access to the keys of one config.json; every complaint names the key, its value and what it must be.
+
+    A key whose value is null counts as absent.
+    """
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
-        self.raw = raw
+        self.raw = {key: value for key, value in raw.items() if value is not None}
         self.source = source
 
     def fail(self, key: str, must: str) -> ConfigError:
@@ -127,29 +140,34 @@ class _Keys:
 
     def token_id(self, key: str, default: int | None = None) -> int | None:
         value = self.raw.get(key, default)
-        if value is None:
-            return None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if value is not None and not _is_token_id(value):
             raise self.fail(key, "a token id (a whole number from 0)")
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if any(not isinstance(item, int) or isinstance(item, bool) or item < 0 for item in values):
+        value = self.raw.get(key, [])
+        values = value if isinstance(value, list) else [value]
+        if not all(map(_is_token_id, values)):
             raise self.fail(key, "a token id or a list of them")
         return tuple(values)
 
     def stored_dtype(self) -> str:
-        value = self.raw.get("torch_dtype", self.raw.get("dtype")) or "float32"
+        key = "torch_dtype" if "torch_dtype" in self.raw else "dtype"
+        value = self.raw.get(key, "float32")
         if value not in ("float16", "bfloat16", "float32"):
-            raise ConfigError(f"{self.source}: torch_dtype is {value!r}, it must be float16, bfloat16 or float32")
+            raise self.fail(key, "float16, bfloat16 or float32")
         return str(value)
 
     def quantization_bits(self) -> int | None:
-        value = self.raw.get("quantization_bit") or None
-        if value not in (None, 4, 8):
+        value = self.raw.get("quantization_bit", 0)
+        if type(value) is not int or value not in (0, 4, 8):
             raise self.fail("quantization_bit", "4, 8 or 0")
+        return value or None
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.raw.get(key, {})
+        if not isinstance(value, dict):
+            raise self.fail(key, "an object")
         return value
 
     def check(self, config: ModelConfig) -> None:
@@ -164,10 +182,15 @@ class _Keys:
                 f"{self.source}: a rotary width of {config.rotary_dim} does not fit heads of {config.head_dim}; "
                 "it must be even and at most the head's width"
             )
-        for key, ids in (("eos_token_id", config.eos_ids), ("bos_token_id", (config.bos_id,))):
-            beyond = [i for i in ids if i is not None and i >= config.vocab_size]
-            if beyond:
-                raise self.fail(key, f"below the vocabulary size {config.vocab_size}")
+        ids = {"eos": config.eos_ids, "bos": (config.bos_id,), "pad": (config.pad_id,)}
+        ids |= {"mask": (config.mask_id,), "gmask": (config.gmask_id,)}
+        for kind, values in ids.items():
+            if any(i is not None and i >= config.vocab_size for i in values):
+                raise self.fail(f"{kind}_token_id", f"below the vocabulary size {config.vocab_size}")
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _parse_chatglm(keys: _Keys) -> ModelConfig:
@@ -240,34 +263,33 @@ def _parse_chatglm2(keys: _Keys) -> ModelConfig:
 
 
 def _parse_transformers(keys: _Keys, family: Literal["glm", "glm4"]) -> ModelConfig:
-    hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
-    head_dim = keys.count("head_dim", hidden_size // num_heads)
-    rope = keys.raw.get("rope_parameters") or keys.raw.get("rope_scaling") or {}
+    """Keys and defaults of transformers' GlmConfig and Glm4Config (rope keys at the top before 5.0, nested since)."""
+    rope = {**keys.mapping("rope_scaling"), **keys.mapping("rope_parameters")}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise ConfigError(f"{keys.source}: rotary scaling {rope_type!r} is not supported; remove rope_scaling")
     if keys.raw.get("hidden_act", "silu") != "silu":
         raise keys.fail("hidden_act", "'silu'")
-    if keys.raw.get("quantization_config"):
+    if "quantization_config" in keys.raw:
         raise ConfigError(f"{keys.source}: quantization_config is not supported; use the unquantised model")
-    rope_keys = _Keys({**keys.raw, **rope}, keys.source)
+    head_dim, rope_keys = keys.count("head_dim", 128), _Keys({**keys.raw, **rope}, keys.source)
     return ModelConfig(
         family=family,
         name="",
         num_layers=keys.count("num_hidden_layers"),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=keys.count("num_key_value_heads", num_heads),
+        hidden_size=keys.count("hidden_size"),
+        num_heads=keys.count("num_attention_heads"),
+        num_kv_heads=keys.count("num_key_value_heads", 2),
         head_dim=head_dim,
         ffn_size=keys.count("intermediate_size"),
         vocab_size=keys.count("vocab_size"),
-        max_context=keys.count("max_position_embeddings"),
+        max_context=keys.count("max_position_embeddings", 131072),
         norm_eps=keys.number("rms_norm_eps", 1.5625e-07),
         rotary_dim=int(head_dim * rope_keys.number("partial_rotary_factor", 0.5)),
         rotary_base=rope_keys.number("rope_theta", 10000.0),
         stored_dtype=keys.stored_dtype(),
         eos_ids=keys.token_ids("eos_token_id"),
         pad_id=keys.token_id("pad_token_id"),
-        qkv_bias=keys.flag("attention_bias", family == "glm"),
+        qkv_bias=keys.flag("attention_bias", True),
         tied_ends=keys.flag("tie_word_embeddings", False),
     )

@@ -63,15 +63,18 @@ def make_weight(
     """A weight [rows, columns] at a precision, from what a checkpoint holds (which may be a view of a mapped file).
 
     The result owns its memory. A published quantised weight whose bits are those of `precision` is kept as it is;
-    otherwise it is dequantised first.
+    otherwise it is dequantised, a block of rows at a time.
     """
-    if isinstance(stored, QuantizedWeight):
-        if stored.bits == precision.bits:
-            values, scales = (owned(t, t.dtype, device) for t in (stored.values, stored.scales))
-            return QuantizedWeight(values, scales, stored.bits)
-        stored = torch.cat([stored.rows(block).dequantize(torch.float32) for block in stored.row_blocks()])
+    if isinstance(stored, QuantizedWeight) and stored.bits == precision.bits:
+        values, scales = (owned(t, t.dtype, device) for t in (stored.values, stored.scales))
+        return QuantizedWeight(values, scales, stored.bits)
     if precision.is_quantized:
-        return quantize(stored.to(device), precision)
+        return quantize(stored, precision, device)
+    if isinstance(stored, QuantizedWeight):
+        dense = torch.empty(stored.num_rows, stored.num_columns, dtype=dtype, device=device)
+        for block in stored.row_blocks():
+            dense[block] = stored.rows(block).dequantize(dtype)
+        return dense
     return owned(stored, dtype, device)
 
 

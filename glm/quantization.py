@@ -46,15 +46,20 @@ class QuantizedWeight:
         return QuantizedWeight(self.values[selection], self.scales[selection], self.bits)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, columns] in `dtype`; the product is exact in fp32."""
+        """[rows, columns] in `dtype`, multiplied in fp32: scales may be too small for fp16."""
         values = unpack_int4(self.values) if self.bits == 4 else self.values
-        grouped = values.to(dtype).view(self.num_rows, self.scales.shape[1], -1)
-        return (grouped * self.scales.to(dtype).unsqueeze(-1)).view(self.num_rows, -1)
+        grouped = values.to(torch.float32).view(self.num_rows, self.scales.shape[1], -1)
+        return grouped.mul_(self.scales.to(torch.float32).unsqueeze(-1)).view(self.num_rows, -1).to(dtype)
 
     def row_blocks(self) -> list[slice]:
         """Row ranges small enough that a dequantised block stays a few MiB."""
-        step = max(1, _BLOCK_ELEMENTS // self.num_columns)
-        return [slice(a, min(a + step, self.num_rows)) for a in range(0, self.num_rows, step)]
+        return row_blocks(self.num_rows, self.num_columns)
+
+
+def row_blocks(num_rows: int, num_columns: int) -> list[slice]:
+    """Row ranges of a matrix that hold a few million elements each."""
+    step = max(1, _BLOCK_ELEMENTS // num_columns)
+    return [slice(a, min(a + step, num_rows)) for a in range(0, num_rows, step)]
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
@@ -73,34 +78,46 @@ def group_size(bits: int, num_columns: int) -> int:
     return num_columns if bits == 8 else math.gcd(num_columns, INT4_GROUP_SIZE)
 
 
-def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedWeight:
-    """Quantise a float weight [rows, columns] in blocks of rows, so that memory beyond the result stays small.
+def quantize(
+    weight: torch.Tensor | QuantizedWeight, precision: Precision, device: torch.device | None = None
+) -> QuantizedWeight:
+    """Quantise a weight [rows, columns], on `device` (default: the CPU).
+
+    Goes block of rows by block, so that memory beyond the result stays small whatever the matrix.
 
     Raises:
         PrecisionError: int4 of an odd number of columns.
     """
-    bits = precision.bits
-    num_rows, num_columns = weight.shape
+    bits, device = precision.bits, device or torch.device("cpu")
+    num_rows, num_columns = (
+        (weight.num_rows, weight.num_columns) if isinstance(weight, QuantizedWeight) else weight.shape
+    )
     group = group_size(bits, num_columns)
     if bits == 4 and group < 2:
         raise PrecisionError(f"int4 needs an even number of input features, not {num_columns}; use int8")
-    values = torch.empty(num_rows, num_columns * bits // 8, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(
-        num_rows,
-        num_columns // group,
-        dtype=torch.float16 if bits == 4 else torch.float32,
-        device=weight.device,
-    )
-    result = QuantizedWeight(values, scales, bits)
-    for block in result.row_blocks():
-        grouped = weight[block].to(torch.float32).view(-1, num_columns // group, group)
-        scale = _int4_scales(grouped) if bits == 4 else grouped.abs().amax(-1) / 127
-        scales[block] = scale
-        inverse = torch.where(scales[block] != 0, 1 / scales[block].to(torch.float32), 0.0)
-        low, high = (-8, 7) if bits == 4 else (-127, 127)
-        integers = (grouped * inverse.unsqueeze(-1)).round_().clamp_(low, high).to(torch.int8).view(-1, num_columns)
+    values = torch.empty(num_rows, num_columns * bits // 8, dtype=torch.int8, device=device)
+    scale_dtype = torch.float16 if bits == 4 else torch.float32
+    scales = torch.empty(num_rows, num_columns // group, dtype=scale_dtype, device=device)
+    for block in row_blocks(num_rows, num_columns):
+        grouped = float_rows(weight, block, torch.float32).to(device).view(-1, num_columns // group, group)
+        scales[block] = _int4_scales(grouped) if bits == 4 else grouped.abs().amax(-1) / 127
+        integers = _round_to_scale(grouped, scales[block].to(torch.float32), bits).to(torch.int8).flatten(1)
         values[block] = pack_int4(integers) if bits == 4 else integers
-    return result
+    return QuantizedWeight(values, scales, bits)
+
+
+def float_rows(weight: torch.Tensor | QuantizedWeight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Some rows of a weight, in `dtype`."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.rows(rows).dequantize(dtype)
+    return weight[rows].to(dtype)
+
+
+def _round_to_scale(grouped: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The integers, still in fp32, nearest to [rows, groups, group] over their scales [rows, groups]."""
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    inverse = torch.where(scales != 0, 1 / scales, 0.0).unsqueeze(-1)
+    return (grouped * inverse).round_().clamp_(low, high)
 
 
 def _int4_scales(grouped: torch.Tensor) -> torch.Tensor:
@@ -113,9 +130,8 @@ def _int4_scales(grouped: torch.Tensor) -> torch.Tensor:
     best_error = torch.full_like(extreme, torch.inf)
     for levels in (8.0, 7.5, 8.5, 9.0, 9.5):
         scale = (extreme / -levels).to(torch.float16).to(torch.float32)
-        inverse = torch.where(scale != 0, 1 / scale, 0.0).unsqueeze(-1)
-        rounded = (grouped * inverse).round_().clamp_(-8, 7) * scale.unsqueeze(-1)
-        error = (rounded - grouped).square_().sum(-1)
+        rounded = _round_to_scale(grouped, scale, bits=4).mul_(scale.unsqueeze(-1))
+        error = rounded.sub_(grouped).square_().sum(-1)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
     return best
