@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from glm.config import ModelConfig
-from glm.errors import CacheGapError
+from glm.errors import CacheGapError, SegmentError
 from glm.kv_cache import SequenceCache
 from glm.positions import PromptLayout, token_positions, visible_keys
 from glm.rotary import RotaryTable, rotary_table
@@ -37,12 +37,9 @@ def make_geometry(segments: Sequence[Segment], config: ModelConfig, device: torc
 
     Raises:
         CacheGapError: a segment does not start where its cache ends.
+        SegmentError: a segment is empty, shares a cache with another, or cuts a prefix.
     """
-    for segment in segments:
-        if segment.start_pos != segment.cache.length:
-            raise CacheGapError(
-                f"a segment starts at position {segment.start_pos}, its cache holds {segment.cache.length} tokens"
-            )
+    _check(segments)
     positions = [token_positions(s.start_pos, s.num_tokens, s.layout) for s in segments]
     masks = [visible_keys(s.start_pos, s.num_tokens, s.layout) for s in segments]
     return Geometry(
@@ -50,6 +47,22 @@ def make_geometry(segments: Sequence[Segment], config: ModelConfig, device: torc
         rotary=rotary_table(torch.cat(positions, dim=1), config, device),
         visible=tuple(None if mask is None else mask.to(device) for mask in masks),
     )
+
+
+def _check(segments: Sequence[Segment]) -> None:
+    if len({id(segment.cache) for segment in segments}) < len(segments):
+        raise SegmentError("two segments of one forward share a cache: give a sequence one segment only")
+    for segment in segments:
+        start, end, layout = segment.start_pos, segment.start_pos + segment.num_tokens, segment.layout
+        if start != segment.cache.length:
+            raise CacheGapError(f"a segment starts at position {start}, its cache holds {segment.cache.length} tokens")
+        if end <= start:
+            raise SegmentError(f"a segment has {segment.num_tokens} tokens: leave empty ones out")
+        if layout is not None and start < layout.context_length and (start > 0 or end < layout.context_length):
+            raise SegmentError(
+                f"the first {layout.context_length} tokens of this prompt see each other both ways and must come in "
+                f"one segment from 0, not cut to [{start}, {end})"
+            )
 
 
 def attend(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

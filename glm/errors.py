@@ -10,6 +10,7 @@
     │   ├── MissingTensorError    a tensor that the layout needs is in no shard
     │   └── TensorShapeError      a tensor has another shape than config.json implies
     ├── CacheGapError             a segment starts beyond the cached tokens
+    ├── SegmentError              segments that cannot be computed together, or cut a prompt that must stay whole
     ├── TokenizerError            tokenizer files are missing or broken
     ├── ChatFormatError           a conversation that the model's chat format has no place for
     └── SamplingError             sampling params with impossible values
@@ -56,6 +57,10 @@ class TensorShapeError(CheckpointError):
 
 class CacheGapError(GlmError):
     """A segment starts beyond the tokens that the cache holds."""
+
+
+class SegmentError(GlmError):
+    """Segments that cannot be computed together, or that cut a prompt that must stay whole."""
 
 
 class TokenizerError(GlmError):

@@ -9,6 +9,7 @@ from glm.block import Block, make_block
 from glm.checkpoint import Checkpoint
 from glm.config import ModelConfig
 from glm.ends import Embedding, Head, end_placement
+from glm.errors import SegmentError
 from glm.kv_cache import SequenceCache
 from glm.layout import layer_sources
 from glm.positions import prompt_layout
@@ -95,8 +96,17 @@ class LayerStack:
 
         Raises:
             CacheGapError: a segment does not start where its cache ends.
+            SegmentError: the segments do not fit the hidden states or each other, or cut a prefix.
         """
+        num_tokens = sum(segment.num_tokens for segment in segments)
+        if hidden.shape != (num_tokens, self.config.hidden_size):
+            raise SegmentError(
+                f"hidden states of shape {list(hidden.shape)} do not fit segments of {num_tokens} tokens in all and "
+                f"a hidden size of {self.config.hidden_size}"
+            )
         hidden = hidden.to(self.placement.device, self.placement.dtype)
+        if not segments:
+            return hidden
         geometry = make_geometry(segments, self.config, self.placement.device)
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
