@@ -21,7 +21,7 @@ class StagePlan:
     """One stage: a worker process that holds layers `[layer_start, layer_end)`.
 
     `num_threads` None leaves the choice to the launcher: all usable cores, because stages take turns.
-    `kv_budget_tokens` None leaves the KV cache bounded by the device's memory alone.
+    `kv_budget_tokens` None leaves the size of the KV cache to the coordinator, which knows the model's context.
     """
 
     device: str

@@ -1,27 +1,20 @@
 """What a terminal shows while the stages load: a bar for each on a terminal, a line now and then elsewhere."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from coordinator.plan import Plan, StagePlan
 
+if TYPE_CHECKING:
+    from coordinator.cluster import StageProgress
+
 PLAIN_INTERVAL_S = 3.0
 """Without a terminal, a loading stage is mentioned at most this often."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageProgress:
-    """How far one stage has loaded. `weight_bytes` is what its weights take so far."""
-
-    stage_index: int
-    layers_done: int
-    layers_total: int
-    weight_bytes: int
-    is_ready: bool = False
 
 
 class LoadView(Protocol):
@@ -60,11 +53,11 @@ class PlainView:
 
     def update(self, progress: StageProgress) -> None:
         now_s = self._clock()
-        if not progress.is_ready and now_s < self._due_s[progress.stage_index]:
+        if progress.ready is None and now_s < self._due_s[progress.stage_index]:
             return
         self._due_s[progress.stage_index] = now_s + PLAIN_INTERVAL_S
-        state = "ready" if progress.is_ready else f"{progress.layers_done}/{progress.layers_total} layers"
-        self.log(f"{self._titles[progress.stage_index]}: {state}, {format_bytes(progress.weight_bytes)}")
+        state = f"{progress.layers_done}/{progress.layers_total} layers, {_size(progress)}"
+        self.log(f"{self._titles[progress.stage_index]}: {state}")
 
     def log(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
@@ -105,9 +98,9 @@ class BarView:
     def update(self, progress: StageProgress) -> None:
         self._progress.update(
             self._tasks[progress.stage_index],
-            completed=progress.layers_total if progress.is_ready else progress.layers_done,
+            completed=progress.layers_done,
             total=progress.layers_total,
-            size=format_bytes(progress.weight_bytes),
+            size=_size(progress),
         )
 
     def log(self, line: str) -> None:
@@ -139,6 +132,13 @@ def format_bytes(num_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def _size(progress: StageProgress) -> str:
+    """What the weights take; once the stage is ready, also how long that took and what will compute."""
+    size = format_bytes(progress.weight_bytes)
+    ready = progress.ready
+    return size if ready is None else f"{size}, ready in {ready.load_s:.1f} s, computing by {ready.kernel_path}"
 
 
 def _titles(plan: Plan) -> list[str]:

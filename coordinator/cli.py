@@ -1,0 +1,126 @@
+"""`glmpipe`: the command line. Parses, dispatches, and turns every error for users into a line on stderr.
+
+Exit codes: 0 done, 1 a failure while running (for `compare`: different), 2 a request that cannot be meant, 128 + N
+ended by signal N. Nothing heavy is imported before a command needs it.
+"""
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from coordinator.commands import chat, compare, dump, generate, launch, worker
+from coordinator.errors import CoordinatorError
+from protocol.version import VERSION
+
+DESCRIPTION = (
+    "GLM models as a pipeline of stage workers: one contiguous layer range per device, each at its own precision."
+)
+EXAMPLES = """\
+examples:
+  glmpipe chat                                     chat with the demo model that comes along
+  glmpipe chat --layers cpu=1-3 --layers cpu=4-6   the same, split over two worker processes
+  glmpipe generate --prompt "你好" --stats          one question, and what the answer cost
+  glmpipe COMMAND --help                           everything about a command, with examples
+"""
+COMMANDS = {"chat": chat, "generate": generate, "launch": launch, "dump": dump, "compare": compare}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code. Raises SystemExit as argparse does (help, version, wrong usage)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["worker"]:
+        worker.become_worker(words[1:])
+    _print_any_character()
+    options = make_parser().parse_args(words)
+    try:
+        with _leaving_on_signals():
+            code: int = COMMANDS[options.command].run(options)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _forget_stdout()
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        code_for_users = _exit_code(error)
+        if code_for_users is None:
+            raise
+        print(f"glmpipe: {error}", file=sys.stderr)
+        return code_for_users
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="glmpipe",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"glmpipe {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        command.add_parser(
+            commands.add_parser(
+                name,
+                help=command.HELP,
+                description=f"{command.HELP[0].upper()}{command.HELP[1:]}.",
+                epilog=command.EXAMPLES,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+        )
+    commands.add_parser("worker", help=worker.HELP, add_help=False)
+    return parser
+
+
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that `finally` clauses stop the workers."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code for an error that is meant for users, None for our own bugs."""
+    from glm.errors import GlmError
+    from protocol.errors import ProtocolError
+
+    if isinstance(error, CoordinatorError):
+        return error.exit_code
+    if isinstance(error, GlmError):
+        return 2
+    return 1 if isinstance(error, ProtocolError) else None
+
+
+def _print_any_character() -> None:
+    """A terminal whose encoding lacks a character shows a replacement instead of ending the answer."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _forget_stdout() -> None:
+    """Nobody reads any more: keep the interpreter from complaining about it when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""`glmpipe launch`: bring the stages up and serve chats and one-shot prompts until told to stop."""
+
+import argparse
+from collections.abc import Callable
+
+from coordinator.commands.options import add_model_options, add_placement_options
+from coordinator.commands.session import launched, say
+from coordinator.errors import PlanError
+
+HELP = "start the stages of a plan, stay in front and serve `--connect` programs"
+EXAMPLES = """\
+examples:
+  glmpipe launch plan.toml
+  glmpipe launch --model THUDM/chatglm-6b --layers cuda:1=1-12 --layers cuda:0=13-24 --layers cpu=25-28 \\
+                 --gpu-precision int8 --cpu-precision fp32 --embeddings cpu --final-layernorm cpu
+  glmpipe chat --connect                                       # in another terminal
+
+a plan file:
+  model = "THUDM/chatglm-6b"
+
+  [[stage]]
+  device = "cuda:0"
+  layers = "1-24"
+  precision = "int8"
+
+  [[stage]]
+  device = "cpu"
+  layers = "25-28"
+  threads = 8                # optional, as kv_budget_tokens is
+
+  [ends]
+  embeddings = "cpu"
+  lm_head = "cpu"
+  precision = "bf16"
+"""
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("plan_file", metavar="PLAN", nargs="?", help="a plan file (TOML); or use the options below")
+    add_model_options(parser)
+    add_placement_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C, SIGTERM, or the loss of a stage."""
+    if options.plan_file is not None:
+        if options.plan is not None:
+            raise PlanError([f"{options.plan_file} and --plan {options.plan} are both given; give one plan"])
+        options.plan = options.plan_file
+    with launched(options, show_logs=True) as chat_model:
+        from coordinator.runtime_dir import CLIENT_SOCKET
+        from coordinator.service import serve
+
+        endpoint = chat_model.cluster.runtime_dir.endpoint(CLIENT_SOCKET)
+        serve(chat_model, endpoint, _announcing(endpoint))
+    return 0
+
+
+def _announcing(endpoint: str) -> Callable[[], bool]:
+    """A `should_stop` that never says so (signals do); asked for the first time, it announces the service."""
+    announced = False
+
+    def should_stop() -> bool:
+        nonlocal announced
+        if not announced:
+            announced = True
+            print(f"serving at {endpoint}", flush=True)
+            say("try `glmpipe chat --connect` in another terminal; Ctrl-C stops everything")
+        return False
+
+    return should_stop

@@ -1,0 +1,172 @@
+"""Options that several commands share, and what they mean. Nothing is checked here that `planning` or `glm` checks."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coordinator.errors import UsageError
+from coordinator.plan_file import read_plan_file
+from coordinator.plan_request import Option, PlanRequest, StageRequest
+
+PLACEMENT = (
+    *("layers", "stages", "gpu_precision", "cpu_precision", "embeddings", "final_layernorm", "lm_head"),
+    *("ends_precision", "lm_head_precision", "threads", "kv_budget_tokens"),
+)
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "max_new_tokens"),
+    *("ignore_eos", "greedy"),
+)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--model`, `--revision`, `-v`."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="DIR|ID", help="a model directory or hub id (default: the demo model inside)")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
+    group.add_argument("-v", "--verbose", action="store_true", help="every layer's place, and the workers' own lines")
+
+
+def add_placement_options(parser: argparse.ArgumentParser) -> None:
+    """Which device holds what, at which precision."""
+    group = parser.add_argument_group(
+        "placement",
+        "Devices are cpu and cuda:N; precisions fp32, bf16, fp16 (not on a CPU), int8, int4;\n"
+        "layers count from 1. By default all layers go to one CPU stage in fp32.",
+    )
+    group.add_argument(
+        "--layers", metavar="DEVICE=FIRST-LAST", action="append", help="one stage, such as cuda:1=1-12 or cpu=5; repeat"
+    )
+    group.add_argument("--stages", metavar="N", type=int, help="split all layers evenly over N stages on the CPU")
+    group.add_argument("--gpu-precision", metavar="P", help="of the layers on GPUs (default fp16)")
+    group.add_argument("--cpu-precision", metavar="P", help="of the layers on CPUs (default fp32)")
+    group.add_argument("--embeddings", metavar="DEVICE", help="where the word embeddings are (default cpu)")
+    group.add_argument("--lm-head", metavar="DEVICE", help="where lm_head is (default: beside the embeddings)")
+    group.add_argument(
+        "--final-layernorm", metavar="DEVICE", help="where the final layernorm is (default: beside lm_head)"
+    )
+    group.add_argument(
+        "--ends-precision",
+        metavar="P",
+        help="of embeddings and lm_head (default: as the layers on their device, 16 bits where those are quantised)",
+    )
+    group.add_argument("--lm-head-precision", metavar="P", help="of lm_head alone")
+    group.add_argument(
+        "--threads", metavar="N", type=int, help="per stage (default: all usable cores, as stages take turns)"
+    )
+    group.add_argument(
+        "--kv-budget-tokens",
+        metavar="N",
+        type=int,
+        help="most tokens a stage's KV cache holds (default: four full contexts)",
+    )
+    group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How the next token is chosen and when an answer ends."""
+    group = parser.add_argument_group("sampling", "What is not given here is as the model's publisher set it.")
+    group.add_argument("--greedy", action="store_true", default=None, help="always the most likely token")
+    group.add_argument("--temperature", metavar="T", type=float, help="0 is greedy, above 1 is more varied")
+    group.add_argument("--top-k", metavar="K", type=int, help="only the K most likely tokens; 0 for all")
+    group.add_argument("--top-p", metavar="P", type=float, help="only the most likely tokens that reach P together")
+    group.add_argument("--min-p", metavar="P", type=float, help="only tokens at least P times as likely as the first")
+    group.add_argument("--repetition-penalty", metavar="R", type=float, help="above 1: fewer repetitions")
+    group.add_argument("--seed", metavar="N", type=int, help="same seed, same plan: same text")
+    group.add_argument("--stop", metavar="TEXT", action="append", help="end the answer before this text; repeat")
+    group.add_argument("--max-new-tokens", metavar="N", type=int, help="end the answer after N tokens")
+    group.add_argument(
+        "--ignore-eos", action="store_true", default=None, help="go on after the model's end (needs --max-new-tokens)"
+    )
+
+
+def add_connect_option(parser: argparse.ArgumentParser) -> None:
+    """`--connect [ENDPOINT]`."""
+    parser.add_argument(
+        "--connect",
+        metavar="ENDPOINT",
+        nargs="?",
+        const="",
+        help="use a running `glmpipe launch` (the newest one if no endpoint is given)",
+    )
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """For argparse: `5,64286`, spaces allowed."""
+    try:
+        ids = tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids; write 5,64286") from None
+    if not ids or min(ids) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must hold at least one token id, none below 0")
+    return ids
+
+
+def sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling params that were given, by their names in `SamplingParams`. Raises UsageError for contradictions."""
+    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    useless = [name for name in ("temperature", "top_k", "top_p", "min_p") if name in given]
+    if given.get("greedy") and useless:
+        names = ", ".join(map(_flag, useless))
+        raise UsageError(f"--greedy always takes the most likely token, so {names} would do nothing; drop one of them")
+    if given.get("ignore_eos") and "max_new_tokens" not in given:
+        raise UsageError("--ignore-eos needs --max-new-tokens: nothing else would end the answer")
+    return given
+
+
+def plan_request(options: argparse.Namespace) -> PlanRequest:
+    """What the placement options, or the plan file, ask for. Faults of form are inside; raises PlanError as a whole."""
+    given = [name for name in PLACEMENT if getattr(options, name) is not None]
+    if options.plan is not None:
+        request = read_plan_file(Path(options.plan))
+        if not given:
+            return request
+        names = ", ".join(map(_flag, given))
+        fault = f"the plan file {options.plan} and {names} are both given; write the placement in one place"
+        return replace(request, faults=(fault, *request.faults))
+    stages, faults = _stages(options.layers or [])
+    return PlanRequest(
+        stages=stages,
+        num_stages=options.stages,
+        num_threads=options.threads,
+        kv_budget_tokens=options.kv_budget_tokens,
+        gpu_precision=_option(options, "gpu_precision"),
+        cpu_precision=_option(options, "cpu_precision"),
+        embeddings=_option(options, "embeddings"),
+        final_layernorm=_option(options, "final_layernorm"),
+        lm_head=_option(options, "lm_head"),
+        ends_precision=_option(options, "ends_precision"),
+        lm_head_precision=_option(options, "lm_head_precision"),
+        faults=tuple(faults),
+        is_complete=not faults,
+    )
+
+
+def refuse_with_connect(options: argparse.Namespace) -> None:
+    """A running launch has its model and placement already. Raises UsageError if any was given beside `--connect`."""
+    given = [name for name in (*PLACEMENT, "plan", "model", "revision") if getattr(options, name) is not None]
+    if given:
+        names = ", ".join(map(_flag, given))
+        raise UsageError(f"--connect uses a launch with a model and a placement of its own; drop {names}")
+
+
+def _stages(texts: list[str]) -> tuple[tuple[StageRequest, ...], list[str]]:
+    stages, faults = [], []
+    for text in texts:
+        device, equals, layers = text.partition("=")
+        if equals:
+            stages.append(StageRequest(f"--layers {text}", device, layers))
+        else:
+            faults.append(f"--layers {text}: no '='; write DEVICE=FIRST-LAST, such as cuda:1=1-12")
+    return tuple(stages), faults
+
+
+def _option(options: argparse.Namespace, name: str) -> Option | None:
+    text = getattr(options, name)
+    return None if text is None else Option(_flag(name), text)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

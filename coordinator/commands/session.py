@@ -1,0 +1,75 @@
+"""Opening what a command talks to: a model launched for it, or a launch that already runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from coordinator.commands.options import plan_request, sampling_overrides
+from coordinator.progress import load_view
+
+if TYPE_CHECKING:
+    from coordinator.chat_model import ChatModel
+    from protocol.client import SamplingParams
+
+
+@contextmanager
+def launched(
+    options: argparse.Namespace, *, show_logs: bool = False, record_hidden_states: bool = False
+) -> Iterator[ChatModel]:
+    """Launch the model that the options name where they say, telling stderr where each part goes and how far it is.
+
+    The plan is checked before anything loads. Nothing is left when the block ends. With `show_logs` the workers'
+    lines go to stderr; otherwise they appear in an error, if there is one.
+    """
+    request = plan_request(options)
+    from coordinator.chat_model import launch
+    from coordinator.plan import describe
+    from coordinator.planning import notes, plan_for
+    from glm.config import load_config
+    from glm.demo import demo_model_dir
+    from glm.hub import resolve_model
+
+    model = options.model or request.model
+    model_dir = resolve_model(model, options.revision or request.revision) if model else demo_model_dir()
+    plan = plan_for(request, load_config(model_dir).num_layers)
+    say(*describe(plan, verbose=options.verbose))
+    say(*(f"note: {note}" for note in notes(request, plan)))
+    with ExitStack() as stack:
+        with load_view(plan) as view:
+            chat_model = launch(
+                model_dir,
+                plan,
+                on_progress=view.update,
+                on_log=view.log if show_logs or options.verbose else _drop,
+                record_hidden_states=record_hidden_states,
+            )
+            stack.enter_context(chat_model)
+        yield chat_model
+
+
+def chosen_sampling(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The model's defaults with what the options override."""
+    return dataclasses.replace(defaults, **sampling_overrides(options))
+
+
+def check_sampling(options: argparse.Namespace) -> None:
+    """Refuse impossible sampling options before anything is loaded. Raises UsageError or SamplingError."""
+    given = sampling_overrides(options)
+    from glm.sampling import SamplingParams
+
+    SamplingParams(**given)
+
+
+def say(*lines: str) -> None:
+    """To stderr: everything that is not the command's result."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _drop(line: str) -> None:
+    """The launcher keeps a worker's last lines by itself, for errors."""

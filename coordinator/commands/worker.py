@@ -1,0 +1,15 @@
+"""`glmpipe worker`: becomes a stage worker."""
+
+import os
+from collections.abc import Sequence
+from typing import NoReturn
+
+from coordinator.worker_command import worker_command, worker_environment
+
+HELP = "be one stage: join a coordinator and compute a range of layers"
+
+
+def become_worker(arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by `python -m stage_worker` with the same arguments."""
+    command = [*worker_command(), *arguments]
+    os.execve(command[0], command, worker_environment())

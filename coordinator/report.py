@@ -1,0 +1,52 @@
+"""What an answer cost, in lines for a terminal."""
+
+from protocol.client import GenerationStats
+
+_COLUMNS = ("stage", "device", "layers", "precision", "compute", "share", "wire", "KV tokens")
+
+
+def report_lines(stats: GenerationStats) -> tuple[str, ...]:
+    """Prompt, answer and total with their speed, then a table of the stages.
+
+    The first new token comes out of the prefill, so decoding is timed over the others. `share` is the part of the
+    whole time that a stage computed; what is missing to 100 % went into the ends, sampling, and the wire.
+    """
+    table: list[tuple[str, ...]] = [_COLUMNS]
+    for stage in stats.stages:
+        table.append(
+            (
+                str(stage.stage_index + 1),
+                stage.device,
+                stage.layers,
+                stage.precision,
+                f"{stage.compute_s:.3f} s",
+                f"{_ratio(100 * stage.compute_s, stats.total_s):.1f} %",
+                f"{stage.wire_s:.3f} s",
+                str(stage.kv_tokens),
+            )
+        )
+    return (
+        _line("prompt", stats.prompt_tokens, stats.prefill_s, _ratio(stats.prompt_tokens, stats.prefill_s)),
+        _line("answer", stats.new_tokens, stats.decode_s, _ratio(stats.new_tokens - 1, stats.decode_s)),
+        _line("total", stats.prompt_tokens + stats.new_tokens, stats.total_s, average_tokens_per_s(stats))
+        + " new tokens on average",
+        *_aligned(table),
+    )
+
+
+def average_tokens_per_s(stats: GenerationStats) -> float:
+    """New tokens over the whole time, the prefill included."""
+    return _ratio(stats.new_tokens, stats.total_s)
+
+
+def _line(name: str, num_tokens: int, seconds: float, tokens_per_s: float) -> str:
+    return f"{name:<8} {num_tokens:>6} tokens  {seconds:>8.3f} s  {tokens_per_s:>8.1f} tokens/s"
+
+
+def _ratio(amount: float, whole: float) -> float:
+    return amount / whole if whole > 0 else 0.0
+
+
+def _aligned(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
