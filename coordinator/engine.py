@@ -94,7 +94,7 @@ class Engine:
 
     def _walk(self, chunks: tuple[Chunk, ...]) -> Outcome:
         ids = [i for c in chunks for i in c.sequence.token_ids[c.start_pos : c.start_pos + c.num_tokens]]
-        hidden = self.embedding.forward(torch.tensor(ids))
+        hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
         updates, self._updates = tuple(self._updates), []
         step = Step(EPOCH, next(self._step_ids), updates, tuple(_span(chunk) for chunk in chunks), ())
         self._pipeline.submit(step, hidden)

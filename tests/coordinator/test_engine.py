@@ -1,0 +1,163 @@
+"""The engine over in-process stages: tokens, batches, failures, budgets."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from glm.checkpoint import Checkpoint
+from glm.config import load_config
+from glm.model import Model
+from protocol.data import DropSequence
+from tests.golden import GoldenSet
+from tests.in_process import in_process_engine, sequence_for
+
+FAMILIES = ["chatglm", "chatglm2", "chatglm3", "glm4"]
+
+
+def splits_of(num_layers: int) -> list[list[tuple[int, int]]]:
+    """Every way to cut the layers into contiguous ranges."""
+    found = []
+    for cuts in itertools.product([False, True], repeat=num_layers - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), num_layers]
+        found.append(list(itertools.pairwise(edges)))
+    return found
+
+
+def drain(engine) -> None:  # type: ignore[no-untyped-def]
+    while not engine.is_idle:
+        engine.step()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_split_generates_the_undivided_models_tokens(family: str, shared_dir: Path) -> None:
+    """Rung 3 at the engine: all 16 splits of 5 layers, the reference's prompt, the reference's greedy ids."""
+    golden = GoldenSet(shared_dir, family)
+    row = next(row for row in golden.rows() if row.case == "short")
+    for ranges in splits_of(5):
+        engine, _, config = in_process_engine(golden.checkpoint_dir, ranges)
+        sequence = sequence_for(engine, config, list(row.token_ids), len(row.greedy_ids))
+        drain(engine)
+        assert tuple(sequence.new_ids) == row.greedy_ids
+        assert sequence.finish_reason == "length"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_that_run_together_get_the_tokens_they_get_alone(family: str, shared_dir: Path) -> None:
+    """A batch gives each row the answer it gets alone, also when rows join and end at different steps."""
+    golden = GoldenSet(shared_dir, family)
+    rows = [row for row in golden.rows() if row.case == "batch3_left_pad"]
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 2), (2, 5)])
+    sequences = []
+    for length, row in zip((5, 24, 11), rows, strict=True):
+        sequences.append(sequence_for(engine, config, list(row.token_ids), length))
+        engine.step()
+    drain(engine)
+    for sequence, row in zip(sequences, rows, strict=True):
+        assert tuple(sequence.new_ids) == row.greedy_ids[: len(sequence.new_ids)]
+    assert max(len(step.spans) for step in pipeline.steps) == 3
+    assert all(stage.num_sequences == 0 for stage in pipeline.stages)
+
+
+def test_equal_seeds_give_equal_samples(shared_dir: Path) -> None:
+    """The same seed and plan give the same ids; another seed gives others."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 3), (3, 5)])
+
+    def sampled(seed: int) -> list[int]:
+        sequence = sequence_for(engine, config, list(row.token_ids), 12, greedy=False, temperature=2.0, seed=seed)
+        drain(engine)
+        return sequence.new_ids
+
+    assert sampled(7) == sampled(7)
+    assert sampled(7) != sampled(8)
+
+
+def test_a_shorter_limit_gives_a_prefix(shared_dir: Path) -> None:
+    """Fewer new tokens are the beginning of more new tokens, and the limit counts new tokens only."""
+    golden = GoldenSet(shared_dir, "chatglm3")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+    long, short = (sequence_for(engine, config, list(row.token_ids), n) for n in (10, 4))
+    drain(engine)
+    assert len(short.new_ids) == 4
+    assert short.new_ids == long.new_ids[:4]
+
+
+def test_a_long_causal_prompt_is_fed_in_chunks(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a causal prompt give the reference's tokens; a prefix LM's prompt travels whole."""
+    monkeypatch.setattr("coordinator.scheduler.PREFILL_CHUNK_TOKENS", 7)
+    for family, whole in (("chatglm2", False), ("chatglm", True)):
+        golden = GoldenSet(shared_dir, family)
+        row = next(row for row in golden.rows() if row.case == "long")
+        engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+        sequence = sequence_for(engine, config, list(row.token_ids), 6)
+        drain(engine)
+        assert tuple(sequence.new_ids) == row.greedy_ids[:6]
+        assert (pipeline.steps[0].num_tokens == len(row.token_ids)) is whole
+
+
+def test_a_request_beyond_the_kv_budget_fails_alone(shared_dir: Path) -> None:
+    """The newer of two requests outgrows the budget and fails with the numbers; the older one completes."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 5)], kv_budget_tokens=40)
+    older = sequence_for(engine, config, list(row.token_ids), 24)
+    newer = sequence_for(engine, config, list(row.token_ids), 24)
+    drain(engine)
+    assert tuple(older.new_ids) == row.greedy_ids
+    assert newer.error is not None
+    assert "40" in str(newer.error) and "kv_budget_tokens" in str(newer.error)
+    assert pipeline.stages[0].kv_tokens == 0
+
+
+def test_a_stage_failure_fails_the_sequences_of_that_step_only(shared_dir: Path) -> None:
+    """A stage that refuses a step names itself; a later request on the same engine succeeds."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 2), (2, 5)], stage_budget=12)
+    failed = sequence_for(engine, config, list(row.token_ids), 24)
+    drain(engine)
+    assert "stage 1" in str(failed.error) and "kv_budget" in str(failed.error)
+    assert all(stage.kv_tokens == 0 for stage in pipeline.stages)
+    good = sequence_for(engine, config, list(row.token_ids), 2)
+    drain(engine)
+    assert tuple(good.new_ids) == row.greedy_ids[:2]
+
+
+def test_cancel_makes_all_stages_forget_the_sequence(shared_dir: Path) -> None:
+    """After a cancel no stage holds anything of it, although no other request is running."""
+    golden = GoldenSet(shared_dir, "chatglm3")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 1), (1, 5)])
+    sequence = sequence_for(engine, config, list(row.token_ids), 24)
+    engine.step()
+    assert pipeline.stages[1].kv_tokens == len(row.token_ids)
+    engine.cancel(sequence)
+    assert sequence.finish_reason == "cancelled"
+    assert DropSequence(sequence.sequence_id) in pipeline.steps[-1].updates
+    assert [stage.num_sequences for stage in pipeline.stages] == [0, 0]
+
+
+def test_context_full_is_told_apart_from_length(shared_dir: Path) -> None:
+    """An answer that reaches the end of the model's context says so."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+    sequence = sequence_for(engine, config, list(row.token_ids), 24)
+    sequence._max_context = len(row.token_ids) + 3
+    drain(engine)
+    assert sequence.finish_reason == "context_full"
+    assert len(sequence.new_ids) == 3
+
+
+def test_engine_equals_the_undivided_models_own_greedy(shared_dir: Path) -> None:
+    """The engine adds nothing to the network: its tokens are `Model.greedy`'s for every family."""
+    for family in FAMILIES:
+        directory = GoldenSet(shared_dir, family).checkpoint_dir
+        row = next(row for row in GoldenSet(shared_dir, family).rows() if row.case == "short")
+        engine, _, config = in_process_engine(directory, [(0, 5)])
+        sequence = sequence_for(engine, config, list(row.token_ids), 9)
+        drain(engine)
+        assert sequence.new_ids == Model.load(Checkpoint(directory), load_config(directory)).greedy(row.token_ids, 9)
