@@ -1,0 +1,61 @@
+"""From an assignment to a stage that can serve."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from glm.checkpoint import Checkpoint
+from glm.config import load_config
+from glm.errors import GlmError
+from glm.model import LayerStack
+from glm.precision import Precision
+from protocol.control import Assign
+from stage_worker.errors import AbandonedError, LoadError
+from stage_worker.memory import is_out_of_memory
+from stage_worker.stage import Stage
+
+LoadProgress = Callable[[int, int, int], None]
+
+
+def load_stage(assign: Assign, device: torch.device, progress: LoadProgress) -> Stage:
+    """Load the assigned layers; `progress(layers_done, layers_total, weight_bytes)` after each.
+
+    Raises:
+        LoadError: whatever was wrong, in words for the user.
+        AbandonedError: `progress` raised it.
+    """
+    try:
+        return Stage(_load_layers(assign, device, progress), assign.kv_budget_tokens, assign.record_hidden_states)
+    except (AbandonedError, LoadError):
+        raise
+    except GlmError as error:
+        raise LoadError("bad_model", str(error)) from None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise LoadError("internal", f"{type(error).__name__}: {error}") from error
+        raise LoadError(
+            "out_of_memory",
+            f"{device} has no memory for layers {assign.layer_start + 1}-{assign.layer_end} in {assign.precision}: "
+            "give this stage fewer layers or a lower precision",
+        ) from None
+
+
+def _load_layers(assign: Assign, device: torch.device, progress: LoadProgress) -> LayerStack:
+    model_dir = Path(assign.model_path)
+    precision = Precision.parse(assign.precision)
+    config = load_config(model_dir)
+    if assign.layer_end > config.num_layers:
+        raise LoadError(
+            "bad_request",
+            f"layers {assign.layer_start + 1}-{assign.layer_end} were assigned, {model_dir} has {config.num_layers}",
+        )
+    checkpoint = Checkpoint(model_dir)
+    fingerprint = checkpoint.fingerprint()
+    if assign.fingerprint not in ("", fingerprint):
+        raise LoadError(
+            "fingerprint_mismatch",
+            f"{model_dir} is not the checkpoint the coordinator sees (fingerprint {fingerprint}, wanted "
+            f"{assign.fingerprint}): put the same files in both places",
+        )
+    return LayerStack.load(checkpoint, config, assign.layer_start, assign.layer_end, precision, device, progress)

@@ -1,0 +1,37 @@
+"""How much memory the worker holds, giving it back, and telling that there was not enough."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+
+def resident_bytes(device: torch.device) -> int:
+    """What this process occupies on its device: resident set on a CPU, memory reserved by torch on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def return_memory(device: torch.device) -> None:
+    """Give what Python and torch no longer use back to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory, of the host or of a GPU, did not suffice."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

@@ -1,0 +1,35 @@
+"""What a Pong says: written by the main thread as a whole, read by the control thread at any time."""
+
+from dataclasses import dataclass
+
+import torch
+
+from protocol.control import Pong, WorkerState
+from stage_worker.memory import resident_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A snapshot of the worker. `busy_s` and `num_steps` count since the assignment; `epoch` is 0 while idle."""
+
+    state: WorkerState = "idle"
+    epoch: int = 0
+    busy_s: float = 0.0
+    num_steps: int = 0
+    kv_tokens: int = 0
+    num_sequences: int = 0
+    weight_bytes: int = 0
+
+    def pong(self, request_id: int, device: torch.device) -> Pong:
+        """The answer to a Ping; resident memory is measured now."""
+        return Pong(
+            request_id,
+            self.state,
+            self.epoch,
+            self.busy_s,
+            self.num_steps,
+            self.kv_tokens,
+            self.num_sequences,
+            self.weight_bytes,
+            resident_bytes(device),
+        )

@@ -1,0 +1,228 @@
+"""The worker's main thread: takes commands from the control link and steps from the data plane, one at a time."""
+
+import time
+from dataclasses import replace
+
+import torch
+import zmq
+
+from protocol.control import Assign, Failed, Inspect, Inspected, Progress, Ready, Release, Released
+from protocol.data import StageTiming, Step, StepFailed
+from protocol.errors import EndpointError, ProtocolError
+from protocol.limits import clip_text
+from protocol.messages import Message, Plane
+from protocol.sockets import Socket, connect, data_socket, receive, send
+from protocol.tensors import RawTensor
+from protocol.torch_bridge import from_raw, to_raw
+from protocol.wire import decode
+from stage_worker.control_link import ControlLink
+from stage_worker.errors import AbandonedError, InspectError, LoadError
+from stage_worker.loading import load_stage
+from stage_worker.log import logger
+from stage_worker.memory import resident_bytes, return_memory
+from stage_worker.stage import Stage
+from stage_worker.status import Status
+
+SEND_TIMEOUT_S = 30.0
+_WIRE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Worker:
+    """Serves until the link says to leave. `data_in` is a bound PULL; the caller closes it and the link."""
+
+    def __init__(
+        self, context: "zmq.Context[Socket]", link: ControlLink, data_in: Socket, device: torch.device
+    ) -> None:
+        self._context = context
+        self._link = link
+        self._data_in = data_in
+        self._device = device
+        self._assign: Assign | None = None
+        self._stage: Stage | None = None
+        self._data_out: Socket | None = None
+
+    def serve(self) -> None:
+        """The loop. Returns when it is time to leave, with everything released."""
+        poller = zmq.Poller()
+        poller.register(self._link.commands, zmq.POLLIN)
+        poller.register(self._data_in, zmq.POLLIN)
+        try:
+            while not self._link.leaving:
+                events = dict(poller.poll())
+                if self._link.commands in events:
+                    self._obey(self._link.take_command())
+                elif self._data_in in events:
+                    self._take_data(receive(self._data_in), time.monotonic())
+        finally:
+            self._give_up()
+
+    # -- commands
+
+    def _obey(self, command: Assign | Inspect | Release | None) -> None:
+        match command:
+            case Assign():
+                self._take_assignment(command)
+            case Inspect():
+                self._inspect(command)
+            case Release():
+                freed = self._release()
+                self._link.send(Released(command.request_id, command.epoch, freed))
+
+    def _take_assignment(self, assign: Assign) -> None:
+        try:
+            self._load(assign)
+            return
+        except LoadError as error:  # kept no longer than this: its traceback holds what was loaded
+            failed = Failed(assign.request_id, assign.epoch, error.code, clip_text(error.text))
+        except AbandonedError:
+            failed = Failed(assign.request_id, assign.epoch, "bad_request", "released while loading")
+        if self._stage is None:
+            self._give_up()
+        logger.warning("epoch %d not taken: %s", assign.epoch, failed.text)
+        self._link.send(failed)
+
+    def _load(self, assign: Assign) -> None:
+        if self._stage is not None:
+            raise LoadError("bad_request", f"already serving epoch {self._link.status.epoch}: release it first")
+        started_s = time.monotonic()
+        self._link.status = Status("loading", assign.epoch)
+        self._data_out = data_socket(self._context, zmq.PUSH)
+        try:
+            connect(self._data_out, assign.next_endpoint)
+        except EndpointError as error:
+            raise LoadError("unreachable", f"next hop: {error}") from None
+
+        def report(layers_done: int, layers_total: int, weight_bytes: int) -> None:
+            if self._link.abandoned():
+                raise AbandonedError(f"loading epoch {assign.epoch}")
+            self._link.status = replace(self._link.status, weight_bytes=weight_bytes)
+            self._link.send(Progress(0, assign.epoch, layers_done, layers_total, weight_bytes))
+
+        report(0, assign.layer_end - assign.layer_start, 0)
+        self._stage = load_stage(assign, self._device, report)
+        self._assign = assign
+        self._announce(assign, self._stage, time.monotonic() - started_s)
+
+    def _announce(self, assign: Assign, stage: Stage, load_s: float) -> None:
+        layers = stage.layers
+        self._link.status = Status("serving", assign.epoch, weight_bytes=layers.weight_bytes)
+        resident = resident_bytes(self._device)
+        self._link.send(
+            Ready(assign.request_id, assign.epoch, layers.weight_bytes, resident, load_s, layers.kernel_path)
+        )
+        logger.info(
+            "serving epoch %d: layers %d-%d, %s, %.1f MB of weights, loaded in %.1f s, %s",
+            assign.epoch,
+            layers.start + 1,
+            layers.end,
+            assign.precision,
+            layers.weight_bytes / 1e6,
+            load_s,
+            layers.kernel_path,
+        )
+
+    def _inspect(self, inspect: Inspect) -> None:
+        epoch = self._link.status.epoch
+        try:
+            if self._stage is None:
+                raise InspectError("nothing is assigned to this worker")
+            part = to_raw(self._stage.inspect(inspect.sequence_id, inspect.layer, inspect.what))
+        except (InspectError, ProtocolError) as error:
+            self._link.send(Failed(inspect.request_id, epoch, "bad_request", clip_text(str(error))))
+            return
+        answer = Inspected(inspect.request_id, epoch, inspect.sequence_id, inspect.layer, inspect.what)
+        self._link.send(answer, (part,))
+
+    def _release(self) -> int:
+        """Give up the assignment; returns by how many bytes the resident memory fell."""
+        before = resident_bytes(self._device)
+        epoch = self._link.status.epoch
+        self._give_up()
+        freed = max(0, before - resident_bytes(self._device))
+        logger.info("released epoch %d: %.1f MB freed", epoch, freed / 1e6)
+        return freed
+
+    def _give_up(self) -> None:
+        self._assign = self._stage = None
+        if self._data_out is not None:
+            self._data_out.close()
+            self._data_out = None
+        return_memory(self._device)
+        self._link.status = Status()
+
+    # -- steps
+
+    def _take_data(self, frames: list[memoryview], received_at_s: float) -> None:
+        try:
+            message, tensors = decode(frames, Plane.DATA)
+            assert isinstance(message, Step | StepFailed)
+            if self._stage is None or self._assign is None or message.epoch != self._assign.epoch:
+                serving = f"epoch {self._assign.epoch} is served" if self._assign else "nothing is assigned"
+                logger.info("dropped step %d of epoch %d: %s", message.step_id, message.epoch, serving)
+                return
+            self._do_step(self._assign, self._stage, message, tensors, received_at_s)
+        except ProtocolError as error:
+            logger.warning("dropped a data message: %s", error)
+        except AbandonedError as error:
+            logger.info("abandoned: %s", error)
+
+    def _do_step(
+        self,
+        assign: Assign,
+        stage: Stage,
+        message: Step | StepFailed,
+        tensors: tuple[RawTensor, ...],
+        received_at_s: float,
+    ) -> None:
+        started_s = time.monotonic()
+        answer, result = self._answer(assign, stage, message, tensors)
+        compute_s = time.monotonic() - started_s
+        status = self._link.status
+        self._link.status = replace(
+            status,
+            busy_s=status.busy_s + compute_s,
+            num_steps=status.num_steps + 1,
+            kv_tokens=stage.kv_tokens,
+            num_sequences=stage.num_sequences,
+        )
+        timing = StageTiming(assign.stage_index, received_at_s, compute_s, time.monotonic(), stage.kv_tokens)
+        self._forward(replace(answer, timings=(*answer.timings, timing)), result)
+
+    def _answer(
+        self, assign: Assign, stage: Stage, message: Step | StepFailed, tensors: tuple[RawTensor, ...]
+    ) -> tuple[Step | StepFailed, tuple[RawTensor, ...]]:
+        """What goes to the next hop for a message, without this stage's timing."""
+        try:
+            if isinstance(message, StepFailed):
+                stage.apply(message.updates)
+                return message, ()
+            hidden = stage.run(message, from_raw(tensors[0]), self._link.abandoned)
+            dtype = hidden.dtype if assign.activation_dtype is None else _WIRE_DTYPES[assign.activation_dtype]
+            return message, (to_raw(hidden.to(dtype)),)
+        except AbandonedError:
+            raise
+        except Exception as error:  # whatever a step ran into, the worker goes on with the next one
+            failure = stage.step_error(error)
+            code, text = failure.code, clip_text(failure.text)
+            del failure
+        logger.warning("step %d failed: %s: %s", message.step_id, code, text)
+        if code == "out_of_memory":
+            return_memory(self._device)
+        if isinstance(message, StepFailed):
+            return message, ()
+        failed = StepFailed(
+            message.epoch, message.step_id, assign.stage_index, code, text, message.updates, message.timings
+        )
+        return failed, ()
+
+    def _forward(self, message: Message, tensors: tuple[RawTensor, ...]) -> None:
+        """Send to the next hop. Waits while that is busy or gone, but not for ever, nor if nobody wants the result."""
+        assert self._data_out is not None
+        deadline_s = time.monotonic() + SEND_TIMEOUT_S
+        while not self._data_out.poll(100, zmq.POLLOUT):
+            if self._link.abandoned():
+                return
+            if time.monotonic() > deadline_s:
+                logger.warning("dropped a step: the next hop has taken nothing for %g s", SEND_TIMEOUT_S)
+                return
+        send(self._data_out, message, tensors)
