@@ -49,10 +49,10 @@ GLM4_SPECIAL = (
 
 def load_tiktoken(path: Path, dialect: Dialect, config: ModelConfig, settings: Mapping[str, Any]) -> Tokenizer:
     """GLM-4's `tokenizer.model`: a line for each rank, its bytes in base64, a space, the rank."""
-    del config
     ranks = _read_ranks(path)
     special = {content: token_id for token_id, content in _added_tokens(settings).items()}
-    special = special or {name: len(ranks) + index for index, name in enumerate(GLM4_SPECIAL)}
+    first = min(config.eos_ids, default=len(ranks))  # <|endoftext|>, the first special token
+    special = special or {name: first + index for index, name in enumerate(GLM4_SPECIAL)}
     if min(special.values()) != len(ranks):
         raise TokenizerError(
             f"{path} has {len(ranks)} ranks, but the special tokens begin at id {min(special.values())}: "
