@@ -1,0 +1,176 @@
+"""A model is a directory here, or something that huggingface_hub's cache holds or can fetch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm.config import load_config
+from glm.errors import ConfigError, ModelNotFoundError
+from glm.hub import resolve_model
+from tests.glm.hub_server import serve_hub
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import json, sys
+from glm.errors import ModelNotFoundError
+from glm.hub import resolve_model
+try:
+    answer = {"path": str(resolve_model(*sys.argv[1:]))}
+except ModelNotFoundError as error:
+    answer = {"error": str(error)}
+print(json.dumps(answer | {"hub_imported": "huggingface_hub" in sys.modules}))
+"""
+
+
+def contents(*names: str) -> dict[str, bytes]:
+    return {name: name.encode() for name in names}
+
+
+WANTED = contents("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model")
+NEVER = contents("modeling_chatglm.py", "model.onnx", "model.gguf", "flax_model.msgpack", "README.md")
+SAFETENSORS = contents(
+    "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+)
+BIN = contents("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin")
+
+
+def resolve(home: Path, *arguments: str, offline: bool = False, endpoint: str = "http://127.0.0.1:9") -> dict[str, str]:
+    """Resolve in a process of its own: huggingface_hub reads its environment when it is imported."""
+    kept = {key for key in os.environ if not key.startswith("HF_") and "proxy" not in key.lower()}
+    inherited = {key: os.environ[key] for key in kept}
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1" if offline else "0"}
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env={**inherited, **settings, **quiet},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def put_in_cache(home: Path, name: str, commit: str, refs: tuple[str, ...]) -> Path:
+    """What a download of one file leaves in a hub cache: blob, snapshot link, refs."""
+    root = home / "hub" / f"models--{name.replace('/', '--')}"
+    for directory in ("blobs", "refs", f"snapshots/{commit}"):
+        (root / directory).mkdir(parents=True, exist_ok=True)
+    (root / "blobs" / f"blob-{commit}").write_text("{}")
+    (root / "snapshots" / commit / "config.json").symlink_to(f"../../blobs/blob-{commit}")
+    for ref in refs:
+        (root / "refs" / ref).write_text(commit)
+    return root / "snapshots" / commit
+
+
+def files_of(snapshot: str) -> set[str]:
+    return {path.name for path in Path(snapshot).iterdir()}
+
+
+def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    """By string or path, and without importing the hub's library."""
+    (tmp_path / "model").mkdir()
+    assert resolve_model(tmp_path / "model") == tmp_path / "model"
+    answer = resolve(tmp_path, str(tmp_path / "model"))
+    assert answer["path"] == str(tmp_path / "model")
+    assert not answer["hub_imported"]
+
+
+@pytest.mark.parametrize("name", ["", "chatglm", "./org/name", "/no/such/model", "a/b/c", "org/", "../name"])
+def test_what_is_neither_directory_nor_hub_id_is_refused(name: str) -> None:
+    """The message repeats the name and says what both forms are."""
+    with pytest.raises(ModelNotFoundError, match=r"no directory here.*org/name.*check the spelling") as caught:
+        resolve_model(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    """Somebody who names the weights file is told that a directory is wanted."""
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelNotFoundError, match="a file, not a directory"):
+        resolve_model(tmp_path / "model.safetensors")
+
+
+def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
+    """An option that cannot have an effect is not ignored."""
+    with pytest.raises(ModelNotFoundError, match="has no revision 'main': leave it out"):
+        resolve_model(tmp_path, "main")
+
+
+def test_a_cached_model_needs_no_network(tmp_path: Path) -> None:
+    """Offline, each revision (default branch, tag, commit) gives its own snapshot; a dead endpoint does no harm."""
+    old, new = "1" * 40, "2" * 40
+    old_dir = put_in_cache(tmp_path, "org/name", old, ("v1.0",))
+    new_dir = put_in_cache(tmp_path, "org/name", new, ("main",))
+    assert resolve(tmp_path, "org/name", offline=True)["path"] == str(new_dir)
+    assert resolve(tmp_path, "org/name", "v1.0", offline=True)["path"] == str(old_dir)
+    assert resolve(tmp_path, "org/name", old, offline=True)["path"] == str(old_dir)
+    assert resolve(tmp_path, "org/name")["path"] == str(new_dir)
+
+
+def test_offline_without_the_model_says_how_to_get_it(tmp_path: Path) -> None:
+    """An unknown model or revision in offline mode: the cache looked in, the variable, the way out."""
+    put_in_cache(tmp_path, "org/name", "1" * 40, ("main",))
+    for arguments in (("org/other",), ("org/name", "v9")):
+        error = resolve(tmp_path, *arguments, offline=True)["error"]
+        assert arguments[-1] in error
+        assert str(tmp_path / "hub") in error
+        assert "HF_HUB_OFFLINE is set: unset it once to download" in error
+
+
+def test_only_what_a_model_needs_is_fetched(tmp_path: Path) -> None:
+    """Config, tokenizer and safetensors; neither code, other formats nor sub-directories; afterwards no network."""
+    unwanted = {**NEVER, **BIN, "original/model.safetensors": b"o"}
+    with serve_hub({**WANTED, **SAFETENSORS, **unwanted}) as (endpoint, fetched):
+        path = resolve(tmp_path, "org/name", endpoint=endpoint)["path"]
+        assert set(fetched) == files_of(path) == {*WANTED, *SAFETENSORS}
+        assert (Path(path) / "tokenizer.model").read_bytes() == b"tokenizer.model"
+    assert resolve(tmp_path, "org/name", endpoint=endpoint)["path"] == path
+    assert resolve(tmp_path, "org/name", offline=True)["path"] == path
+
+
+def test_bin_weights_are_fetched_where_there_are_no_others(tmp_path: Path) -> None:
+    """A model of 2023, published as .bin only, at a named commit."""
+    with serve_hub({**WANTED, **NEVER, **BIN}) as (endpoint, _):
+        path = resolve(tmp_path, "org/name", "a" * 40, endpoint=endpoint)["path"]
+        assert files_of(path) == {*WANTED, *BIN}
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("RepoNotFound", "check the spelling; a private model needs HF_TOKEN"),
+        ("GatedRepo", "accept the terms on {endpoint}/org/name, then set HF_TOKEN"),
+        ("RevisionNotFound", "not revision 'v9': name one of its branches, tags or commits"),
+    ],
+)
+def test_what_a_hub_refuses_is_said_with_the_remedy(tmp_path: Path, code: str, remedy: str) -> None:
+    """A typo, a gated model, an unknown revision: named with the endpoint that was asked."""
+    with serve_hub({}, error_code=code) as (endpoint, _):
+        error = resolve(tmp_path, "org/name", "v9", endpoint=endpoint)["error"]
+    assert "no model 'org/name'" in error
+    assert endpoint in error
+    assert remedy.format(endpoint=endpoint) in error
+
+
+def test_an_endpoint_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    """No connection and nothing cached: which address, why, and what to check."""
+    error = resolve(tmp_path, "org/name")["error"]
+    assert "http://127.0.0.1:9 could not be asked" in error
+    assert "check the network, the proxy and HF_ENDPOINT" in error
+
+
+def test_a_cached_model_is_called_by_its_hub_name(tmp_path: Path) -> None:
+    """Errors name the file; a model without a name of its own gets the hub's, not the commit's."""
+    snapshot = put_in_cache(tmp_path, "org/name", "1" * 40, ())
+    with pytest.raises(ConfigError, match="model_type None is not supported"):
+        load_config(snapshot)
+    facts = {"model_type": "glm4", "hidden_size": 8, "num_attention_heads": 2, "head_dim": 4, "num_hidden_layers": 1}
+    facts |= {"intermediate_size": 8, "vocab_size": 16}
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text(json.dumps(facts))
+    assert load_config(snapshot).name == "org/name"
