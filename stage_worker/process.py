@@ -92,7 +92,7 @@ def _join(options: WorkerOptions, data_endpoint: str) -> Join:
         request_id=1,
         worker_id=options.worker_id,
         glmpipe_version=VERSION,
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         host=clip_text(platform.node() or "localhost", 256),
         pid=os.getpid(),
         device=str(device),

@@ -191,18 +191,11 @@ class Stage:
 
 
 def _layout(span: Span, is_prefix_lm: bool) -> PromptLayout | None:
-    """The prompt layout a span states, which must suit the model: a prefix can only be computed in one piece."""
+    """The prompt layout a span states, which must suit the model."""
     if span.context_length is None:
         if is_prefix_lm:
             raise StepError("bad_step", f"sequence {span.sequence_id}: a prefix LM needs the prompt's layout")
         return None
     if not is_prefix_lm:
         raise StepError("bad_step", f"sequence {span.sequence_id}: a causal model has no prompt layout")
-    end_pos = span.start_pos + span.num_tokens
-    if span.start_pos < span.context_length and (span.start_pos > 0 or end_pos < span.context_length):
-        raise StepError(
-            "bad_step",
-            f"sequence {span.sequence_id}: a prefix of {span.context_length} tokens cannot be computed in pieces "
-            f"(positions {span.start_pos} to {end_pos})",
-        )
     return PromptLayout(span.context_length, span.mask_position)
