@@ -1,4 +1,9 @@
-"""Small models with random weights in the published layouts, written where a test wants them."""
+"""Small models with random weights in the published layouts, written where a test wants them.
+
+    config = write_checkpoint(tmp_path / "model", {**CAUSAL, "num_layers": 5}, suffix="bin", num_shards=2)
+
+The published int8/int4 packing is written out here from its definition, independently of `glm.quantization`.
+"""
 
 import json
 from pathlib import Path
@@ -44,46 +49,97 @@ PREFIX: dict[str, Any] = {
 }
 """ChatGLM-6B's keys."""
 
+NATIVE: dict[str, Any] = {
+    "model_type": "glm",
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "eos_token_id": [90, 91],
+    "pad_token_id": 90,
+    "torch_dtype": "float32",
+}
+"""glm-4-9b-chat-hf's keys: transformers' own layout."""
+
+NATIVE4: dict[str, Any] = {**NATIVE, "model_type": "glm4", "attention_bias": False}
+"""GLM-4-0414's keys."""
+
+FAMILIES = {"chatglm": PREFIX, "chatglm2": CAUSAL, "glm": NATIVE, "glm4": NATIVE4}
+
 
 def write_checkpoint(
     model_dir: Path,
     keys: dict[str, Any] = CAUSAL,
     *,
-    dtype: torch.dtype = torch.float32,
     num_shards: int = 1,
     seed: int = 0,
     suffix: str = "safetensors",
+    legacy: bool = False,
 ) -> ModelConfig:
     """Write config.json and random weights (`suffix`: "safetensors" or "bin"); returns the parsed config.
 
-    With several shards, layers are dealt out to them in turn, as the published ones are spread over files.
+    Weights have the config's dtype. With `quantization_bit` in the config the linear layers of the blocks are stored
+    packed, as published; with `quantization_embeddings` both ends too. Several shards get equal numbers of tensors,
+    which cuts layers in two as in the published models; one shard at a time is in memory. `legacy` writes the format
+    that `.bin` files had before they were zip files.
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     config = parse_config(keys, name=model_dir.name)
     (model_dir / "config.json").write_text(json.dumps(keys))
     generator = torch.Generator().manual_seed(seed)
     stem = "model" if suffix == "safetensors" else "pytorch_model"
+    shapes = stored_shapes(config)
     weight_map: dict[str, str] = {}
     for number in range(num_shards):
-        tensors = _shard(config, number, num_shards, dtype, generator)
-        name = f"{stem}.{suffix}" if num_shards == 1 else f"{stem}-{number + 1:05}-of-{num_shards:05}.{suffix}"
-        save_file(tensors, model_dir / name) if suffix == "safetensors" else torch.save(tensors, model_dir / name)
-        weight_map |= dict.fromkeys(tensors, name)
+        first, end = (len(shapes) * n // num_shards for n in (number, number + 1))
+        tensors: dict[str, torch.Tensor] = {}
+        for name in list(shapes)[first:end]:
+            tensors |= _stored(name, _random(name, shapes[name], generator), config)
+        file_name = f"{stem}.{suffix}" if num_shards == 1 else f"{stem}-{number + 1:05}-of-{num_shards:05}.{suffix}"
+        if suffix == "safetensors":
+            save_file(tensors, model_dir / file_name)
+        else:
+            torch.save(tensors, model_dir / file_name, _use_new_zipfile_serialization=not legacy)
+        weight_map |= dict.fromkeys(tensors, file_name)
     if num_shards > 1:
         (model_dir / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return config
 
 
-def _shard(
-    config: ModelConfig, number: int, num_shards: int, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    sources = [
-        s for layer in range(number, config.num_layers, num_shards) for s in layer_sources(config, layer).values()
-    ]
-    if number == num_shards - 1:
-        sources += [embedding_source(config), *final_norm_sources(config).values(), lm_head_source(config)]
-    shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
-    return {name: _random(name, shape, generator).to(dtype) for name, shape in shapes.items()}
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape by name of all tensors of a float checkpoint, in the order of the network."""
+    sources = [embedding_source(config)]
+    for layer in range(config.num_layers):
+        sources += layer_sources(config, layer).values()
+    sources += final_norm_sources(config).values()
+    if config.is_prefix_lm or not config.tied_ends:
+        sources.append(lm_head_source(config))
+    return {name: shape for source in sources for name, shape in source.shapes.items()}
+
+
+def publish_quantized(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values int8 [rows, columns * bits / 8] and fp16 scales [rows] of a weight, as the publisher packs them."""
+    scales = (weight.abs().amax(1) / (2 ** (bits - 1) - 1)).to(torch.float16)
+    integers = (weight / scales.float().unsqueeze(1)).round().to(torch.int64)
+    if bits == 4:
+        integers = 16 * (integers[:, 0::2] % 16) + integers[:, 1::2] % 16
+    return ((integers + 128) % 256 - 128).to(torch.int8), scales
+
+
+def _stored(name: str, tensor: torch.Tensor, config: ModelConfig) -> dict[str, torch.Tensor]:
+    at_an_end = "embed" in name or "lm_head" in name or "output_layer" in name
+    if config.quantization_bits is None or tensor.dim() == 1 or (at_an_end and not config.quantized_ends):
+        return {name: tensor.to(getattr(torch, config.stored_dtype))}
+    values, scales = publish_quantized(tensor, config.quantization_bits)
+    return {name: values, f"{name}_scale": scales}
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
