@@ -1,7 +1,7 @@
 """The worker processes of one plan on this host: brought up, assigned their layers, watched, taken down."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +97,9 @@ class Cluster:
             self._control.begin(worker_id, self._assignment(index, following[index]))
             for index, worker_id in enumerate(self._worker_ids)
         ]
-        self._wait_until_ready(futures)
-        ready = [self._ready(index, future) for index, future in enumerate(futures)]
+        ready = self._wait_until_ready(futures)
         self.pipeline.connect(endpoints[0])
-        return tuple(ready)
+        return ready
 
     def check(self) -> None:
         """Raises StageLost when a worker has died, left or fallen silent."""
@@ -155,17 +154,19 @@ class Cluster:
             record_hidden_states=settings.record_hidden_states,
         )
 
-    def _wait_until_ready(self, futures: list[Future[Reply]]) -> None:
+    def _wait_until_ready(self, futures: list[Future[Reply]]) -> tuple[Ready, ...]:
         """Loading may take minutes; what ends the wait is a reply from all, a failure of one, or a lost worker."""
+        ready: dict[int, Ready] = {}
         pending = set(futures)
         while pending:
-            done, pending = wait(pending, timeout=0.1)
-            for future in done:
-                self._ready(futures.index(future), future)
+            done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+            for index in sorted(futures.index(future) for future in done):
+                ready[index] = self._ready(index, futures[index])
             try:
                 self.check()
             except StageLost as error:
                 raise LaunchError(str(error).replace("while serving", "while loading")) from None
+        return tuple(ready[index] for index in range(len(futures)))
 
     def _ready(self, index: int, future: Future[Reply]) -> Ready:
         stage = self.plan.stages[index]
