@@ -1,0 +1,175 @@
+"""The control plane against scripted workers: who may join, deadlines, silence, garbage."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from coordinator import control
+from coordinator.control import ControlPlane, expect
+from coordinator.errors import LaunchError, StageLost
+from protocol.control import Failed, Join, Leaving, Ping, Pong, Progress, Ready, Refused, Release, Released, Welcome
+from protocol.messages import Message
+from protocol.sockets import Socket, connect, control_socket
+from protocol.version import VERSION
+from protocol.wire import decode, encode
+
+
+class ScriptedWorker:
+    """A DEALER that says what the test tells it to."""
+
+    def __init__(self, context: "zmq.Context[Socket]", endpoint: str) -> None:
+        self.dealer = control_socket(context, zmq.DEALER)
+        connect(self.dealer, endpoint)
+
+    def say(self, message: Message) -> None:
+        self.dealer.send_multipart(encode(message))
+
+    def join(self, worker_id: str, version: str = VERSION) -> Message:
+        self.say(Join(7, worker_id, version, "2.13", "here", 1, "cpu", "a CPU", 1, 1, 1, (), "ipc:///nowhere"))
+        return self.hear(Welcome, Refused)
+
+    def hear(self, *wanted: type[Message]) -> Message:
+        """The next message of one of these types."""
+        give_up_at = time.monotonic() + 10
+        while time.monotonic() < give_up_at:
+            if self.dealer.poll(200):
+                message, _ = decode(self.dealer.recv_multipart())
+                if isinstance(message, wanted):
+                    return message
+        raise AssertionError(f"none of {wanted} came")
+
+
+@pytest.fixture
+def context() -> "Iterator[zmq.Context[Socket]]":
+    context: zmq.Context[Socket] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def plane(context: "zmq.Context[Socket]", tmp_path: Path) -> Iterator[ControlPlane]:
+    heard: list[tuple[str, Progress]] = []
+    with ControlPlane(
+        context, f"ipc://{tmp_path}/c", ["stage-1"], on_progress=lambda who, what: heard.append((who, what))
+    ) as plane:
+        plane.heard = heard  # type: ignore[attr-defined]
+        yield plane
+
+
+NewWorker = Callable[[], ScriptedWorker]
+
+
+@pytest.fixture
+def new_worker(context: "zmq.Context[Socket]", plane: ControlPlane) -> Iterator[NewWorker]:
+    workers: list[ScriptedWorker] = []
+
+    def make() -> ScriptedWorker:
+        workers.append(ScriptedWorker(context, plane.endpoint))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.dealer.close(linger=0)
+
+
+@pytest.fixture
+def worker(new_worker: NewWorker) -> ScriptedWorker:
+    return new_worker()
+
+
+def test_an_expected_worker_is_welcomed_once(plane, worker, new_worker) -> None:  # type: ignore[no-untyped-def]
+    """The second worker with the same id, an unknown id and another version are refused with the reason."""
+    assert isinstance(worker.join("stage-1"), Welcome)
+    assert set(plane.wait_for_joins(5, lambda: None)) == {"stage-1"}
+    other = new_worker()
+    for refused in (other.join("stage-1"), other.join("stage-9")):
+        assert isinstance(refused, Refused)
+        assert refused.code == "unknown_worker"
+
+
+def test_another_version_is_refused_by_name(worker: ScriptedWorker) -> None:
+    """Both versions and the remedy are in the refusal."""
+    refused = worker.join("stage-1", version="0.0.1")
+    assert isinstance(refused, Refused)
+    assert "0.0.1" in refused.text and VERSION in refused.text and "same version" in refused.text
+
+
+def test_a_request_gets_its_reply_or_meets_its_deadline(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """Replies find their requests by id, in any order; an unanswered one raises after its deadline."""
+    worker.join("stage-1")
+    first, second = (plane.begin("stage-1", Release(0, epoch)) for epoch in (1, 2))
+    requests = [worker.hear(Release), worker.hear(Release)]
+    for request in reversed(requests):
+        worker.say(Released(request.request_id, request.epoch, 0))
+    assert first.result(5)[0].epoch == 1
+    assert second.result(5)[0].epoch == 2
+    with pytest.raises(StageLost, match=r"stage-1 did not answer Release within 0\.2 s"):
+        plane.request("stage-1", Release(0, 3), 0.2)
+
+
+def test_failures_carry_the_workers_words(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """A Failed reply, or one of the wrong kind, becomes a LaunchError that names the stage."""
+    worker.join("stage-1")
+    future = plane.begin("stage-1", Release(0, 1))
+    worker.say(Failed(worker.hear(Release).request_id, 1, "bad_model", "tensor x is missing"))
+    with pytest.raises(LaunchError, match="stage 1: tensor x is missing"):
+        expect(future.result(5), Ready, "stage 1")
+    with pytest.raises(LaunchError, match="answered Released where Ready was due"):
+        expect((Released(1, 1, 0), ()), Ready, "stage 1")
+
+
+def test_pings_are_sent_and_pongs_kept(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """Heartbeats go out by themselves; the latest answer is the worker's health report; progress is relayed."""
+    worker.join("stage-1")
+    ping = worker.hear(Ping)
+    worker.say(Pong(ping.request_id, "serving", 1, 2.0, 3, 4, 1, 5, 6))
+    worker.say(Progress(0, 1, 2, 3, 4))
+    give_up_at = time.monotonic() + 5
+    while not (plane.pongs() and plane.heard) and time.monotonic() < give_up_at:
+        time.sleep(0.01)
+    assert plane.pongs()["stage-1"].kv_tokens == 4
+    assert plane.heard == [("stage-1", Progress(0, 1, 2, 3, 4))]
+    assert plane.lost() is None
+
+
+def test_a_silent_worker_is_lost(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Silence beyond the limit is reported with its length; nobody waits for ever."""
+    worker.join("stage-1")
+    monkeypatch.setattr(control, "SILENCE_LIMIT_S", 0.05)
+    time.sleep(0.2)
+    assert plane.lost()[0] == "stage-1"
+    assert "silent" in plane.lost()[1]
+
+
+def test_a_worker_that_says_goodbye_is_lost_at_once(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """Leaving carries the reason."""
+    worker.join("stage-1")
+    worker.say(Leaving(0, "SIGTERM"))
+    give_up_at = time.monotonic() + 5
+    while plane.lost() is None and time.monotonic() < give_up_at:
+        time.sleep(0.01)
+    assert plane.lost() == ("stage-1", "left: SIGTERM")
+
+
+def test_garbage_and_strangers_are_ignored(plane, worker, new_worker) -> None:  # type: ignore[no-untyped-def]
+    """Random frames, and valid messages of somebody who never joined, change nothing."""
+    stranger = new_worker()
+    for frames in ([b""], [b"\xff" * 40], [b"a", b"b", b"c"], encode(Released(1, 1, 0)), encode(Leaving(0, "x"))):
+        stranger.dealer.send_multipart(frames)
+    assert isinstance(worker.join("stage-1"), Welcome)
+    assert plane.lost() is None
+
+
+def test_joins_have_a_deadline_and_a_watch(plane) -> None:  # type: ignore[no-untyped-def]
+    """Absent workers are named; a check that raises ends the wait at once."""
+    with pytest.raises(LaunchError, match="stage-1 did not join within 0 s"):
+        plane.wait_for_joins(0.2, lambda: None)
+
+    def dead() -> None:
+        raise LaunchError("stage 1 died")
+
+    with pytest.raises(LaunchError, match="died"):
+        plane.wait_for_joins(60, dead)

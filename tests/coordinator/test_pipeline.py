@@ -1,0 +1,99 @@
+"""The coordinator's two ends of the chain, with the test in the stages' place."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from coordinator.errors import StageLost
+from coordinator.pipeline import Pipeline
+from coordinator.timing import step_timing
+from protocol.data import Span, StageTiming, Step, StepFailed
+from protocol.sockets import Socket, bind, connect, data_socket, receive, send
+from protocol.torch_bridge import from_raw, to_raw
+from protocol.wire import decode
+
+
+class Chain:
+    """A pipeline whose only stage is the test."""
+
+    def __init__(self, context: "zmq.Context[Socket]", directory: Path) -> None:
+        self.checks = 0
+        self.pipeline = Pipeline(context, f"ipc://{directory}/return", self.check)
+        self.pull, self.push = data_socket(context, zmq.PULL), data_socket(context, zmq.PUSH)
+        self.pipeline.connect(bind(self.pull, f"ipc://{directory}/stage"))
+        connect(self.push, self.pipeline.return_endpoint)
+        self.broken: StageLost | None = None
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.broken is not None:
+            raise self.broken
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[Chain]:
+    context: zmq.Context[Socket] = zmq.Context()
+    chain = Chain(context, tmp_path)
+    yield chain
+    chain.pipeline.close()
+    context.destroy(linger=0)
+
+
+def a_step(step_id: int, epoch: int = 1) -> Step:
+    return Step(epoch, step_id, (), (Span(1, 0, 2, None, None),), ())
+
+
+def test_outcomes_come_back_in_order_with_their_tensors(chain: Chain) -> None:
+    """Two steps in flight; the hidden states arrive unchanged and each outcome knows when its step left."""
+    hidden = torch.randn(2, 3)
+    for step_id in (1, 2):
+        chain.pipeline.submit(a_step(step_id), hidden + step_id)
+    for step_id in (1, 2):
+        message, tensors = decode(receive(chain.pull))
+        assert torch.equal(from_raw(tensors[0]), hidden + step_id)
+        send(chain.push, message, tensors)
+    outcomes = [chain.pipeline.collect(epoch=1) for _ in range(2)]
+    assert [outcome.message.step_id for outcome in outcomes] == [1, 2]
+    assert torch.equal(outcomes[1].hidden, hidden + 2)
+    assert all(o.submitted_at_s <= o.arrived_at_s <= time.monotonic() for o in outcomes)
+
+
+def test_garbage_strangers_and_old_epochs_are_dropped(chain: Chain) -> None:
+    """What was never submitted, is malformed, or belongs to an older epoch does not become an outcome."""
+    chain.pipeline.submit(a_step(5, epoch=2), torch.zeros(2, 3))
+    tensor = to_raw(torch.ones(2, 3))
+    chain.push.send_multipart([b"\x00" * 30])
+    send(chain.push, a_step(9, epoch=2), (tensor,))
+    send(chain.push, a_step(4, epoch=1), (tensor,))
+    send(chain.push, StepFailed(2, 5, 1, "kv_budget", "full", (), ()))
+    outcome = chain.pipeline.collect(epoch=2)
+    assert isinstance(outcome.message, StepFailed)
+    assert outcome.hidden is None
+
+
+def test_waiting_ends_when_a_stage_is_gone(chain: Chain) -> None:
+    """`collect` watches the stages' health while nothing comes."""
+    chain.broken = StageLost("stage 1 is gone")
+    with pytest.raises(StageLost, match="gone"):
+        chain.pipeline.collect(epoch=1)
+    assert chain.checks == 1
+
+
+def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:
+    """A hop counts for the stage it leads to, the way back for the last stage."""
+    chain.pipeline.submit(a_step(1), torch.zeros(2, 3))
+    left_at_s = chain.pipeline._submitted_at_s[1]
+    timings = (
+        StageTiming(0, left_at_s + 0.25, 0.5, left_at_s + 1.0, 7),
+        StageTiming(1, left_at_s + 1.125, 0.5, left_at_s + 2.0, 9),
+    )
+    send(chain.push, Step(1, 1, (), a_step(1).spans, timings), (to_raw(torch.zeros(2, 3)),))
+    outcome = chain.pipeline.collect(epoch=1)
+    first, last = step_timing(outcome).stages
+    assert (first.compute_s, first.kv_tokens) == (0.5, 7)
+    assert first.wire_s == pytest.approx(0.25)
+    assert last.wire_s == pytest.approx(0.125 + max(0.0, outcome.arrived_at_s - timings[1].sent_at_s))
