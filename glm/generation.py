@@ -9,7 +9,7 @@ from typing import Any
 from glm.config import ModelConfig
 from glm.dialect import Dialect, detect_dialect
 from glm.errors import ConfigError, SamplingError
-from glm.sampling import SamplingParams
+from glm.sampling_params import SamplingParams
 from glm.tokenizer import Tokenizer
 
 # (max_length, temperature, top_p) of the published chat() of each dialect.

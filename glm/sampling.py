@@ -1,93 +1,17 @@
 """From one row of logits to the next token id."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from glm.errors import SamplingError
+from glm.sampling_params import SamplingParams
+
+__all__ = ["Sampler", "SamplingParams", "candidates"]
 
 # Candidates that are looked at before a whole vocabulary is sorted for top-p.
 FEW = 512
-
-# Below it the most likely token is all that is left, and dividing by it would overflow.
-COLDEST = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen and when an answer ends, beside the model's own end ids.
-
-    Raises:
-        SamplingError: values that are impossible; the message lists all of them.
-    """
-
-    temperature: float = 1.0
-    """Logits are divided by it; 0 means greedy."""
-    top_k: int = 0
-    """Only the k most likely tokens (and those as likely as the last of them); 0 for all."""
-    top_p: float = 1.0
-    """Only the most likely tokens that together reach this probability; 1 for all."""
-    min_p: float = 0.0
-    """Only tokens at least this likely, relative to the most likely one; 0 for all."""
-    repetition_penalty: float = 1.0
-    """Makes tokens of the prompt and the answer less likely; 1 for no penalty."""
-    seed: int | None = None
-    """The same seed gives the same tokens; None for another answer each time."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer."""
-    max_new_tokens: int | None = None
-    """None for as many as the context holds."""
-    ignore_eos: bool = False
-    """Go on after the model's end ids, to get a fixed number of tokens."""
-    greedy: bool = False
-    """Always the most likely token."""
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"{name} is {getattr(self, name)!r}, it must be {must}"
-            for name, must, holds in _RULES
-            if not holds(getattr(self, name))
-        ]
-        if faults:
-            raise SamplingError("; ".join(faults))
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.greedy or self.temperature < COLDEST
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("temperature", "a number from 0 (greedy) up", lambda v: _is_number(v) and v >= 0),
-    ("top_k", "a whole number from 0 (all tokens) up", lambda v: _is_whole(v) and v >= 0),
-    ("top_p", "a number above 0 and up to 1 (all tokens)", lambda v: _is_number(v) and 0 < v <= 1),
-    ("min_p", "a number from 0 (all tokens) to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-    ("repetition_penalty", "a number from 0.01 to 100 (1 for none)", lambda v: _is_number(v) and 0.01 <= v <= 100),
-    ("seed", "a whole number from 0 to 2^63 - 1, or none", lambda v: v is None or (_is_whole(v) and 0 <= v < 2**63)),
-    (
-        "stop",
-        "texts that are not empty",
-        lambda v: isinstance(v, tuple) and all(isinstance(text, str) and text for text in v),
-    ),
-    (
-        "max_new_tokens",
-        "a whole number from 1 up, or none",
-        lambda v: v is None or (_is_whole(v) and v >= 1),
-    ),
-    ("ignore_eos", "true or false", lambda v: isinstance(v, bool)),
-    ("greedy", "true or false", lambda v: isinstance(v, bool)),
-)
 
 
 class Sampler:

@@ -131,7 +131,7 @@ def test_extreme_params_still_give_a_token() -> None:
     for params in (
         SamplingParams(temperature=1e-5),
         SamplingParams(temperature=2e-5, top_k=2, top_p=1e-9, min_p=1.0),
-        SamplingParams(temperature=1e6, repetition_penalty=100),
+        SamplingParams(temperature=100, repetition_penalty=100),
     ):
         assert Sampler(params, [2]).sample(logits) in (0, 1, 2)
 
