@@ -24,6 +24,9 @@ from coordinator.plan import (
 from coordinator.plan_file import read_plan_file
 from coordinator.plan_request import Option, PlanRequest, StageRequest, request_of
 
+MAX_THREADS = 4096
+MAX_KV_TOKENS = 2**31 - 1
+
 PlanSource = Plan | PlanRequest | Path | str | None
 """A plan, a wish, a plan file, or None for the default."""
 
@@ -124,9 +127,9 @@ def _stage(
         faults += _precision_faults(Option(wish.origin, precision), device)
     num_threads = request.num_threads if wish.num_threads is None else wish.num_threads
     budget = request.kv_budget_tokens if wish.kv_budget_tokens is None else wish.kv_budget_tokens
-    for name, value in (("threads", num_threads), ("kv_budget_tokens", budget)):
-        if value is not None and value < 1:
-            faults.append(f"{wish.origin}: {name} {value} is too small; it must be at least 1")
+    for name, value, most in (("threads", num_threads, MAX_THREADS), ("kv_budget_tokens", budget, MAX_KV_TOKENS)):
+        if value is not None and not 1 <= value <= most:
+            faults.append(f"{wish.origin}: {name} {value} is out of range; it must be from 1 to {most}")
     start, end = (found.start, found.end) if found else (0, 0)
     return StagePlan(device or "cpu", start, end, precision, num_threads, budget)
 

@@ -58,6 +58,7 @@ class PlainView:
         self._due_s[progress.stage_index] = now_s + PLAIN_INTERVAL_S
         state = f"{progress.layers_done}/{progress.layers_total} layers, {_size(progress)}"
         self.log(f"{self._titles[progress.stage_index]}: {state}")
+        _explain(progress, self.log)
 
     def log(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
@@ -85,7 +86,7 @@ class BarView:
         self._is_live = False
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.completed:.0f}/{task.total:.0f} layers"),
             TextColumn("{task.fields[size]}"),
             console=Console(file=stream, highlight=False),
@@ -102,6 +103,7 @@ class BarView:
             total=progress.layers_total,
             size=_size(progress),
         )
+        _explain(progress, self.log)
 
     def log(self, line: str) -> None:
         if self._is_live:
@@ -135,10 +137,15 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def _size(progress: StageProgress) -> str:
-    """What the weights take; once the stage is ready, also how long that took and what will compute."""
+    """What the weights take; once the stage is ready, also how long that took."""
     size = format_bytes(progress.weight_bytes)
-    ready = progress.ready
-    return size if ready is None else f"{size}, ready in {ready.load_s:.1f} s, computing by {ready.kernel_path}"
+    return size if progress.ready is None else f"{size}, ready in {progress.ready.load_s:.1f} s"
+
+
+def _explain(progress: StageProgress, log: Callable[[str], None]) -> None:
+    """What computes in a stage, which is also where a slower way than possible is explained."""
+    if progress.ready is not None:
+        log(f"stage {progress.stage_index + 1} computes with {progress.ready.kernel_path}")
 
 
 def _titles(plan: Plan) -> list[str]:
@@ -146,4 +153,4 @@ def _titles(plan: Plan) -> list[str]:
 
 
 def _title(number: int, stage: StagePlan) -> str:
-    return f"stage {number} {stage.device} layers {stage.layers_text} {stage.precision}"
+    return f"stage {number} {stage.device} {stage.layers_text} {stage.precision}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,8 @@ def launched(
 ) -> Iterator[ChatModel]:
     """Launch the model that the options name where they say, telling stderr where each part goes and how far it is.
 
-    The plan is checked before anything loads. Nothing is left when the block ends. With `show_logs` the workers'
-    lines go to stderr; otherwise they appear in an error, if there is one.
+    The plan is checked before anything loads. Nothing is left when the block ends. With `show_logs` all lines of the
+    workers go to stderr; otherwise only warnings do, and the last lines in an error if there is one.
     """
     request = plan_request(options)
     from coordinator.chat_model import launch
@@ -45,7 +45,7 @@ def launched(
                 model_dir,
                 plan,
                 on_progress=view.update,
-                on_log=view.log if show_logs or options.verbose else _drop,
+                on_log=view.log if show_logs or options.verbose else _only_warnings(view.log),
                 record_hidden_states=record_hidden_states,
             )
             stack.enter_context(chat_model)
@@ -60,7 +60,7 @@ def chosen_sampling(options: argparse.Namespace, defaults: SamplingParams) -> Sa
 def check_sampling(options: argparse.Namespace) -> None:
     """Refuse impossible sampling options before anything is loaded. Raises UsageError or SamplingError."""
     given = sampling_overrides(options)
-    from glm.sampling import SamplingParams
+    from glm.sampling_params import SamplingParams
 
     SamplingParams(**given)
 
@@ -71,5 +71,12 @@ def say(*lines: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _drop(line: str) -> None:
-    """The launcher keeps a worker's last lines by itself, for errors."""
+def _only_warnings(log: Callable[[str], None]) -> Callable[[str], None]:
+    """What users need not act on stays out of their chat; the launcher keeps a worker's last lines for errors."""
+
+    def filtered(line: str) -> None:
+        _, _, text = line.partition("] ")
+        if text.startswith("WARNING"):
+            log(line)
+
+    return filtered

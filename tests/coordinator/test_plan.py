@@ -103,7 +103,7 @@ FAULTS = {
     "no stages": (ask(num_stages=0), "--stages 0: the model has 28 layers, so choose between 1 and 28"),
     "many stages": (ask(num_stages=29), "choose between 1 and 28"),
     "both ways": (ask("cpu=1-28", num_stages=2), "use it or --layers, not both"),
-    "no threads": (ask("cpu=1-28", num_threads=0), "threads 0 is too small"),
+    "no threads": (ask("cpu=1-28", num_threads=0), "threads 0 is out of range; it must be from 1"),
 }
 
 

@@ -1,0 +1,40 @@
+"""The report of an answer: every number the user was promised, and speeds that are divided rightly."""
+
+from coordinator.report import average_tokens_per_s, report_lines
+from protocol.client import GenerationStats, StageStats
+
+STATS = GenerationStats(
+    prompt_tokens=50,
+    prefill_s=0.5,
+    new_tokens=21,
+    decode_s=2.0,
+    total_s=2.5,
+    stages=(
+        StageStats(0, "cuda:0", "1-12", "int8", compute_s=1.0, wire_s=0.125, kv_tokens=70),
+        StageStats(1, "cpu", "13", "fp32", compute_s=0.25, wire_s=0.5, kv_tokens=70),
+    ),
+)
+
+
+def test_the_report_names_tokens_seconds_and_speeds() -> None:
+    """The first new token belongs to the prefill, so 20 tokens were decoded in 2 s."""
+    prompt, answer, total, *_ = report_lines(STATS)
+    assert prompt.split() == ["prompt", "50", "tokens", "0.500", "s", "100.0", "tokens/s"]
+    assert answer.split() == ["answer", "21", "tokens", "2.000", "s", "10.0", "tokens/s"]
+    assert total.split()[:6] == ["total", "71", "tokens", "2.500", "s", "8.4"]
+    assert average_tokens_per_s(STATS) == 8.4
+
+
+def test_each_stage_has_a_row_with_its_share_of_the_wall_time() -> None:
+    """Device, layers, precision, compute seconds, share, wire seconds, KV tokens."""
+    header, first, second = report_lines(STATS)[3:]
+    assert header.split() == ["stage", "device", "layers", "precision", "compute", "share", "wire", "KV", "tokens"]
+    assert first.split() == ["1", "cuda:0", "1-12", "int8", "1.000", "s", "40.0", "%", "0.125", "s", "70"]
+    assert second.split()[5:8] == ["s", "10.0", "%"]
+    assert len(header) == len(first) == len(second)
+
+
+def test_an_answer_that_took_no_time_is_reported_all_the_same() -> None:
+    """One token from the prefill leaves nothing to divide by."""
+    lines = report_lines(GenerationStats(3, 0.0, 1, 0.0, 0.0, ()))
+    assert "0.0 tokens/s" in lines[1]
