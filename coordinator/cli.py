@@ -15,6 +15,7 @@ from types import FrameType
 
 from coordinator.commands import chat, compare, dump, generate, launch, worker
 from coordinator.errors import CoordinatorError
+from coordinator.worker_command import POLITE_THREADS
 from protocol.version import VERSION
 
 DESCRIPTION = (
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["worker"]:
         worker.become_worker(words[1:])
     _print_any_character()
+    for name, value in POLITE_THREADS.items():
+        os.environ.setdefault(name, value)
     options = make_parser().parse_args(words)
     try:
         with _leaving_on_signals():
