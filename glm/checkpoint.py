@@ -6,6 +6,7 @@ read and unmapped after, so that a process never holds much more than what it ke
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,13 +169,22 @@ def _mapped_bin(shard: Path) -> dict[str, torch.Tensor]:
     except OSError:
         raise
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and more for a damaged file
-        reason = str(error).strip() or type(error).__name__
-        if "nsupported" in reason:
-            raise ShardError(f"{shard} holds something other than tensors, which is never run: {reason}") from error
-        raise _truncated(shard, reason.splitlines()[0]) from error
+        raise _unreadable_bin(shard, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ShardError(f"{shard} does not hold a dict of tensors: it is not a published checkpoint shard")
     return tensors
+
+
+def _unreadable_bin(shard: Path, error: Exception) -> ShardError:
+    """Torch's own words are left out where they advise to read the file unsafely."""
+    foreign = re.search(r"GLOBAL (\S+)", str(error))
+    if foreign:
+        return ShardError(
+            f"{shard} holds more than tensors: it asks for {foreign[1]}, which is never run; get the weights as "
+            "safetensors, or from their publisher"
+        )
+    is_advice = "weights_only" in str(error) or not str(error)
+    return _truncated(shard, "unreadable" if is_advice else str(error).splitlines()[0])
 
 
 def _shard_names(shard: Path) -> list[str]:
