@@ -106,7 +106,7 @@ def _read_index(index: Path) -> dict[str, Path]:
         text = index.read_bytes()
     try:
         entries = [(str(name), str(shard)) for name, shard in json.loads(text)["weight_map"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{index} is not a readable weight index ({error!r}): download it again") from error
     for file_name in sorted({file_name for _, file_name in entries}):
         if Path(file_name).name != file_name or file_name in ("", ".", ".."):
