@@ -30,6 +30,7 @@ def run_worker(options: WorkerOptions, signal_fd: int) -> int:
         torch.set_num_threads(options.num_threads)
     context: zmq.Context[Socket] = zmq.Context()
     data_in = data_socket(context, zmq.PULL)
+    data_endpoint = ""
     try:
         data_endpoint = bind(data_in, _data_endpoint(options.join))
         join = _join(options, data_endpoint)
@@ -43,6 +44,7 @@ def run_worker(options: WorkerOptions, signal_fd: int) -> int:
     finally:
         data_in.close()
         context.term()
+        _unlink_socket(data_endpoint)
 
 
 def _serve(options: WorkerOptions, join: Join, signal_fd: int, context: "zmq.Context[Socket]", data_in: Socket) -> int:
@@ -76,6 +78,7 @@ def _data_endpoint(join_endpoint: str) -> str:
 
 
 def _unlink_socket(endpoint: str) -> None:
+    """ZeroMQ leaves the file of an ipc socket behind."""
     socket_path = ipc_path(endpoint)
     if socket_path is not None:
         with suppress(OSError):

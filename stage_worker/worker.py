@@ -106,10 +106,6 @@ class Worker:
     def _announce(self, assign: Assign, stage: Stage, load_s: float) -> None:
         layers = stage.layers
         self._link.status = Status("serving", assign.epoch, weight_bytes=layers.weight_bytes)
-        resident = resident_bytes(self._device)
-        self._link.send(
-            Ready(assign.request_id, assign.epoch, layers.weight_bytes, resident, load_s, layers.kernel_path)
-        )
         logger.info(
             "serving epoch %d: layers %d-%d, %s, %.1f MB of weights, loaded in %.1f s, %s",
             assign.epoch,
@@ -119,6 +115,10 @@ class Worker:
             layers.weight_bytes / 1e6,
             load_s,
             layers.kernel_path,
+        )
+        resident = resident_bytes(self._device)
+        self._link.send(
+            Ready(assign.request_id, assign.epoch, layers.weight_bytes, resident, load_s, layers.kernel_path)
         )
 
     def _inspect(self, inspect: Inspect) -> None:
