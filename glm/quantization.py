@@ -7,6 +7,7 @@ both in two's complement (-8..7).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ import torch
 from glm.errors import PrecisionError
 from glm.precision import Precision
 
+# Both chosen by measured error: docs/measurements.md.
 INT4_GROUP_SIZE = 32
-_BLOCK_ELEMENTS = 1 << 22
+INT4_LEVELS = (7.5, 8.0, 8.5)
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,12 @@ class QuantizedWeight:
         return grouped.mul_(self.scales.to(torch.float32).unsqueeze(-1)).view(self.num_rows, -1).to(dtype)
 
     def row_blocks(self) -> list[slice]:
-        """Row ranges small enough that a dequantised block stays a few MiB."""
+        """Row ranges small enough that a dequantised block stays in the cache."""
         return row_blocks(self.num_rows, self.num_columns)
 
 
 def row_blocks(num_rows: int, num_columns: int) -> list[slice]:
-    """Row ranges of a matrix that hold a few million elements each."""
+    """Row ranges of a matrix that hold about a million elements each: fast, and little beside the matrix."""
     step = max(1, _BLOCK_ELEMENTS // num_columns)
     return [slice(a, min(a + step, num_rows)) for a in range(0, num_rows, step)]
 
@@ -100,8 +103,8 @@ def quantize(
     scales = torch.empty(num_rows, num_columns // group, dtype=scale_dtype, device=device)
     for block in row_blocks(num_rows, num_columns):
         grouped = float_rows(weight, block, torch.float32).to(device).view(-1, num_columns // group, group)
-        scales[block] = _int4_scales(grouped) if bits == 4 else grouped.abs().amax(-1) / 127
-        integers = _round_to_scale(grouped, scales[block].to(torch.float32), bits).to(torch.int8).flatten(1)
+        scales[block] = int4_scales(grouped) if bits == 4 else grouped.abs().amax(-1) / 127
+        integers = round_to_scale(grouped, scales[block].to(torch.float32), bits).to(torch.int8).flatten(1)
         values[block] = pack_int4(integers) if bits == 4 else integers
     return QuantizedWeight(values, scales, bits)
 
@@ -113,24 +116,25 @@ def float_rows(weight: torch.Tensor | QuantizedWeight, rows: slice, dtype: torch
     return weight[rows].to(dtype)
 
 
-def _round_to_scale(grouped: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+def round_to_scale(grouped: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     """The integers, still in fp32, nearest to [rows, groups, group] over their scales [rows, groups]."""
     low, high = (-8, 7) if bits == 4 else (-127, 127)
     inverse = torch.where(scales != 0, 1 / scales, 0.0).unsqueeze(-1)
     return (grouped * inverse).round_().clamp_(low, high)
 
 
-def _int4_scales(grouped: torch.Tensor) -> torch.Tensor:
+def int4_scales(grouped: torch.Tensor, levels: Sequence[float] = INT4_LEVELS) -> torch.Tensor:
     """[rows, groups, group] -> [rows, groups]: the scale, of a few candidates, with the least squared error.
 
-    The largest magnitude maps to -8, whose range is one longer; shrinking clips it in favour of all the others.
+    The value of largest magnitude, divided by minus each of `levels`, gives the candidates: at 8 it maps to -8, the
+    end of the longer side; with fewer levels no value is clipped, with more it is, in favour of all others.
     """
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best = torch.zeros_like(extreme)
     best_error = torch.full_like(extreme, torch.inf)
-    for levels in (8.0, 7.5, 8.5, 9.0, 9.5):
-        scale = (extreme / -levels).to(torch.float16).to(torch.float32)
-        rounded = _round_to_scale(grouped, scale, bits=4).mul_(scale.unsqueeze(-1))
+    for level in levels:
+        scale = (extreme / -level).to(torch.float16).to(torch.float32)
+        rounded = round_to_scale(grouped, scale, bits=4).mul_(scale.unsqueeze(-1))
         error = rounded.sub_(grouped).square_().sum(-1)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
