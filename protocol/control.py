@@ -90,6 +90,8 @@ class Assign:
     record_hidden_states: bool
 
     def __post_init__(self) -> None:
+        if self.epoch == 0:
+            raise MessageError("epoch 0 means that nothing is assigned")
         if self.layer_start >= self.layer_end:
             raise MessageError(f"layers [{self.layer_start}, {self.layer_end}) are empty")
         if self.stage_index >= self.num_stages:
@@ -121,7 +123,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Answer to Assign, Inspect or Release that could not be done; the worker stays joined."""
+    """Answer to Assign or Inspect that could not be done; the worker stays joined."""
 
     request_id: Id
     epoch: Id

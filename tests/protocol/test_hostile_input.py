@@ -240,10 +240,12 @@ def test_nothing_invalid_is_sent(message: Any, tensors: tuple[RawTensor, ...], e
 
 
 def test_impossible_assignments_cannot_be_built() -> None:
-    """An empty layer range or a stage beyond the last one is no Assign at all."""
+    """An empty layer range, a stage beyond the last one or epoch 0 is no Assign at all."""
     fields = (1, 1, 0, 2, "/model", "", 3, 5, "fp32", 100, "ipc:///tmp/x", None, None, False)
     assert decode(encode(Assign(*fields)))[0] == Assign(*fields)
     with pytest.raises(MessageError, match="empty"):
         Assign(*fields[:6], 5, *fields[7:])
     with pytest.raises(MessageError, match="stage 2 of 2"):
         Assign(1, 1, 2, *fields[3:])
+    with pytest.raises(MessageError, match="epoch 0"):
+        Assign(1, 0, *fields[2:])

@@ -104,16 +104,19 @@ class FakeWorker:
 
 
 class FakeCoordinator:
-    """Binds a ROUTER and a PULL in `directory`, starts workers there, speaks the protocol by hand."""
+    """Speaks the protocol by hand to workers that it starts.
 
-    def __init__(self, directory: Path) -> None:
+    Binds a ROUTER and a PULL in `directory`, or both at `endpoint`, which then is tcp://127.0.0.1:*.
+    """
+
+    def __init__(self, directory: Path, endpoint: str | None = None) -> None:
         self.directory = directory
         self.context: zmq.Context[Socket] = zmq.Context()
         self.router = control_socket(self.context, zmq.ROUTER)
         self.pull = data_socket(self.context, zmq.PULL)
         self.push: dict[str, Socket] = {}
-        self.control_endpoint = bind(self.router, f"ipc://{directory}/control")
-        self.data_endpoint = bind(self.pull, f"ipc://{directory}/data")
+        self.control_endpoint = bind(self.router, endpoint or f"ipc://{directory}/control")
+        self.data_endpoint = bind(self.pull, endpoint or f"ipc://{directory}/data")
         self.workers: list[FakeWorker] = []
         self.ids = iter(range(1, 10_000))
         self._waiting: dict[bytes, list[tuple[Message, tuple[RawTensor, ...]]]] = {}
@@ -197,10 +200,10 @@ class FakeCoordinator:
 
 
 @contextmanager
-def fake_coordinator() -> Iterator[FakeCoordinator]:
+def fake_coordinator(endpoint: str | None = None) -> Iterator[FakeCoordinator]:
     """A coordinator in a private directory of its own, which need not be there any more at the end."""
     with tempfile.TemporaryDirectory(prefix="glmpipe-", ignore_cleanup_errors=True) as directory:
-        coordinator = FakeCoordinator(Path(directory))
+        coordinator = FakeCoordinator(Path(directory), endpoint)
         try:
             yield coordinator
         finally:

@@ -305,3 +305,16 @@ def test_a_dead_next_hop_blocks_neither_ping_nor_release(idle: Chain, model_dir:
     assert isinstance(first.assign(model_dir, 0, 4), Ready)
     coordinator.send_step(first, HIDDEN[:2], span(1, 0, 2))
     assert isinstance(coordinator.collect()[0], Step)
+
+
+def test_loopback_tcp_serves_as_well(model_dir: Path) -> None:
+    """Joined over tcp://, a worker listens on a loopback port of its own."""
+    with fake_coordinator("tcp://127.0.0.1:*") as coordinator:
+        worker = coordinator.spawn()
+        coordinator.admit(worker)
+        assert worker.join.data_endpoint.startswith("tcp://127.0.0.1:")
+        assert isinstance(worker.assign(model_dir, 0, 4), Ready)
+        step = coordinator.send_step(worker, HIDDEN[:3], span(1, 0, 3))
+        message, result = coordinator.collect()
+        assert message.step_id == step.step_id
+        assert torch.equal(result, in_process(model_dir, 0, 4).run(step, HIDDEN[:3]))
