@@ -92,7 +92,7 @@ def _load_ends(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> tuple
     embedding = Embedding.load(checkpoint, config, placed(ends.embedding_precision, ends.embedding_device))
     norm = placed(ends.final_layernorm_precision, ends.final_layernorm_device)
     lm_head = placed(ends.lm_head_precision, ends.lm_head_device)
-    return embedding, Head.load(checkpoint, config, norm, lm_head)
+    return embedding, Head.load(checkpoint, config, norm, lm_head, embedding)
 
 
 class ChatModel:

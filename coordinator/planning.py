@@ -208,15 +208,13 @@ def _end_precision(request: PlanRequest, wish: Option | None, device: str | None
     """An end's precision: as wished, else its device's, but not quantised without being asked.
 
     Quantising lm_head moves every logit, and embeddings are looked up, not multiplied: beside int8 or int4
-    layers the ends stay at 16 bits.
+    layers the ends have their device's default precision.
     """
     if wish is not None:
         faults += _precision_faults(wish, device)
         return wish.text.strip().lower()
     precision = _device_precision(request, device)
-    if precision in QUANTIZED:
-        return "bf16" if device == "cpu" else "fp16"
-    return precision
+    return default_precision(device or "cpu") if precision in QUANTIZED else precision
 
 
 def _device_precision(request: PlanRequest, device: str | None) -> str:

@@ -23,7 +23,7 @@ class Embedding:
     """The word embedding, at a precision, on a device."""
 
     def __init__(self, table: torch.Tensor | QuantizedWeight, placement: Placement) -> None:
-        self._table = table
+        self.table = table
         self.placement = placement
 
     @classmethod
@@ -39,12 +39,12 @@ class Embedding:
     @property
     def num_bytes(self) -> int:
         """Bytes of the table."""
-        return self._table.num_bytes if isinstance(self._table, QuantizedWeight) else tensor_bytes(self._table)
+        return self.table.num_bytes if isinstance(self.table, QuantizedWeight) else tensor_bytes(self.table)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the table."""
-        return self._table.num_rows if isinstance(self._table, QuantizedWeight) else self._table.shape[0]
+        return self.table.num_rows if isinstance(self.table, QuantizedWeight) else self.table.shape[0]
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [num_tokens] -> [num_tokens, hidden_size] in the placement's dtype.
@@ -56,9 +56,9 @@ class Embedding:
         if wrong.numel():
             raise GlmError(f"token id {int(wrong[0])} is outside the vocabulary of {self.vocab_size}")
         ids = token_ids.to(self.placement.device)
-        if isinstance(self._table, QuantizedWeight):
-            return self._table.rows(ids).dequantize(self.placement.dtype)
-        return functional.embedding(ids, self._table)
+        if isinstance(self.table, QuantizedWeight):
+            return self.table.rows(ids).dequantize(self.placement.dtype)
+        return functional.embedding(ids, self.table)
 
 
 class Head:
@@ -77,8 +77,15 @@ class Head:
         self._lm_head_placement = lm_head_placement
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: ModelConfig, norm: Placement, lm_head: Placement) -> "Head":
-        """Read both; a tied model without a stored output projection uses the embedding's table.
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        norm: Placement,
+        lm_head: Placement,
+        embedding: Embedding | None = None,
+    ) -> "Head":
+        """Read both. A tied model's head shares the table of `embedding` where that is held in the same way.
 
         Raises:
             CheckpointError: one is missing or misshapen.
@@ -90,6 +97,8 @@ class Head:
             if config.is_prefix_lm
             else RMSNorm(weight, config.norm_eps)
         )
+        if config.tied_ends and embedding is not None and embedding.placement == lm_head:
+            return cls(final_norm, norm, embedding.table, lm_head)
         source = lm_head_source(config)
         if config.tied_ends and source.names[0] not in checkpoint:
             source = embedding_source(config)

@@ -48,7 +48,8 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ends-precision",
         metavar="P",
-        help="of embeddings and lm_head (default: as the layers on their device, 16 bits where those are quantised)",
+        help="of embeddings and lm_head (default: as the layers on their device; where those are quantised, "
+        "fp32 on a CPU and fp16 on a GPU)",
     )
     group.add_argument("--lm-head-precision", metavar="P", help="of lm_head alone")
     group.add_argument(

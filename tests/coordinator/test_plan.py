@@ -62,12 +62,12 @@ def test_two_stages_may_share_a_device() -> None:
 
 
 def test_default_precisions_follow_the_device() -> None:
-    """fp16 on a GPU, fp32 on a CPU; int8 layers leave the ends at 16 bits."""
+    """fp16 on a GPU, fp32 on a CPU; int8 layers leave the ends as they are."""
     plan = resolve(ask("cuda:0=1-3", "cpu=4-6", cpu_precision="int8", embeddings="cuda:0"), 6, TWO_GPUS)
     assert [s.precision for s in plan.stages] == ["fp16", "int8"]
     assert plan.ends == EndsPlan("cuda:0", "fp16", "cuda:0", "cuda:0", "fp16")
     quantised = resolve(ask(cpu_precision="int4"), 6, CPU)
-    assert quantised.ends.embedding_precision == quantised.ends.lm_head_precision == "bf16"
+    assert quantised.ends.embedding_precision == quantised.ends.lm_head_precision == "fp32"
 
 
 def test_the_ends_take_a_device_and_a_precision_of_their_own() -> None:
