@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from glm.precision import Precision
-from glm.quantization import QuantizedWeight, quantize
+from glm.quantization import QuantizedWeight, quantize, unpack_int4
 
 
 class Linear(Protocol):
@@ -62,12 +62,12 @@ def make_weight(
 ) -> torch.Tensor | QuantizedWeight:
     """A weight [rows, columns] at a precision, from what a checkpoint holds (which may be a view of a mapped file).
 
-    The result owns its memory. A published quantised weight whose bits are those of `precision` is kept as it is;
-    otherwise it is dequantised, a block of rows at a time.
+    The result owns its memory. A published quantised weight keeps its integers and scales at its own precision, and
+    int4 at int8 too; otherwise it is dequantised, a block of rows at a time.
     """
-    if isinstance(stored, QuantizedWeight) and stored.bits == precision.bits:
+    if isinstance(stored, QuantizedWeight) and stored.bits <= precision.bits and precision.is_quantized:
         values, scales = (owned(t, t.dtype, device) for t in (stored.values, stored.scales))
-        return QuantizedWeight(values, scales, stored.bits)
+        return QuantizedWeight(values if stored.bits == precision.bits else unpack_int4(values), scales, precision.bits)
     if precision.is_quantized:
         return quantize(stored, precision, device)
     if isinstance(stored, QuantizedWeight):
