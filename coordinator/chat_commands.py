@@ -1,0 +1,149 @@
+"""The commands of a chat: what `clear`, `stop` and the words behind a slash do."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coordinator import chat_settings
+from coordinator.chat_console import Console, Entry
+from coordinator.conversation import Conversation, as_json, as_text
+from coordinator.errors import UsageError
+from coordinator.report import report_lines
+from protocol.client import Description, GenerationStats, SamplingParams
+
+_SLASH = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?\s*", re.DOTALL)
+
+
+@dataclass(slots=True)
+class ChatState:
+    """What a chat remembers."""
+
+    description: Description
+    sampling: SamplingParams
+    show_stats: bool = False
+    conversation: Conversation = field(default_factory=Conversation)
+    last_stats: GenerationStats | None = None
+    saved: set[Path] = field(default_factory=set)
+    """Files this chat wrote, which it may write again."""
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command; `run` gets what stands behind its name."""
+
+    usage: str
+    help: str
+    run: Callable[[ChatState, Console, str], None]
+
+
+def run_command(state: ChatState, console: Console, entry: Entry) -> bool:
+    """Carry the entry out if it is a command; says whether it was one."""
+    name, argument = _parse(entry)
+    if name is None:
+        return False
+    try:
+        if name not in COMMANDS:
+            raise UsageError(
+                f'/{name} is no command; /help lists them, and a question that begins so goes between lines of """'
+            )
+        COMMANDS[name].run(state, console, argument)
+    except UsageError as error:
+        console.note(str(error))
+    return True
+
+
+def _parse(entry: Entry) -> tuple[str | None, str]:
+    if entry.is_quoted:
+        return None, ""
+    if entry.text.strip() in ("clear", "stop"):
+        return entry.text.strip(), ""
+    match = _SLASH.fullmatch(entry.text)
+    return (match[1].lower(), (match[2] or "").strip()) if match else (None, "")
+
+
+def _clear(state: ChatState, console: Console, argument: str) -> None:
+    _refuse("clear", argument)
+    state.conversation.clear()
+    console.note("the conversation starts afresh")
+
+
+def _stop(state: ChatState, console: Console, argument: str) -> None:
+    del console
+    _refuse("stop", argument)
+    state.is_over = True
+
+
+def _help(state: ChatState, console: Console, argument: str) -> None:
+    del state, argument
+    width = max(len(command.usage) for command in COMMANDS.values())
+    console.note(*(f"{command.usage.ljust(width)}   {command.help}" for command in COMMANDS.values()))
+    console.note(*KEYS)
+
+
+def _plan(state: ChatState, console: Console, argument: str) -> None:
+    _refuse("plan", argument)
+    console.note(*state.description.plan_lines)
+
+
+def _stats(state: ChatState, console: Console, argument: str) -> None:
+    if argument not in ("", "on", "off"):
+        raise UsageError("write /stats for the last answer's report, or /stats on and /stats off for every answer's")
+    if argument:
+        state.show_stats = argument == "on"
+        console.note(f"a report after each answer is {argument}")
+    elif state.last_stats is None:
+        console.note("there is no answer yet")
+    else:
+        console.note(*report_lines(state.last_stats))
+
+
+def _save(state: ChatState, console: Console, argument: str) -> None:
+    if not argument:
+        raise UsageError("write /save FILE; a name that ends in .json gives JSON, any other plain text")
+    try:
+        path = Path(argument).expanduser().absolute()
+        turns = state.conversation.turns
+        text = as_json(turns) if path.suffix == ".json" else as_text(turns)
+        with path.open("w" if path in state.saved else "x", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{argument} exists already and is not from this chat; choose another name") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{argument} cannot be written: {reason}; choose another place") from None
+    state.saved.add(path)
+    console.note(f"wrote {len(turns)} messages to {path}")
+
+
+def _set(state: ChatState, console: Console, argument: str) -> None:
+    if argument in ("default", "defaults"):
+        state.sampling = state.description.defaults
+    elif argument:
+        state.sampling = chat_settings.changed(state.sampling, argument)
+    console.note(*chat_settings.setting_lines(state.sampling))
+    useless = chat_settings.ineffective(state.sampling)
+    if useless and argument:
+        console.note(f"note: greedy is on, so {', '.join(useless)} has no effect; /set greedy=false switches it off")
+
+
+def _refuse(name: str, argument: str) -> None:
+    if argument:
+        raise UsageError(f"/{name} takes nothing behind it, not {argument!r}")
+
+
+COMMANDS = {
+    "help": Command("/help", "this list", _help),
+    "clear": Command("clear, /clear", "forget the conversation and start afresh", _clear),
+    "stop": Command("stop, /stop", "leave the chat", _stop),
+    "plan": Command("/plan", "which layers are where, at which precision", _plan),
+    "stats": Command("/stats [on|off]", "what the last answer cost; on: after every answer", _stats),
+    "save": Command("/save FILE", "write the conversation to a file (.json: as JSON)", _save),
+    "set": Command("/set [NAME=VALUE ...]", "show or change sampling: /set temperature=0.3; /set default", _set),
+}
+KEYS = (
+    "Enter sends; Esc Enter (or Alt-Enter) begins a new line; up and down walk through earlier questions",
+    'a text between lines of """ is a question as it stands, of any number of lines',
+    "Ctrl-C stops the answer, not the chat; Ctrl-D leaves",
+)

@@ -1,0 +1,199 @@
+"""Talks to a running `glmpipe launch` in place of a model of one's own."""
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from coordinator.conversation import Prompt
+from coordinator.errors import ConnectError, CoordinatorError, GenerationError, StageLost
+from coordinator.runtime_dir import find_running
+from protocol import sockets
+from protocol.client import (
+    Cancel,
+    ClientMessage,
+    Delta,
+    Describe,
+    Description,
+    Error,
+    Finished,
+    Generate,
+    SamplingParams,
+)
+from protocol.endpoints import checked_endpoint, ipc_path
+from protocol.errors import ProtocolError
+from protocol.messages import Plane
+from protocol.wire import decode
+
+CONNECT_DEADLINE_S = 10.0
+"""How long a launch may take to say what it is; it answers between two steps, and a long prompt is one step."""
+CANCEL_DEADLINE_S = 60.0
+"""How long a cancelled answer may go on before it is given up."""
+SILENCE_DEADLINE_S = 3600.0
+"""How long a launch may compute without a word: a long prompt on a slow machine takes minutes."""
+_POLL_MS = 100
+
+
+def connect(endpoint: str | None = None, *, deadline_s: float = CONNECT_DEADLINE_S) -> "RemoteBackend":
+    """Connect to the launch at `endpoint`, or to the newest one of this user.
+
+    Raises:
+        ConnectError: there is none, or it does not answer within the deadline.
+        EndpointError: the endpoint is not one glmpipe uses.
+    """
+    endpoint = _newest_launch() if endpoint is None else _full_endpoint(endpoint)
+    backend = RemoteBackend(endpoint)
+    try:
+        backend.greet(deadline_s)
+    except BaseException:
+        backend.close()
+        raise
+    return backend
+
+
+def _newest_launch() -> str:
+    running = find_running()
+    if not running:
+        raise ConnectError(
+            "no running `glmpipe launch` of this user was found: start one in another terminal, "
+            "or leave out --connect to run the model here"
+        )
+    return running[0].endpoint
+
+
+def _full_endpoint(endpoint: str) -> str:
+    """A socket file's path counts as well; a file that is not there is found out at once."""
+    endpoint = checked_endpoint(f"ipc://{endpoint}" if endpoint.startswith("/") else endpoint)
+    path = ipc_path(endpoint)
+    if path is not None and not Path(path).exists():
+        raise ConnectError(f"{path} does not exist: the launch has ended, or its endpoint is another one")
+    return endpoint
+
+
+def _as_exception(error: Error) -> CoordinatorError:
+    """A lost stage ends the launch; whatever else failed, failed for this request only."""
+    return StageLost(error.text) if error.code == StageLost.__name__ else GenerationError(error.text)
+
+
+class RemoteBackend:
+    """A `ChatBackend` that is a running launch. A context manager; made by `connect`."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._context: zmq.Context[sockets.Socket] = zmq.Context()
+        self._socket = sockets.control_socket(self._context, zmq.DEALER)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._request_ids = itertools.count(1)
+        self._cancelled = threading.Event()
+        self._description: Description | None = None
+
+    def greet(self, deadline_s: float) -> None:
+        """Connect and learn what the launch is. Raises ConnectError when it does not say so in time."""
+        sockets.connect(self._socket, self.endpoint)
+        request_id = next(self._request_ids)
+        self._send(Describe(request_id))
+        until_s = time.monotonic() + deadline_s
+        while time.monotonic() < until_s:
+            message = self._receive()
+            if isinstance(message, Description) and message.request_id == request_id:
+                self._description = message
+                return
+        raise ConnectError(
+            f"nobody answered at {self.endpoint} within {deadline_s:g} s: the launch has ended, is of another glmpipe "
+            "release, or is busy with a long prompt (then try again later)"
+        )
+
+    def describe(self) -> Description:
+        """What the launch said when the connection was made; a launch keeps its model and plan."""
+        assert self._description is not None
+        return self._description
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta | Finished]:
+        """See `ChatBackend`.
+
+        Raises:
+            GenerationError: the launch refused or failed this request, or did not end it after a cancel.
+            StageLost: the launch ends because a stage is gone.
+            ConnectError: the launch is gone, or has been silent for too long.
+        """
+        self._cancelled.clear()
+        request_id = next(self._request_ids)
+        try:
+            self._send(Generate(request_id, prompt, sampling))
+        except ProtocolError as error:
+            raise GenerationError(f"the launch could not take this request: {error}") from error
+        is_over = False
+        try:
+            for message in self._answers(request_id):
+                is_over = isinstance(message, Finished | Error)
+                if isinstance(message, Error):
+                    raise _as_exception(message)
+                yield message
+        finally:
+            if not is_over and not self._socket.closed:
+                with contextlib.suppress(ConnectError):
+                    self._send(Cancel(request_id))
+
+    def cancel(self) -> None:
+        """Stop the answer being streamed. Safe in a signal handler and in another thread."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Let go of the launch, which goes on. Safe to call twice."""
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._socket.close()
+        self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answers(self, request_id: int) -> Iterator[Delta | Finished | Error]:
+        """What the launch sends for one request, up to its end; a cancel is passed on once, when it is asked for."""
+        until_s = time.monotonic() + SILENCE_DEADLINE_S
+        was_cancelled = False
+        while time.monotonic() < until_s:
+            if self._cancelled.is_set() and not was_cancelled:
+                was_cancelled = True
+                until_s = time.monotonic() + CANCEL_DEADLINE_S
+                self._send(Cancel(request_id))
+            message = self._receive()
+            if not isinstance(message, Delta | Finished | Error) or message.request_id != request_id:
+                continue
+            if not was_cancelled:
+                until_s = time.monotonic() + SILENCE_DEADLINE_S
+            yield message
+            if not isinstance(message, Delta):
+                return
+        if was_cancelled:
+            raise GenerationError(f"the launch did not stop within {CANCEL_DEADLINE_S:g} s; its answer is given up")
+        raise ConnectError(f"the launch at {self.endpoint} said nothing for {SILENCE_DEADLINE_S:g} s: it seems stuck")
+
+    def _send(self, message: ClientMessage) -> None:
+        try:
+            sockets.send(self._socket, message, flags=zmq.NOBLOCK)
+        except zmq.Again:
+            raise ConnectError(f"the launch at {self.endpoint} takes no messages any more: it seems stuck") from None
+
+    def _receive(self) -> ClientMessage | None:
+        """The next message, or None after a short while without one. Raises ConnectError when the launch is gone."""
+        if self._socket.poll(_POLL_MS):
+            message, _ = decode(sockets.receive(self._socket), Plane.CLIENT)
+            return cast(ClientMessage, message)
+        if self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            raise ConnectError(f"the launch at {self.endpoint} is gone: its terminal says why")
+        return None

@@ -1,0 +1,81 @@
+"""A scripted backend for chats. As a program it is a chat on whatever terminal it was started on."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from coordinator.chat import run_chat
+from coordinator.errors import GenerationError
+from protocol.client import (
+    ChatPrompt,
+    Delta,
+    Description,
+    Finished,
+    FinishReason,
+    GenerationStats,
+    SamplingParams,
+    StageStats,
+)
+
+DEFAULTS = SamplingParams(
+    temperature=0.8,
+    top_k=0,
+    top_p=0.8,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    seed=None,
+    stop=(),
+    max_new_tokens=None,
+    ignore_eos=False,
+    greedy=False,
+)
+STATS = GenerationStats(50, 0.5, 21, 2.0, 2.5, (StageStats(0, "cpu", "1-6", "fp32", 1.0, 0.125, 70),))
+
+
+class FakeBackend:
+    """Answers a question with what `answers` says, else with the number of turns and the question itself.
+
+    The question `count` counts slowly until it is cancelled; a finish reason as a question ends the answer so.
+    """
+
+    def __init__(self, answers: dict[str, str] | None = None) -> None:
+        self.answers = answers or {}
+        self.prompts: list[ChatPrompt] = []
+        self.samplings: list[SamplingParams | None] = []
+        self.was_cancelled = threading.Event()
+
+    def describe(self) -> Description:
+        return Description(0, "fake-model", "chatglm2", 100, ("layers 1-6 -> fp32 -> cpu",), DEFAULTS)
+
+    def stream(self, prompt: ChatPrompt, sampling: SamplingParams | None = None) -> Iterator[Delta | Finished]:
+        self.was_cancelled.clear()
+        self.prompts.append(prompt)
+        self.samplings.append(sampling)
+        question, text, reason = prompt.turns[-1].content, "", "stop"
+        if question == "too long":
+            raise GenerationError("the conversation has 101 tokens, the model's context holds 100")
+        for part in self._parts(question, len(prompt.turns)):
+            text += part
+            yield Delta(0, part, (1,))
+            if self.was_cancelled.is_set():
+                reason = "cancelled"
+                break
+        if question in FinishReason.__args__:
+            reason = question
+        yield Finished(0, reason, text, (1,), STATS)
+
+    def cancel(self) -> None:
+        self.was_cancelled.set()
+
+    def _parts(self, question: str, num_turns: int) -> Iterator[str]:
+        if question == "count":
+            for number in range(1000):
+                yield f"n{number} "
+                time.sleep(0.02)
+        else:
+            yield from self.answers.get(question, f"{num_turns}: {question}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_chat(FakeBackend(), DEFAULTS))

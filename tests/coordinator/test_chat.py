@@ -1,0 +1,235 @@
+"""The chat REPL with a scripted backend: through plain streams, as a pipe would, and on a real terminal."""
+
+import io
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from coordinator.chat import run_chat
+from coordinator.chat_console import PlainConsole, history_file, is_open_block
+from protocol.client import ChatTurn
+from tests.coordinator.fake_backend import DEFAULTS, FakeBackend
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Piped:
+    """A chat whose input is a text: what came out, what was noted, the exit code."""
+
+    def __init__(self, text: str, backend: FakeBackend | None = None, *, show_stats: bool = False) -> None:
+        self.backend = backend or FakeBackend()
+        out, notes = io.StringIO(), io.StringIO()
+        console = PlainConsole(io.StringIO(text), out, notes)
+        self.code = run_chat(self.backend, DEFAULTS, show_stats=show_stats, console=console)
+        self.out, self.notes = out.getvalue(), notes.getvalue()
+
+
+def test_a_pipe_gets_answers_and_nothing_else() -> None:
+    """One question per line, one answer each, no prompts, no greeting; blank lines are no questions."""
+    chat = Piped("你好\n\nhello 👋\n")
+    assert chat.out == "1: 你好\n3: hello 👋\n"
+    assert (chat.notes, chat.code) == ("", 0)
+
+
+def test_the_conversation_grows_with_each_answer() -> None:
+    """The backend gets all turns before a question."""
+    chat = Piped("a\nb\n")
+    assert chat.backend.prompts[-1].turns == (
+        ChatTurn("user", "", "a"),
+        ChatTurn("assistant", "", "1: a"),
+        ChatTurn("user", "", "b"),
+    )
+
+
+def test_clear_forgets_and_stop_leaves() -> None:
+    """As words of their own and with a slash."""
+    assert Piped("a\nclear\nb\nstop\nc\n").out == "1: a\n1: b\n"
+    assert Piped("a\n/clear\nb\n/stop\nc\n").out == "1: a\n1: b\n"
+    assert Piped("please stop\n").out == "1: please stop\n"
+
+
+def test_a_block_is_one_question() -> None:
+    """Between quotes line breaks and command words are text; the end of the input closes a block."""
+    chat = Piped('"""\nline one\n\nstop\n"""\n"""stop"""\n"""\nlast\n')
+    questions = [prompt.turns[-1].content for prompt in chat.backend.prompts]
+    assert questions == ["line one\n\nstop", "stop", "last"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open"),
+    [("a", False), ('"""', True), ('"""a', True), ('"""a"""', False), ('""""', True), ('""""""', False)],
+)
+def test_open_blocks(text: str, is_open: bool) -> None:
+    """A block is open until three more quotes end it."""
+    assert is_open_block(text) is is_open
+
+
+def test_settings_apply_to_the_next_answer() -> None:
+    """Several at once, of every type, and back to the defaults."""
+    line = '/set temperature=0.3 top_k=5, seed=7 stop=["END", "\\n"] max_new_tokens=9 ignore_eos=yes'
+    chat = Piped(f"{line}\na\n/set stop=none\nb\n/set default\nc\n")
+    first, second, third = chat.backend.samplings
+    assert first is not None and second is not None
+    assert (first.temperature, first.top_k, first.seed, first.top_p) == (0.3, 5, 7, 0.8)
+    assert (first.stop, first.max_new_tokens, first.ignore_eos) == (("END", "\n"), 9, True)
+    assert (second.stop, second.seed) == ((), 7)
+    assert third == DEFAULTS
+    assert re.search(r"temperature=0\.3 +a number from 0", chat.notes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("temperature=-1", "temperature is -1.0, it must be a number from 0 (greedy) to 100"),
+        ("temperature=warm", "temperature is 'warm', it must be a number"),
+        ("top_p=0 min_p=2", "min_p is 2.0"),
+        ("temprature=1", "there is no setting temprature; there are temperature, top_k"),
+        ("temperature 1", "write /set temperature=0.3"),
+        ("ignore_eos=true", "ignore_eos needs max_new_tokens"),
+        ("stop=[x]", 'write stop="END"'),
+        ('stop=""', "stop is ('',), it must be at most 64 texts"),
+        ("greedy=none", "greedy is None, it must be true or false"),
+        ("seed=1.5", "seed is '1.5', it must be a whole number"),
+    ],
+)
+def test_impossible_settings_say_what_is_allowed(setting: str, complaint: str) -> None:
+    """Nothing changes, and the chat goes on."""
+    chat = Piped(f"/set {setting}\na\n")
+    assert complaint in chat.notes
+    assert chat.backend.samplings == [DEFAULTS]
+
+
+def test_a_setting_without_effect_is_mentioned() -> None:
+    """Greedy choice ignores the temperature, and says so."""
+    assert "greedy is on, so temperature, top_p has no effect" in Piped("/set greedy=true\n").notes
+
+
+def test_help_plan_and_stats() -> None:
+    """Every command is listed; the plan's lines and the last answer's report are shown on demand."""
+    chat = Piped("/stats\n/help\n/plan\na\n/stats\n")
+    for word in ("there is no answer yet", "clear, /clear", "/save FILE", "Ctrl-C", "layers 1-6 -> fp32 -> cpu"):
+        assert word in chat.notes
+    assert re.search(r"prompt +50 tokens +0\.500 s", chat.notes)
+    assert chat.out == "1: a\n"
+
+
+def test_stats_after_each_answer() -> None:
+    """By option, and switched inside the chat."""
+    assert Piped("a\nb\n", show_stats=True).notes.count("KV tokens") == 2
+    assert Piped("a\n/stats on\nb\n/stats off\nc\n").notes.count("KV tokens") == 1
+
+
+def test_unknown_commands_are_not_questions() -> None:
+    """A typing mistake does not reach the model; a path does."""
+    chat = Piped("/quti\n/usr/bin is what?\n /quti\n/clear all\n/stats x\n")
+    assert chat.out == "1: /usr/bin is what?\n3:  /quti\n"
+    assert "/quti is no command; /help" in chat.notes
+    assert "/clear takes nothing behind it" in chat.notes
+    assert "/stats on" in chat.notes
+
+
+def test_save(tmp_path: Path) -> None:
+    """As text and as JSON; again by the same chat, but never over somebody else's file."""
+    text, data, other = tmp_path / "a.txt", tmp_path / "a.json", tmp_path / "other"
+    other.write_text("mine")
+    chat = Piped(f"你好\n/save {text}\n/save {data}\nb\n/save {data}\n/save {other}\n/save\n/save {tmp_path}/no/x\n")
+    assert text.read_text() == "user:\n你好\n\nassistant:\n1: 你好\n"
+    assert [turn["role"] for turn in json.loads(data.read_text())] == ["user", "assistant"] * 2
+    assert other.read_text() == "mine"
+    for complaint in ("choose another name", "write /save FILE", "No such file"):
+        assert complaint in chat.notes
+
+
+def test_a_full_context_is_said_plainly() -> None:
+    """What happened, how many tokens, what to do."""
+    chat = Piped("context_full\n")
+    assert chat.out == "1: context_full\n"
+    for word in ("context is full", "50 tokens of conversation and 21 of answer", "its 100", "`clear` starts afresh"):
+        assert word in chat.notes
+
+
+def test_other_ends_are_said() -> None:
+    """Length limits and empty answers are explained, an ordinary end is not."""
+    assert "published to hold together" in Piped("length\n").notes
+    assert "max_new_tokens says" in Piped("/set max_new_tokens=21\nlength\n").notes
+    assert "stopped" in Piped("cancelled\n").notes
+    assert Piped("stop_string\n").notes == ""
+    assert "answered nothing" in Piped("x\n", FakeBackend({"x": ""})).notes
+
+
+def test_a_failed_question_leaves_no_trace() -> None:
+    """The error is said, the chat goes on without that question, and a script sees the failure."""
+    chat = Piped("a\ntoo long\nb\n")
+    assert chat.out == "1: a\n\n3: b\n"
+    assert "no answer: the conversation has 101 tokens" in chat.notes
+    assert "`clear` starts a new conversation" in chat.notes
+    assert chat.code == 1
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[pexpect.spawn]:
+    """A chat with the scripted backend on a pseudo-terminal."""
+    environment = {
+        **os.environ,
+        "XDG_STATE_HOME": str(tmp_path),
+        "TERM": "xterm",
+        "PYTHONPATH": str(ROOT),
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers questions about the cursor here
+    }
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "tests.coordinator.fake_backend"],
+        cwd=str(ROOT),
+        env=environment,
+        encoding="utf-8",
+        timeout=30,
+        dimensions=(40, 100),
+    )
+    try:
+        yield child
+    finally:
+        child.close(force=True)
+
+
+def test_on_a_terminal(terminal: pexpect.spawn, tmp_path: Path) -> None:
+    """Greeting, a wide question, a new line by Alt-Enter, Ctrl-C on an answer and at the prompt, history, Ctrl-D."""
+    terminal.expect("fake-model")
+    terminal.expect(">")
+    terminal.send("你好\r")
+    terminal.expect("1: 你好")
+    terminal.send("\x1b[A\r")  # up: the same question again
+    terminal.expect("3: 你好")
+    terminal.send("one\x1b\rtwo\r")
+    terminal.expect(r"5: one\r+\ntwo")
+    terminal.send('"""\rblock\r"""\r')
+    terminal.expect("7: block")
+    terminal.send("count\r")
+    terminal.expect("n3 ")
+    terminal.sendintr()
+    terminal.expect("stopped")
+    terminal.send("half a line")
+    terminal.sendintr()
+    terminal.expect("Ctrl-D or stop leaves")
+    terminal.send("\x04")
+    terminal.expect(pexpect.EOF)
+    terminal.wait()
+    assert terminal.exitstatus == 0
+    history = tmp_path / "glmpipe" / "chat_history"
+    assert "你好" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert stat.S_IMODE(history.parent.stat().st_mode) == 0o700
+
+
+def test_history_is_in_the_state_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """XDG_STATE_HOME where it is set to a path, ~/.local/state otherwise."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert history_file() == tmp_path / "glmpipe" / "chat_history"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert history_file().is_relative_to(Path.home() / ".local" / "state")
