@@ -118,13 +118,17 @@ def _save(state: ChatState, console: Console, argument: str) -> None:
 
 
 def _set(state: ChatState, console: Console, argument: str) -> None:
+    before = state.sampling
     if argument in ("default", "defaults"):
         state.sampling = state.description.defaults
     elif argument:
-        state.sampling = chat_settings.changed(state.sampling, argument)
-    console.note(*chat_settings.setting_lines(state.sampling))
+        state.sampling = chat_settings.changed(before, argument)
+    else:
+        console.note(*chat_settings.setting_lines(before))
+        return
+    console.note(chat_settings.difference(before, state.sampling) or "nothing changed")
     useless = chat_settings.ineffective(state.sampling)
-    if useless and argument:
+    if useless:
         console.note(f"note: greedy is on, so {', '.join(useless)} has no effect; /set greedy=false switches it off")
 
 

@@ -41,6 +41,12 @@ def setting_lines(params: SamplingParams) -> list[str]:
     return [f"{pair.ljust(width)}   {must}" for pair, must in shown]
 
 
+def difference(before: SamplingParams, after: SamplingParams) -> str:
+    """The settings that changed, with their new values."""
+    names = [name for name in ALLOWED if getattr(before, name) != getattr(after, name)]
+    return ", ".join(f"{name}={_shown(getattr(after, name))}" for name in names)
+
+
 def ineffective(params: SamplingParams) -> list[str]:
     """Settings that greedy choice leaves without effect, for a warning."""
     if not params.greedy:

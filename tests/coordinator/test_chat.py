@@ -81,7 +81,15 @@ def test_settings_apply_to_the_next_answer() -> None:
     assert (first.stop, first.max_new_tokens, first.ignore_eos) == (("END", "\n"), 9, True)
     assert (second.stop, second.seed) == ((), 7)
     assert third == DEFAULTS
-    assert re.search(r"temperature=0\.3 +a number from 0", chat.notes)
+    assert 'temperature=0.3, top_k=5, seed=7, stop=["END", "\\n"], max_new_tokens=9, ignore_eos=true' in chat.notes
+
+
+def test_settings_are_listed_with_what_is_allowed() -> None:
+    """Each has its value and its rule; setting a value again changes nothing."""
+    chat = Piped("/set\n/set temperature=0.8\n")
+    assert re.search(r"temperature=0\.8 +a number from 0 \(greedy\) to 100\n", chat.notes)
+    assert re.search(r"stop=none +at most", chat.notes)
+    assert chat.notes.endswith("nothing changed\n")
 
 
 @pytest.mark.parametrize(
