@@ -9,12 +9,11 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from coordinator.commands import chat, compare, dump, generate, launch, worker
 from coordinator.errors import CoordinatorError
+from coordinator.signals import leaving_on_signals
 from coordinator.worker_command import POLITE_THREADS
 from protocol.version import VERSION
 
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     options = make_parser().parse_args(words)
     try:
-        with _leaving_on_signals():
+        with leaving_on_signals():
             code: int = COMMANDS[options.command].run(options)
             sys.stdout.flush()
             return code
@@ -82,23 +81,6 @@ def make_parser() -> argparse.ArgumentParser:
         )
     commands.add_parser("worker", help=worker.HELP, add_help=False)
     return parser
-
-
-@contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that `finally` clauses stop the workers."""
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -17,6 +17,7 @@ from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
 from coordinator.runtime_dir import RuntimeDir
+from coordinator.signals import signals_deferred
 from protocol.control import Assign, Inspect, Inspected, InspectedPart, Progress, Ready
 from protocol.sockets import Socket
 from protocol.torch_bridge import from_raw
@@ -71,17 +72,8 @@ class Cluster:
         self._settings = settings
         self._on_progress = on_progress
         with ExitStack() as stack:
-            self.runtime_dir = stack.enter_context(RuntimeDir())
-            self.context: zmq.Context[Socket] = stack.enter_context(zmq.Context())
-            endpoint = self.runtime_dir.endpoint("control")
-            self._launcher = Launcher(plan.stages, endpoint, on_log=on_log)
-            self._worker_ids = self._launcher.worker_ids
-            self._control = stack.enter_context(
-                ControlPlane(self.context, endpoint, self._worker_ids, on_progress=self._relay_progress)
-            )
-            self.pipeline = Pipeline(self.context, self.runtime_dir.endpoint("return"), self.check)
-            stack.callback(self.pipeline.close)
-            stack.enter_context(self._launcher)
+            with signals_deferred():
+                self._bring_up(stack, on_log)
             self._resources = stack.pop_all()
 
     def load(self) -> tuple[Ready, ...]:
@@ -134,6 +126,19 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _bring_up(self, stack: ExitStack, on_log: LogSink | None) -> None:
+        self.runtime_dir = stack.enter_context(RuntimeDir())
+        self.context: zmq.Context[Socket] = stack.enter_context(zmq.Context())
+        endpoint = self.runtime_dir.endpoint("control")
+        self._launcher = Launcher(self.plan.stages, endpoint, on_log=on_log)
+        self._worker_ids = self._launcher.worker_ids
+        self._control = stack.enter_context(
+            ControlPlane(self.context, endpoint, self._worker_ids, on_progress=self._relay_progress)
+        )
+        self.pipeline = Pipeline(self.context, self.runtime_dir.endpoint("return"), self.check)
+        stack.callback(self.pipeline.close)
+        stack.enter_context(self._launcher)
 
     def _assignment(self, index: int, next_endpoint: str) -> Assign:
         stage, settings = self.plan.stages[index], self._settings

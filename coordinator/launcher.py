@@ -20,6 +20,7 @@ from typing import IO, Self
 
 from coordinator.errors import LaunchError
 from coordinator.plan import StagePlan
+from coordinator.signals import signals_deferred
 from coordinator.worker_command import usable_cores, worker_command, worker_environment
 
 LogSink = Callable[[str], None]
@@ -93,8 +94,9 @@ class Launcher:
             raise LaunchError("these workers were started already; a launcher starts its workers once")
         read_end, self._lifeline = os.pipe()
         try:
-            for index in range(len(self._stages)):
-                self._workers.append(self._spawn(index, read_end))
+            with signals_deferred():
+                for index in range(len(self._stages)):
+                    self._workers.append(self._spawn(index, read_end))
         except OSError as error:
             self.stop()
             raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None

@@ -49,13 +49,15 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Stream the answer's text to stdout, or print it as JSON when it is complete."""
+    from protocol.client import Finished
+
     prompt = read_prompt(options)
     check_sampling(options)
     with opened(options) as backend:
         sampling = chosen_sampling(options, backend.describe().defaults)
-        finished = None
+        finished: Finished | None = None
         for event in backend.stream(prompt, sampling):
-            if hasattr(event, "finish_reason"):
+            if isinstance(event, Finished):
                 finished = event
             elif not options.json:
                 print(event.text, end="", flush=True)

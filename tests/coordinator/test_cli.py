@@ -1,0 +1,229 @@
+"""The command line: helps by itself, starts fast, and answers every mistake with a line and an exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordinator.cli import COMMANDS, main
+from coordinator.commands.options import plan_request, sampling_overrides
+from coordinator.errors import CoordinatorError, PlanError, StageLost, UsageError
+from glm.errors import ConfigError
+from protocol.errors import FrameError
+from protocol.version import VERSION
+from tests.tiny_checkpoints import CAUSAL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def glmpipe(*arguments: str, code: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user starts it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
+    start = ["-c", code] if code else ["-m", "coordinator.cli"]
+    return subprocess.run([sys.executable, *start, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """Enough of a model for a plan to be checked against: four layers, no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(CAUSAL))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` suffices: what it does, its options, how to call it."""
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: glmpipe {command}" in out
+    assert f"examples:\n  glmpipe {command}" in out
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "launch", "dump"])
+def test_placement_options_are_the_same_everywhere(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the predecessor, and a plan file."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    options = "--layers --gpu-precision --cpu-precision --embeddings --final-layernorm --lm-head --plan --model"
+    for option in options.split():
+        assert option in out
+
+
+def test_help_lists_the_commands_and_version_is_the_packages() -> None:
+    """From a process of its own, without torch being imported."""
+    assert glmpipe("--version").stdout == f"glmpipe {VERSION}\n"
+    code = (
+        "import sys, coordinator.cli\ntry: coordinator.cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = glmpipe(code=code)
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in (*COMMANDS, "worker"):
+        assert f"\n    {command} " in done.stdout
+
+
+def test_worker_is_the_stage_worker() -> None:
+    """Its options are its own, and so is its help."""
+    done = glmpipe("worker", "--help")
+    assert done.returncode == 0
+    assert "--join" in done.stdout
+    assert glmpipe("worker", "--join", "nowhere").returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["generate"], ["generate", "--prompt", "a", "--ids", "1"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """No command, an unknown one, no prompt, two prompts."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: glmpipe" in capsys.readouterr().err
+
+
+def test_a_bad_plan_is_refused_with_all_its_faults_and_nothing_else(model_dir: Path) -> None:
+    """Exit code 2, no traceback, no worker: there are no weights that could be loaded."""
+    options = "--layers cpu=1-2 --layers cuda:99=2-9 --layers abacus=3 --cpu-precision fp16 --ends-precision int3"
+    done = glmpipe("generate", "--ids", "5", "--model", str(model_dir), *options.split())
+    assert done.returncode == 2
+    headline, *faults = done.stderr.splitlines()
+    assert headline == "glmpipe: the plan has 7 faults:"
+    assert len(faults) == 7
+    for part in ("layer 2 is in two", "layer 9 is out of range", "layer 3 is in two", "cuda:99", "'abacus'", "'int3'"):
+        assert part in done.stderr
+
+
+def test_a_plan_file_and_options_together_are_refused(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither silently wins; launch's PLAN counts as --plan."""
+    plan = model_dir / "plan.toml"
+    plan.write_text('[[stage]]\ndevice = "cpu"\nlayers = "1-4"\n')
+    arguments = ["--model", str(model_dir), "--layers", "cpu=1-4", "--threads", "1"]
+    for command in (["dump", "--ids=5", f"--out={model_dir}/x", "--plan", str(plan)], ["launch", str(plan)]):
+        assert main([*command, *arguments]) == 2
+        assert f"{plan} and --layers, --threads are both given" in capsys.readouterr().err
+    assert main(["launch", str(plan), "--plan", str(plan)]) == 2
+
+
+def request_of(*arguments: str) -> object:
+    from coordinator.cli import make_parser
+
+    return plan_request(make_parser().parse_args(["chat", *arguments]))
+
+
+def test_a_layers_option_without_a_device_is_a_fault_of_the_plan() -> None:
+    """It is listed with the others, not thrown out by the parser."""
+    from coordinator.planning import resolve
+
+    request = request_of("--layers", "1-2", "--layers", "cpu=3-9")
+    with pytest.raises(PlanError) as caught:
+        resolve(request, 4, ("cpu",))  # type: ignore[arg-type]
+    assert caught.value.faults == (
+        "--layers 1-2: no '='; write DEVICE=FIRST-LAST, such as cuda:1=1-12",
+        "--layers cpu=3-9: layer 9 is out of range; the model's layers are 1-4",
+    )
+
+
+def test_sampling_options_that_contradict_are_refused() -> None:
+    """No option is ignored in silence; what is not given stays the model's."""
+    from coordinator.cli import make_parser
+
+    def overrides(*arguments: str) -> dict[str, object]:
+        return sampling_overrides(make_parser().parse_args(["chat", *arguments]))
+
+    assert overrides() == {}
+    assert overrides("--temperature", "0.5", "--stop", "a", "--stop", "b") == {"temperature": 0.5, "stop": ("a", "b")}
+    assert overrides("--greedy", "--seed", "3") == {"greedy": True, "seed": 3}
+    with pytest.raises(UsageError, match="--top-k would do nothing"):
+        overrides("--greedy", "--top-k", "3")
+    with pytest.raises(UsageError, match="--ignore-eos needs --max-new-tokens"):
+        overrides("--ignore-eos")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--ids", "5", "--raw"], "--raw is about text"),
+        (["--prompt-file", "/nonexistent"], "--prompt-file /nonexistent cannot be read: No such file"),
+        (["--ids", "5", "--temperature=-1"], "temperature is -1.0, it must be"),
+        (["--ids", "5", "--model", "no/such/model"], "no model "),
+        (["--ids", "5", "--connect", "--model", "x", "--stages", "2"], "drop --stages, --model"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever part of the program finds it."""
+    assert main(["generate", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("glmpipe: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["{}", "{}/absent/x"])
+def test_a_dump_that_cannot_be_written_is_refused_before_loading(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory, a file in a missing one."""
+    assert main(["dump", "--ids", "5", "--out", where.format(tmp_path)]) == 2
+    assert "glmpipe: --out " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("a"), 2),
+        (PlanError(["a"]), 2),
+        (ConfigError("a"), 2),
+        (StageLost("a"), 1),
+        (CoordinatorError("a"), 1),
+        (FrameError("a"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_for_users_become_exit_codes(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 for input, 1 for failures while running; our own bugs keep their traceback."""
+
+    def fail(_options: object) -> int:
+        raise error
+
+    monkeypatch.setattr("coordinator.commands.compare.run", fail)
+    assert main(["compare", "a", "b"]) == code
+    assert capsys.readouterr().err in ("", f"glmpipe: {error}\n")
+
+    def bug(_options: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("coordinator.commands.compare.run", bug)
+    with pytest.raises(ZeroDivisionError):
+        main(["compare", "a", "b"])
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """`glmpipe ... | head` ends quietly."""
+    code = (
+        "import os, sys, coordinator.cli, coordinator.commands.compare as c\n"
+        "read, write = os.pipe(); os.dup2(write, 1); os.close(write); os.close(read)\n"
+        "c.run = lambda options: print('x' * 100000) or 0\n"
+        "sys.exit(coordinator.cli.main(['compare', 'a', 'b']))"
+    )
+    done = glmpipe(code=code)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_terminal_without_the_characters_shows_replacements() -> None:
+    """An answer in Chinese does not end in an encoding error."""
+    code = (
+        "import sys, coordinator.cli, coordinator.commands.compare as c\n"
+        "c.run = lambda options: print('你好 ok') or 0\n"
+        "sys.exit(coordinator.cli.main(['compare', 'a', 'b']))"
+    )
+    done = glmpipe(code=code, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?? ok\n", "")

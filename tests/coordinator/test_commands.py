@@ -1,0 +1,195 @@
+"""The commands with real worker processes: what they print, and that they leave nothing behind however they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_checkpoints import CAUSAL, write_checkpoint
+from tests.tiny_tokenizers import train_chatglm2
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO_STAGES = ("--stages", "2", "--threads", "1")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers of random weights with a tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    write_checkpoint(path, {**CAUSAL, "padded_vocab_size": 1024})
+    train_chatglm2(path)
+    return path
+
+
+@pytest.fixture
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the launches of a test have their private directories."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="g") as name:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
+        yield Path(name)
+
+
+@contextmanager
+def start(*arguments: str | Path) -> "Iterator[subprocess.Popen[str]]":
+    """The command in a process of its own, killed at the end of the block if it still runs."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "coordinator.cli", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def glmpipe(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    with start(*arguments) as process:
+        out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def workers(base: Path) -> list[int]:
+    """The living stage workers whose sockets are in `base`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"stage_worker" in words and any(word.startswith(f"ipc://{base}/".encode()) for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_until_nothing_is_left(base: Path) -> None:
+    """Workers that noticed by themselves take a moment."""
+    deadline_s = time.monotonic() + 30
+    while workers(base) or list(base.iterdir()):
+        assert time.monotonic() < deadline_s, (workers(base), list(base.iterdir()))
+        time.sleep(0.05)
+
+
+def test_generate_answers_the_same_over_any_split(model_dir: Path, base: Path) -> None:
+    """JSON and text agree; the plan, the progress and the stats go to stderr; nothing is left."""
+    question = ("generate", "--model", model_dir, "--prompt", "Hello 你好", "--seed", "7", "--max-new-tokens", "12")
+    code, out, err = glmpipe(*question, "--json", "--stats", *TWO_STAGES)
+    assert code == 0, err
+    answer = json.loads(out)
+    assert set(answer) == {"ids", "text", "finish_reason", "stats"}
+    assert len(answer["ids"]) == answer["stats"]["new_tokens"] == 12
+    assert answer["finish_reason"] == "length"
+    assert [stage["layers"] for stage in answer["stats"]["stages"]] == ["1-2", "3-4"]
+    assert "layer 4 -> fp32 -> cpu" in err
+    assert "stage 2 cpu 3-4 fp32: 2/2 layers" in err
+    assert "KV tokens" in err
+    code, out, err = glmpipe(*question, "--threads", "1")
+    assert (code, out) == (0, answer["text"] + "\n"), err
+    assert list(base.iterdir()) == []
+
+
+def test_dumps_of_two_splits_are_the_same_bit_for_bit(model_dir: Path, base: Path, tmp_path: Path) -> None:
+    """And compare tells a quantised one from them, naming the first tensor."""
+    prompt = ("dump", "--model", model_dir, "--threads", "1", "--ids", "5,64,3", "--out")
+    whole, split, small = (tmp_path / name for name in ("whole", "split", "small"))
+    assert glmpipe(*prompt, whole)[0] == 0
+    assert glmpipe(*prompt, split, "--layers", "cpu=1-3", "--layers", "cpu=4")[0] == 0
+    assert glmpipe(*prompt, small, "--cpu-precision", "int8", "--ends-precision", "fp32")[0] == 0
+    code, out, _ = glmpipe("compare", whole, split)
+    assert (code, out.split(":")[0]) == (0, "the same")
+    code, out, _ = glmpipe("compare", whole, small)
+    assert (code, out.split()[0]) == (1, "layer.0.key")
+    assert list(base.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
+def test_a_launch_that_ends_leaves_no_process_and_no_file(
+    number: signal.Signals, code: int, model_dir: Path, base: Path
+) -> None:
+    """Ctrl-C, a polite end, a closed terminal, and the death of the launcher."""
+    with start("launch", "--model", model_dir, *TWO_STAGES) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"serving at ipc://{base}/glmpipe-{process.pid}-")
+        assert len(workers(base)) == 2
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    if number != signal.SIGKILL:
+        assert workers(base) == []
+        assert list(base.iterdir()) == []
+    wait_until_nothing_is_left(base)
+
+
+def test_a_launch_that_is_stopped_while_starting_leaves_nothing(model_dir: Path, base: Path) -> None:
+    """At whatever moment the signal comes: here, when its private directory has just appeared."""
+    with start("launch", "--model", model_dir, *TWO_STAGES) as process:
+        while not list(base.glob("glmpipe-*/control")):
+            assert process.poll() is None
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    assert workers(base) == []
+    assert list(base.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_ends_the_launch_with_its_name(model_dir: Path, base: Path) -> None:
+    """Exit code 1, which stage, which signal, a remedy; no traceback, nothing left."""
+    with start("launch", "--model", model_dir, *TWO_STAGES) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.kill(max(workers(base)), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "\nglmpipe: stage 2 (cpu, pid " in err
+    assert "ended with signal SIGKILL while serving; the system has probably run out of memory" in err
+    assert "Traceback" not in err
+    assert list(base.iterdir()) == []
+
+
+def test_a_model_whose_weights_are_missing_is_one_line(base: Path, tmp_path: Path) -> None:
+    """Found before any worker starts."""
+    (tmp_path / "config.json").write_text(json.dumps(CAUSAL))
+    code, out, err = glmpipe("generate", "--ids", "5", "--model", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("glmpipe: ")
+    assert "Traceback" not in err
+    assert list(base.iterdir()) == []
+
+
+def test_a_running_launch_answers_generate_and_chat(model_dir: Path, base: Path) -> None:
+    """`--connect` without an endpoint finds it; the same seed gives the same answer as a model launched for it."""
+    question = ("--seed", "7", "--max-new-tokens", "12")
+    code, alone, err = glmpipe("generate", "--model", model_dir, "--prompt", "Hello", *question, *TWO_STAGES)
+    assert code == 0, err
+    with start("launch", "--model", model_dir, *TWO_STAGES) as process:
+        assert process.stdout is not None
+        endpoint = process.stdout.readline().split()[-1]
+        assert glmpipe("generate", "--connect", "--prompt", "Hello", *question)[:2] == (0, alone)
+        code, out, err = glmpipe(
+            "generate", "--connect", endpoint, "--ids", "5,64", "--greedy", "--json", *question[2:]
+        )
+        assert code == 0, err
+        assert len(json.loads(out)["ids"]) == 12
+        process.terminate()
+        process.communicate(timeout=60)
+    code, out, err = glmpipe("generate", "--connect", "--prompt", "Hello")
+    assert (code, out) == (1, "")
+    assert err.startswith("glmpipe: no running `glmpipe launch`")
+    assert list(base.iterdir()) == []
