@@ -93,6 +93,8 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: s
     """Turn the keys of a config.json into a `ModelConfig`; `source` is how error messages call it."""
     keys = _Keys(raw, source)
     model_type = raw.get("model_type")
+    if "pre_seq_len" in keys.raw:
+        raise keys.fail("pre_seq_len", "absent or null: P-Tuning prefixes are not supported, use the merged model")
     if model_type == "chatglm":
         config = _parse_chatglm(keys) if "inner_hidden_size" in raw else _parse_chatglm2(keys)
     elif model_type in ("glm", "glm4"):
@@ -235,6 +237,8 @@ def _parse_chatglm2(keys: _Keys) -> ModelConfig:
         ("rmsnorm", True),
         ("post_layer_norm", True),
         ("apply_residual_connection_post_layernorm", False),
+        ("original_rope", True),
+        ("interleaved_qkv", False),
     ):
         keys.require(key, wanted)
     num_heads, head_dim = keys.count("num_attention_heads"), keys.count("kv_channels")

@@ -75,7 +75,7 @@ def test_defaults_of_the_transformers_classes() -> None:
 def test_unsupported_model_types_list_the_supported(model_type: object) -> None:
     """The type that is there, and all that would do."""
     with pytest.raises(ConfigError) as caught:
-        parse_config({**CAUSAL, "model_type": model_type})
+        parse_config({**CAUSAL, "model_type": model_type}, source="here")
     message = str(caught.value)
     assert f"model_type {model_type!r} is not supported" in message
     for supported in ("'chatglm'", "'glm'", "'glm4'", "ChatGLM-6B", "GLM-4-9B-chat", "glm-edge", "GLM-Z1"):
@@ -159,6 +159,9 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (CAUSAL, {"rmsnorm": False}, "rmsnorm is False, it must be true: no published GLM model has the other value"),
     (CAUSAL, {"add_bias_linear": True}, "add_bias_linear is True, it must be false"),
     (CAUSAL, {"post_layer_norm": False}, "post_layer_norm is False, it must be true"),
+    (CAUSAL, {"original_rope": False}, "original_rope is False, it must be true"),
+    (CAUSAL, {"interleaved_qkv": True}, "interleaved_qkv is True, it must be false"),
+    (PREFIX, {"pre_seq_len": 128}, "pre_seq_len is 128, it must be absent or null: P-Tuning prefixes are not"),
     (PREFIX, {"num_attention_heads": 5}, "num_attention_heads is 5, it must be a divisor of hidden_size 32"),
     (PREFIX, {"num_attention_heads": 16}, "leaving heads of 4, 8, 12"),
     (PREFIX, {"position_encoding_2d": 2}, "position_encoding_2d is 2, it must be true or false"),

@@ -48,6 +48,9 @@ CASES = {
     "glm-tied": Case("glm", {"attention_bias": True, "tie_word_embeddings": True}),
     "glm-wide-heads": Case("glm", {"attention_bias": True, "head_dim": 24, "num_attention_heads": 6}),
     "glm-no-bias": Case("glm", {"attention_bias": False}),
+    "glm-whole-head-rotation": Case(
+        "glm", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}
+    ),
     "glm4": Case("glm4", {"attention_bias": True}),
     "glm4-z1-32b": Case(
         "glm4",

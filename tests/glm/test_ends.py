@@ -1,0 +1,48 @@
+"""The embedding and the head: what they refuse, share and hand on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm.checkpoint import Checkpoint
+from glm.ends import Embedding, Head, end_placement
+from glm.errors import GlmError
+from glm.precision import Precision
+from tests.tiny_checkpoints import NATIVE, PREFIX, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+@pytest.mark.parametrize("token_id", [-1, 96, 10**12])
+def test_ids_outside_the_vocabulary_are_refused(precision: Precision, token_id: int, tmp_path: Path) -> None:
+    """Another model's ids: the id and the size are named, in every precision."""
+    config = write_checkpoint(tmp_path, NATIVE)
+    embedding = Embedding.load(Checkpoint(tmp_path), config, end_placement(precision, CPU, config))
+    with pytest.raises(GlmError, match=f"token id {token_id} is outside the vocabulary of 96"):
+        embedding.forward(torch.tensor([5, token_id, 7]))
+
+
+@pytest.mark.parametrize("keys", [PREFIX, {**NATIVE, "tie_word_embeddings": True}])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT4])
+def test_a_tied_head_shares_the_table(keys: dict[str, object], precision: Precision, tmp_path: Path) -> None:
+    """Held in the same way it is the same memory; held differently it is read from the same weights."""
+    config, checkpoint = write_checkpoint(tmp_path, keys), Checkpoint(tmp_path)
+    placement, other = end_placement(precision, CPU, config), end_placement(Precision.BF16, CPU, config)
+    embedding = Embedding.load(checkpoint, config, placement)
+    shared = Head.load(checkpoint, config, placement, placement, embedding)
+    assert shared._lm_head.weight is embedding.table  # type: ignore[attr-defined]
+    apart = Head.load(checkpoint, config, placement, other, embedding)
+    assert apart.num_bytes == 2 * config.vocab_size * config.hidden_size
+
+
+def test_logits_are_fp32_on_the_cpu(tmp_path: Path) -> None:
+    """Whatever the precision of norm and projection, and of the hidden states that come in."""
+    config = write_checkpoint(tmp_path, NATIVE)
+    coarse, exact = (end_placement(p, CPU, config) for p in (Precision.BF16, Precision.FP32))
+    head = Head.load(Checkpoint(tmp_path), config, coarse, exact)
+    logits = head.forward(torch.ones(3, config.hidden_size, dtype=torch.float16))
+    assert (logits.dtype, logits.device, logits.shape) == (torch.float32, CPU, (3, config.vocab_size))
+    assert head.final_norm(torch.ones(3, config.hidden_size)).dtype == torch.bfloat16
+    assert head.logits(torch.ones(0, config.hidden_size)).shape == (0, config.vocab_size)
