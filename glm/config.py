@@ -75,7 +75,9 @@ def load_config(model_dir: Path) -> ModelConfig:
         if is_lfs_pointer(path):
             raise ConfigError(lfs_complaint(path))
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object: download it again")
