@@ -117,7 +117,7 @@ class Launcher:
         if dead is not None:
             raise LaunchError(dead.describe("before it joined"))
 
-    def stop(self, grace_s: float = 5.0) -> None:
+    def stop(self, grace_s: float = 2.0) -> None:
         """Ask all workers to leave, kill those that have not after `grace_s`, and reap every one.
 
         Safe to call at any time, from `finally` clauses and twice. Interrupted (Ctrl-C again), it kills at once.

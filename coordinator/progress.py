@@ -86,7 +86,7 @@ class BarView:
         self._is_live = False
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=16, complete_style="cyan", finished_style="green"),
             TextColumn("{task.completed:.0f}/{task.total:.0f} layers"),
             TextColumn("{task.fields[size]}"),
             console=Console(file=stream, highlight=False),

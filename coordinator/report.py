@@ -29,7 +29,7 @@ def report_lines(stats: GenerationStats) -> tuple[str, ...]:
         _line("prompt", stats.prompt_tokens, stats.prefill_s, _ratio(stats.prompt_tokens, stats.prefill_s)),
         _line("answer", stats.new_tokens, stats.decode_s, _ratio(stats.new_tokens - 1, stats.decode_s)),
         _line("total", stats.prompt_tokens + stats.new_tokens, stats.total_s, average_tokens_per_s(stats))
-        + " new tokens on average",
+        + " (new tokens over the whole time)",
         *_aligned(table),
     )
 
