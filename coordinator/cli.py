@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from coordinator.commands import chat, compare, dump, generate, launch, worker
 from coordinator.errors import CoordinatorError
 from coordinator.signals import leaving_on_signals
-from coordinator.worker_command import POLITE_THREADS
 from protocol.version import VERSION
 
 DESCRIPTION = (
@@ -36,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["worker"]:
         worker.become_worker(words[1:])
     _print_any_character()
-    for name, value in POLITE_THREADS.items():
-        os.environ.setdefault(name, value)
+    # OpenMP reads this when torch is imported. Spinning threads would take the cores from the stage whose turn it is.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = make_parser().parse_args(words)
     try:
         with leaving_on_signals():

@@ -18,14 +18,9 @@ def worker_command() -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "stage_worker")
 
 
-POLITE_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait, sleep: spinning ones take the cores from the stage whose turn it is. OpenMP reads it at its start,
-so it must be set before torch is imported; what a user set wins."""
-
-
 def worker_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for `worker_command`: `stage_worker` is found wherever this package was found."""
-    result = {**POLITE_THREADS, **environment, "PYTHONUNBUFFERED": "1"}
+    result = {**environment, "PYTHONUNBUFFERED": "1"}
     if _ROOT not in _installed_roots():
         others = environment.get("PYTHONPATH")
         result["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *([others] if others else [])])
