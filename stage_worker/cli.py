@@ -34,12 +34,13 @@ class WorkerOptions:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a worker; returns the exit code."""
     options = parse_options(arguments)
-    signal_fd = _catch_signals()
     # OpenMP reads this when torch is imported. Spinning threads would take the cores from the stage whose turn it is.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from stage_worker.process import run_worker  # torch takes seconds to import: not for --help, and signals first
+    # Torch takes seconds to import: not for --help. Until then there is nothing to clean up, so a signal ends it all.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from stage_worker.process import run_worker
 
-    return run_worker(options, signal_fd)
+    return run_worker(options, _catch_signals())
 
 
 def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
