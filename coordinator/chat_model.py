@@ -25,7 +25,7 @@ from glm.demo import demo_model_dir
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import TokenizerError
 from glm.generation import generation_defaults
-from glm.hub import resolve_model
+from glm.hub import resolve_description, resolve_model
 from glm.positions import prompt_layout
 from glm.precision import Precision
 from glm.sampling import Sampler, SamplingParams
@@ -60,9 +60,10 @@ def launch(
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError: a worker is not.
     """
-    model_dir = demo_model_dir() if model is None else resolve_model(model, revision)
-    config = load_config(model_dir)
+    model = demo_model_dir() if model is None else model
+    config = load_config(resolve_description(model, revision))
     checked_plan = plan_for(plan, config.num_layers)
+    model_dir = resolve_model(model, revision)
     checkpoint = Checkpoint(model_dir)
     settings = ClusterSettings(
         model_dir=model_dir.resolve(),

@@ -43,6 +43,7 @@ class Service:
         self._chat_model = chat_model
         self._router = router
         self._answers: dict[tuple[bytes, int], Answer] = {}
+        self._owed: list[tuple[bytes, client.Error]] = []
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Take in requests, walk the chain, send what became final; see `serve`."""
@@ -50,6 +51,7 @@ class Service:
             while not should_stop():
                 while self._router.poll(0 if self._answers else _IDLE_POLL_MS):
                     self._receive()
+                self._pay()
                 if self._answers:
                     self._step()
                 else:
@@ -111,6 +113,19 @@ class Service:
         try:
             self._router.send_multipart([identity, *encode(message)], flags=zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            _log.info("a client is gone: %s", error.strerror)
+            _log.info("a client is gone or does not read: %s", error.strerror)
             for key in [key for key in self._answers if key[0] == identity]:
                 self._chat_model.engine.cancel(self._answers.pop(key).sequence)
+                if error.errno == zmq.EAGAIN:
+                    text = "cancelled: this client did not read its answer"
+                    self._owed.append((identity, client.Error(key[1], "GenerationError", text)))
+
+    def _pay(self) -> None:
+        """Tell clients that read again what became of their answers."""
+        owed, self._owed = self._owed, []
+        for identity, message in owed:
+            try:
+                self._router.send_multipart([identity, *encode(message)], flags=zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                if error.errno == zmq.EAGAIN:
+                    self._owed.append((identity, message))

@@ -26,8 +26,24 @@ def resolve_model(name_or_dir: str | Path, revision: str | None = None) -> Path:
     Raises:
         ModelNotFoundError: says what was tried and what to do.
     """
+    described = resolve_description(name_or_dir, revision)
+    if _is_directory(name_or_dir):
+        return described
+    name = str(name_or_dir)
+    snapshot = _fetch(name, revision, _SAFETENSORS)
+    if not any(snapshot.glob(_SAFETENSORS[0])):
+        snapshot = _fetch(name, revision, _BIN)
+    return snapshot
+
+
+def resolve_description(name_or_dir: str | Path, revision: str | None = None) -> Path:
+    """A directory with a model's config and tokenizer, of a hub's model before its weights are fetched.
+
+    Raises:
+        ModelNotFoundError: says what was tried and what to do.
+    """
     name, directory = str(name_or_dir), Path(name_or_dir).expanduser()
-    if name and directory.is_dir():
+    if _is_directory(name_or_dir):
         if revision is not None:
             raise ModelNotFoundError(f"{directory} is a directory, which has no revision {revision!r}: leave it out")
         return directory
@@ -36,10 +52,11 @@ def resolve_model(name_or_dir: str | Path, revision: str | None = None) -> Path:
         raise ModelNotFoundError(
             f"no model {name!r}: that is {what}, and not a hub id, which has the form org/name; check the spelling"
         )
-    snapshot = _fetch(name, revision, _SAFETENSORS)
-    if not any(snapshot.glob(_SAFETENSORS[0])):
-        snapshot = _fetch(name, revision, _BIN)
-    return snapshot
+    return _fetch(name, revision, ())
+
+
+def _is_directory(name_or_dir: str | Path) -> bool:
+    return bool(str(name_or_dir)) and Path(name_or_dir).expanduser().is_dir()
 
 
 def _fetch(name: str, revision: str | None, weights: tuple[str, ...]) -> Path:

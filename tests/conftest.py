@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Tiny models gain nothing from threads, and one thread per process keeps several worker processes out of each other's way.
+# Tiny models gain nothing from threads, and with one each, several worker processes keep out of each other's way.
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

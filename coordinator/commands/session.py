@@ -32,18 +32,19 @@ def launched(
     from coordinator.planning import notes, plan_for
     from glm.config import load_config
     from glm.demo import demo_model_dir
-    from glm.hub import resolve_model
+    from glm.hub import resolve_description
 
-    model = options.model or request.model
-    model_dir = resolve_model(model, options.revision or request.revision) if model else demo_model_dir()
-    plan = plan_for(request, load_config(model_dir).num_layers)
+    model = options.model or request.model or demo_model_dir()
+    revision = options.revision or request.revision
+    plan = plan_for(request, load_config(resolve_description(model, revision)).num_layers)
     say(*describe(plan, verbose=options.verbose))
     say(*(f"note: {note}" for note in notes(request, plan)))
     with ExitStack() as stack:
         with load_view(plan) as view:
             chat_model = launch(
-                model_dir,
+                model,
                 plan,
+                revision=revision,
                 on_progress=view.update,
                 on_log=view.log if show_logs or options.verbose else _only_warnings(view.log),
                 record_hidden_states=record_hidden_states,

@@ -16,10 +16,10 @@ from tests.glm.hub_server import serve_hub
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys
+from glm import hub
 from glm.errors import ModelNotFoundError
-from glm.hub import resolve_model
 try:
-    answer = {"path": str(resolve_model(*sys.argv[1:]))}
+    answer = {"path": str(getattr(hub, sys.argv[1])(*sys.argv[2:]))}
 except ModelNotFoundError as error:
     answer = {"error": str(error)}
 print(json.dumps(answer | {"hub_imported": "huggingface_hub" in sys.modules}))
@@ -38,14 +38,20 @@ SAFETENSORS = contents(
 BIN = contents("pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin")
 
 
-def resolve(home: Path, *arguments: str, offline: bool = False, endpoint: str = "http://127.0.0.1:9") -> dict[str, str]:
+def resolve(
+    home: Path,
+    *arguments: str,
+    offline: bool = False,
+    endpoint: str = "http://127.0.0.1:9",
+    function: str = "resolve_model",
+) -> dict[str, str]:
     """Resolve in a process of its own: huggingface_hub reads its environment when it is imported."""
     kept = {key for key in os.environ if not key.startswith("HF_") and "proxy" not in key.lower()}
     inherited = {key: os.environ[key] for key in kept}
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1" if offline else "0"}
     quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [sys.executable, "-c", PROGRAM, function, *arguments],
         env={**inherited, **settings, **quiet},
         capture_output=True,
         text=True,
@@ -131,6 +137,15 @@ def test_only_what_a_model_needs_is_fetched(tmp_path: Path) -> None:
         assert (Path(path) / "tokenizer.model").read_bytes() == b"tokenizer.model"
     assert resolve(tmp_path, "org/name", endpoint=endpoint)["path"] == path
     assert resolve(tmp_path, "org/name", offline=True)["path"] == path
+
+
+def test_a_description_is_fetched_without_the_weights(tmp_path: Path) -> None:
+    """So that a plan can be refused before gigabytes are downloaded."""
+    with serve_hub({**WANTED, **SAFETENSORS}) as (endpoint, fetched):
+        path = resolve(tmp_path, "org/name", endpoint=endpoint, function="resolve_description")["path"]
+        assert set(fetched) == files_of(path) == set(WANTED)
+        assert resolve(tmp_path, "org/name", endpoint=endpoint)["path"] == path
+        assert files_of(path) == {*WANTED, *SAFETENSORS}
 
 
 def test_bin_weights_are_fetched_where_there_are_no_others(tmp_path: Path) -> None:
