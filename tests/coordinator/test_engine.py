@@ -109,6 +109,7 @@ def test_a_request_beyond_the_kv_budget_fails_alone(shared_dir: Path) -> None:
     assert tuple(older.new_ids) == row.greedy_ids
     assert newer.error is not None
     assert "40" in str(newer.error) and "kv_budget_tokens" in str(newer.error)
+    assert "other requests hold 21:" in str(newer.error)
     assert pipeline.stages[0].kv_tokens == 0
 
 
@@ -138,6 +139,28 @@ def test_cancel_makes_all_stages_forget_the_sequence(shared_dir: Path) -> None:
     assert sequence.finish_reason == "cancelled"
     assert DropSequence(sequence.sequence_id) in pipeline.steps[-1].updates
     assert [stage.num_sequences for stage in pipeline.stages] == [0, 0]
+
+
+def test_an_interrupted_walk_leaves_the_next_request_untouched(shared_dir: Path) -> None:
+    """Ctrl-C between a step and its outcome: the late outcome is nobody else's, and the stages still forget."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 2), (2, 5)])
+    for method in ("collect", "submit"):
+        interrupted = sequence_for(engine, config, list(row.token_ids), 4)
+        engine.step()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pipeline, method, _interrupt)
+            engine.cancel(interrupted) if method == "submit" else engine.step()
+        engine.cancel(interrupted)
+        good = sequence_for(engine, config, list(row.token_ids), 4)
+        drain(engine)
+        assert tuple(good.new_ids) == row.greedy_ids[:4]
+        assert [stage.num_sequences for stage in pipeline.stages] == [0, 0]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_context_full_is_told_apart_from_length(shared_dir: Path) -> None:
