@@ -27,7 +27,7 @@ from protocol.messages import Message, Plane
 from protocol.sockets import Socket, bind, control_socket
 from protocol.tensors import RawTensor
 from protocol.version import VERSION
-from protocol.wire import decode, encode
+from protocol.wire import Frame, decode, encode
 
 HEARTBEAT_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 15.0
@@ -75,7 +75,7 @@ class ControlPlane:
         self._on_progress = on_progress
         self._shared = _Shared()
         self._request_ids = itertools.count(1)
-        self._outgoing: queue.SimpleQueue[tuple[bytes, Message] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[list[Frame] | None] = queue.SimpleQueue()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._router = control_socket(context, zmq.ROUTER)
@@ -103,13 +103,19 @@ class ControlPlane:
                 raise LaunchError(f"{absent} did not join within {deadline_s:.0f} s; look at its log lines above")
 
     def begin(self, worker_id: str, message: Any) -> "Future[Reply]":
-        """Send a request (its request_id is chosen here); the future holds the reply."""
+        """Send a request (its request_id is chosen here); the future holds the reply.
+
+        Raises:
+            ProtocolError: the message cannot travel, such as a path that is not valid unicode.
+        """
         request_id = next(self._request_ids)
+        frames = encode(dataclasses.replace(message, request_id=request_id))
         future: Future[Reply] = Future()
         with self._shared.changed:
             self._shared.futures[request_id] = future
             identity = self._shared.workers[worker_id].identity
-        self._post(identity, dataclasses.replace(message, request_id=request_id))
+        self._outgoing.put([identity, *frames])
+        self._wake()
         return future
 
     def request(self, worker_id: str, message: Any, deadline_s: float) -> Reply:
@@ -157,10 +163,6 @@ class ControlPlane:
     ) -> None:
         self.close()
 
-    def _post(self, identity: bytes, message: Message) -> None:
-        self._outgoing.put((identity, message))
-        self._wake()
-
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"!")
@@ -188,11 +190,10 @@ class ControlPlane:
         """Send what was posted; false when asked to end."""
         with contextlib.suppress(queue.Empty):
             while True:
-                item = self._outgoing.get_nowait()
-                if item is None:
+                frames = self._outgoing.get_nowait()
+                if frames is None:
                     return False
-                identity, message = item
-                self._router.send_multipart([identity, *encode(message)])
+                self._router.send_multipart(frames)
         return True
 
     def _ping_all(self) -> None:
@@ -218,7 +219,9 @@ class ControlPlane:
             worker.last_heard_s = time.monotonic()
             future = self._note(worker, message)
         if isinstance(message, Progress) and self._on_progress is not None:
-            self._on_progress(worker_id, message)
+            # A sink that fails must not end this thread: all workers would seem silent.
+            with contextlib.suppress(Exception):
+                self._on_progress(worker_id, message)
         if future is not None:
             future.set_result((message, tensors))
 
