@@ -31,6 +31,7 @@ from glm.precision import Precision
 from glm.sampling import Sampler, SamplingParams
 from glm.tokenizer import Tokenizer, load_tokenizer
 from protocol import client
+from protocol.limits import MAX_NAME, clip_text
 
 History = list[dict[str, str]]
 StreamEvent = client.Delta | client.Finished
@@ -134,7 +135,7 @@ class ChatModel:
         """What runs here: model, family, context, where each part went, sampling defaults."""
         return client.Description(
             request_id=0,
-            model_name=self.config.name or self.model_dir.name,
+            model_name=clip_text(self.config.name or self.model_dir.name, MAX_NAME),
             family=self.config.family,
             max_context=self.config.max_context,
             plan_lines=describe(self.cluster.plan),

@@ -77,7 +77,7 @@ def _only_warnings(log: Callable[[str], None]) -> Callable[[str], None]:
 
     def filtered(line: str) -> None:
         _, _, text = line.partition("] ")
-        if text.startswith("WARNING"):
+        if text.startswith(("WARNING", "ERROR", "CRITICAL")):
             log(line)
 
     return filtered
