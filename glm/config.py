@@ -81,11 +81,12 @@ def load_config(model_dir: Path) -> ModelConfig:
         raise ConfigError(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object: download it again")
-    return parse_config(raw, source=str(path), name=_directory_name(model_dir.resolve()))
+    return parse_config(raw, source=str(path), name=directory_name(model_dir))
 
 
-def _directory_name(model_dir: Path) -> str:
+def directory_name(model_dir: Path) -> str:
     """The directory's own name, or `org/name` inside a hub's cache (models--org--name/snapshots/COMMIT)."""
+    model_dir = model_dir.resolve()
     if model_dir.parent.name != "snapshots":
         return model_dir.name
     return model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")
