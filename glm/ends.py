@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from glm.checkpoint import Checkpoint
+from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.errors import GlmError
 from glm.layout import embedding_source, final_norm_sources, lm_head_source
@@ -27,7 +27,7 @@ class Embedding:
         self.placement = placement
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: ModelConfig, placement: Placement) -> "Embedding":
+    def load(cls, checkpoint: TensorSource, config: ModelConfig, placement: Placement) -> "Embedding":
         """Read the table.
 
         Raises:
@@ -79,7 +79,7 @@ class Head:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         config: ModelConfig,
         norm: Placement,
         lm_head: Placement,
