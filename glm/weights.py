@@ -25,6 +25,12 @@ class Placement:
     device: torch.device
 
 
+def kernel_path(placement: Placement) -> str:
+    """Which arithmetic linear layers take there, for people."""
+    kind = "dequantise + matmul" if placement.precision.is_quantized else "matmul"
+    return f"torch {kind}, {str(placement.dtype).removeprefix('torch.')}"
+
+
 def read_parts(checkpoint: TensorSource, sources: Mapping[str, Source], config: ModelConfig) -> dict[str, StoredPart]:
     """Read the parts as stored; fused ones are concatenated, published quantised ones keep their packing.
 
