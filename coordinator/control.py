@@ -43,7 +43,7 @@ ProgressSink = Callable[[str, Progress], None]
 class _Worker:
     identity: bytes
     join: Join
-    last_heard_s: float
+    silent_s: float = 0.0
     pong: Pong | None = None
     left: str | None = None
 
@@ -132,13 +132,12 @@ class ControlPlane:
 
     def lost(self) -> tuple[str, str] | None:
         """The id of a worker that left or fell silent, and what happened; None while all are well."""
-        now = time.monotonic()
         with self._shared.changed:
             for worker_id, worker in self._shared.workers.items():
                 if worker.left is not None:
                     return worker_id, f"left: {worker.left}"
-                if now - worker.last_heard_s > SILENCE_LIMIT_S:
-                    return worker_id, f"has been silent for {now - worker.last_heard_s:.0f} s"
+                if worker.silent_s > SILENCE_LIMIT_S:
+                    return worker_id, f"has been silent for {worker.silent_s:.0f} s"
         return None
 
     def pongs(self) -> dict[str, Pong]:
@@ -174,7 +173,9 @@ class ControlPlane:
         next_ping_s = time.monotonic()
         try:
             while self._send_outgoing():
-                ready = dict(poller.poll(max(0, int((next_ping_s - time.monotonic()) * 1000))))
+                started_s = time.monotonic()
+                ready = dict(poller.poll(max(0, int((next_ping_s - started_s) * 1000))))
+                self._count_silence(time.monotonic() - started_s)
                 if self._wake_receiver.fileno() in ready:
                     with contextlib.suppress(BlockingIOError):
                         self._wake_receiver.recv(4096)
@@ -202,6 +203,12 @@ class ControlPlane:
         for identity in identities:
             self._router.send_multipart([identity, *encode(Ping(request_id=0))])
 
+    def _count_silence(self, waited_s: float) -> None:
+        """Add up time spent waiting, not time passed: a launch that was itself stopped listens before it judges."""
+        with self._shared.changed:
+            for worker in self._shared.workers.values():
+                worker.silent_s += min(waited_s, HEARTBEAT_INTERVAL_S)
+
     def _receive(self) -> None:
         identity, *frames = self._router.recv_multipart()
         try:
@@ -216,7 +223,7 @@ class ControlPlane:
             if found is None:
                 return
             worker_id, worker = found
-            worker.last_heard_s = time.monotonic()
+            worker.silent_s = 0.0
             future = self._note(worker, message)
         if isinstance(message, Progress) and self._on_progress is not None:
             # A sink that fails must not end this thread: all workers would seem silent.
@@ -242,7 +249,7 @@ class ControlPlane:
             if join.glmpipe_version != VERSION:
                 text = f"worker {join.worker_id} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}"
                 return Refused(join.request_id, "version", f"{text}: install the same version on both")
-            self._shared.workers[join.worker_id] = _Worker(identity, join, time.monotonic())
+            self._shared.workers[join.worker_id] = _Worker(identity, join)
             self._shared.changed.notify_all()
         return Welcome(join.request_id, "coordinator", HEARTBEAT_INTERVAL_S, ORPHAN_TIMEOUT_S)
 

@@ -113,12 +113,18 @@ class Engine:
         wanted = [(chunk, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.num_tokens
-        if wanted:
+        if not wanted:
+            return
+        try:
             with clock.head:
                 logits = self.head.forward(outcome.hidden[[row for _, row in wanted]])
-            with clock.sampling:
-                for (chunk, _), row in zip(wanted, logits, strict=True):
-                    chunk.sequence.append(chunk.sequence.sampler.sample(row))
+        except (RuntimeError, MemoryError) as error:  # torch says so when a device has no memory left
+            for chunk, _ in wanted:
+                chunk.sequence.error = GenerationError(f"the coordinator could not compute the logits: {error}")
+            return
+        with clock.sampling:
+            for (chunk, _), row in zip(wanted, logits, strict=True):
+                chunk.sequence.append(chunk.sequence.sampler.sample(row))
 
     def _fail(self, chunks: tuple[Chunk, ...], failed: StepFailed) -> None:
         text = f"stage {failed.stage_index + 1} could not do the step ({failed.code}): {failed.text}"

@@ -72,7 +72,7 @@ def load_config(model_dir: Path) -> ModelConfig:
     """
     shape = random_shape(model_dir)
     if shape is not None:
-        return parse_config(SHAPES[shape], source=str(model_dir), name=shape)
+        return parse_config(SHAPES[shape], source=str(model_dir), name=str(model_dir))
     path = model_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no config.json: is this a model directory?")

@@ -65,7 +65,7 @@ def test_two_stages_of_random_weights_from_the_command_line() -> None:
     check_figures(found)
     assert [stage["layers"] for stage in found["stages"]] == ["1-2", "3-4"]
     assert {part["precision"] for part in (*found["stages"], found["coordinator"])} == {"int4"}
-    assert (found["streams"], found["threads"], found["model"]) == (3, 1, "tiny")
+    assert (found["streams"], found["threads"], found["model"]) == (3, 1, "random:tiny")
     for line in ("lm_head -> int4 -> cpu", "stage 2 cpu 3-4 int4: 2/2 layers", "measuring: decode"):
         assert line in done.stderr
 
@@ -84,7 +84,12 @@ def test_one_stage_from_python_and_what_a_terminal_shows() -> None:
     stream = io.StringIO()
     show(report, stream)
     text = stream.getvalue()
-    for part in ("tiny, bf16, 1 threads", "context 41 to 46", "stage 1      cpu     1-4", "coordinator  cpu     ends"):
+    for part in (
+        "random:tiny, bf16, 1 threads",
+        "context 41 to 46",
+        "stage 1      cpu     1-4",
+        "coordinator  cpu     ends",
+    ):
         assert part in text
     assert text.count("█") + text.count("·") == 24 * 6
 
@@ -112,7 +117,7 @@ def test_prompts_have_the_wanted_length_and_are_valid(shape: str) -> None:
         ("--shape tiny --model somewhere", "--shape tiny and --model somewhere are both given"),
         ("--shape tiny --streams 0", "--streams 0 must be 1 or more"),
         ("--shape tiny --precision int4 --cpu-precision bf16", "--precision int4 and --cpu-precision are both given"),
-        ("--shape tiny --prompt-tokens 2040", "need a context of 2107, tiny has 2048"),
+        ("--shape tiny --prompt-tokens 2040", "need a context of 2107, random:tiny has 2048"),
         ("--shape tiny --precision fp16", "fp16 does not compute on a CPU"),
         ("--shape chatglm-6b --prompt-tokens 2", "a prompt of this family has 3 at least"),
         ("--model random:huge", "there is no shape 'huge'"),

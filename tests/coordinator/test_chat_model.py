@@ -13,7 +13,10 @@ from coordinator.dump import dump
 from coordinator.errors import DumpError
 from coordinator.planning import plan_for
 from glm.config import load_config
+from protocol.client import Delta, Finished, TokenPrompt
 from protocol.wire import encode
+from tests.golden import GoldenSet
+from tests.in_process import in_process_engine
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 
 
@@ -50,3 +53,25 @@ def test_a_dump_that_cannot_be_written_says_so(
     chat_model.cluster.inspect = row  # type: ignore[method-assign]
     with pytest.raises(DumpError, match=r"nowhere/x\.safetensors cannot be written .* make room"):
         dump(chat_model, [1, 2], tmp_path / "nowhere" / "x.safetensors")
+
+
+def test_answers_that_are_read_in_turns_lose_nothing(shared_dir: Path) -> None:
+    """A step for one iterator moves the other on as well: what it gave is told when that one is read again."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    model = ChatModel(cluster, engine, config, golden.checkpoint_dir, None)
+    sampling = dataclasses.replace(model.describe().defaults, greedy=True, max_new_tokens=7)
+    streams = [model.stream(TokenPrompt(tuple(row.token_ids)), sampling) for _ in range(2)]
+    told: list[list[int]] = [[], []]
+    wholes: list[tuple[int, ...]] = [(), ()]
+    for _ in range(20):
+        for index, stream in enumerate(streams):
+            event = next(stream, None)
+            if isinstance(event, Delta):
+                told[index] += event.token_ids
+            elif isinstance(event, Finished):
+                wholes[index] = event.token_ids
+    assert wholes == [row.greedy_ids[:7]] * 2
+    assert [tuple(ids) for ids in told] == wholes

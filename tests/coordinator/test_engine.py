@@ -129,6 +129,26 @@ def test_a_stage_failure_fails_the_sequences_of_that_step_only(shared_dir: Path)
     assert tuple(good.new_ids) == row.greedy_ids[:2]
 
 
+def test_a_head_without_memory_fails_the_step_only(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An lm_head that runs out of memory fails that request with its words; the next one succeeds."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+
+    def out_of_memory(_hidden: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.head, "forward", out_of_memory)
+        failed = sequence_for(engine, config, list(row.token_ids), 4)
+        drain(engine)
+    assert "could not compute the logits: CUDA out of memory" in str(failed.error)
+    assert pipeline.stages[0].num_sequences == 0
+    good = sequence_for(engine, config, list(row.token_ids), 4)
+    drain(engine)
+    assert tuple(good.new_ids) == row.greedy_ids[:4]
+
+
 def test_cancel_makes_all_stages_forget_the_sequence(shared_dir: Path) -> None:
     """After a cancel no stage holds anything of it, although no other request is running."""
     golden = GoldenSet(shared_dir, "chatglm3")
