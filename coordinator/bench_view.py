@@ -1,5 +1,6 @@
 """What a terminal shows of a measurement: its progress, then a table and bars."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -14,6 +15,7 @@ from coordinator.bench_report import BenchReport, PartReport
 from coordinator.progress import format_bytes
 
 _BAR_WIDTH = 24
+_DRAW_INTERVAL_S = 1.0
 _WIDTH = 100  # where the stream is no terminal
 _COLUMNS = ("part", "device", "layers", "precision", "compute", "wire", "busy", "weights", "resident")
 
@@ -28,16 +30,23 @@ def progress_on(stream: TextIO) -> Iterator[Reporter]:
         TimeElapsedColumn(),
         console=Console(file=stream),
         transient=True,
+        auto_refresh=False,  # a thread that draws would take time from what is measured
         disable=not stream.isatty(),
     ) as progress:
         tasks: dict[str, TaskID] = {}
+        drawn_at_s = 0.0
 
         def report(what: str, done: int, total: int) -> None:
+            nonlocal drawn_at_s
             if what not in tasks:
                 if progress.disable:
                     print(f"measuring: {what}", file=stream, flush=True)
                 tasks[what] = progress.add_task(what, total=total)
+                drawn_at_s = 0.0
             progress.update(tasks[what], completed=done)
+            if time.monotonic() > drawn_at_s + _DRAW_INTERVAL_S:
+                drawn_at_s = time.monotonic()
+                progress.refresh()
 
         yield report
 
@@ -60,7 +69,7 @@ def _headlines(report: BenchReport) -> tuple[str, ...]:
     streams = f"{report.streams} streams together" if report.streams > 1 else "1 stream"
     return (
         f"{report.model}, {report.precision}, {report.threads} threads, {streams}, torch {report.torch_version}",
-        f"prefill  {report.prefill_tokens_per_s:10.1f} tokens/s   {report.prompt_tokens} tokens at once, "
+        f"prefill  {report.prefill_tokens_per_s:10.1f} tokens/s   prompts of {report.prompt_tokens} tokens, "
         f"first token after {report.time_to_first_token_s:.2f} s",
         f"decode   {report.decode_tokens_per_s:10.1f} tokens/s   {1000 * report.decode_step_s:.1f} ms a step over "
         f"{report.new_tokens} steps, context {first} to {last}",
@@ -68,7 +77,7 @@ def _headlines(report: BenchReport) -> tuple[str, ...]:
 
 
 def _table(report: BenchReport) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in _COLUMNS:
         is_text = name in ("part", "device", "layers", "precision")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
@@ -89,7 +98,7 @@ def _table(report: BenchReport) -> Table:
 
 def _parts(report: BenchReport) -> list[tuple[str, PartReport]]:
     stages = [(f"stage {number}", stage) for number, stage in enumerate(report.stages, start=1)]
-    return [*stages, ("coordinator", report.coordinator)]
+    return [*stages, ("ends", report.coordinator)]
 
 
 def _step_bars(report: BenchReport) -> list[Text]:
