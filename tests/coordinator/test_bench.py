@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.bench import prompt_ids, run_bench
 from coordinator.bench_report import Workload
-from coordinator.bench_view import show
+from coordinator.bench_view import progress_on, show
 from coordinator.chat_model import launch
 from coordinator.cli import main
 from coordinator.plan_request import Option, PlanRequest
@@ -132,3 +132,23 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     assert message in err
     assert err.startswith("glmpipe: ")
     assert err.count("\n") == 1
+
+
+def test_progress_is_a_line_a_phase_without_a_terminal_and_a_bar_on_one() -> None:
+    """Both name what is being done; a pipe gets no control characters."""
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        with progress_on(stream) as report:
+            for step in range(3):
+                report("decode", step, 3)
+            report("warm-up", 0, 2)
+    assert plain.getvalue().splitlines() == ["measuring: decode", "measuring: warm-up"]
+    assert "decode" in terminal.getvalue()
+    assert "0/3" in terminal.getvalue()
+
+
+class Terminal(io.StringIO):
+    """Text that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
