@@ -8,7 +8,7 @@ from coordinator.errors import GenerationError
 from coordinator.pipeline import Outcome, Pipeline
 from coordinator.scheduler import Chunk, next_step
 from coordinator.sequence import Sequence
-from coordinator.timing import StepTiming, step_timing
+from coordinator.timing import EndsClock, StepTiming, step_timing
 from glm.ends import Embedding, Head
 from protocol.data import DropSequence, KvUpdate, Span, Step, StepFailed
 from protocol.limits import MAX_UPDATES
@@ -60,12 +60,13 @@ class Engine:
             sequence.error = self._over_budget(sequence, decision.held)
         took_part: list[tuple[Sequence, StepTiming | None]] = [(s, None) for s in decision.rejected]
         if decision.chunks:
-            outcome = self._walk(decision.chunks)
-            timing = step_timing(outcome)
+            clock = EndsClock()
+            outcome = self._walk(decision.chunks, clock)
             if isinstance(outcome.message, StepFailed):
                 self._fail(decision.chunks, outcome.message)
             else:
-                self._sample(decision.chunks, outcome)
+                self._sample(decision.chunks, outcome, clock)
+            timing = step_timing(outcome, clock)
             took_part += [(chunk.sequence, timing) for chunk in decision.chunks]
         self._retire()
         return took_part
@@ -82,7 +83,7 @@ class Engine:
             chunks = decision.chunks
             if not chunks:
                 raise self._over_budget(sequence, decision.held)
-            outcome = self._walk(chunks)
+            outcome = self._walk(chunks, EndsClock())
             if outcome.hidden is None:
                 assert isinstance(outcome.message, StepFailed)
                 self._fail(chunks, outcome.message)
@@ -93,9 +94,10 @@ class Engine:
             parts.append(outcome.hidden)
         return torch.cat(parts)
 
-    def _walk(self, chunks: tuple[Chunk, ...]) -> Outcome:
+    def _walk(self, chunks: tuple[Chunk, ...], clock: EndsClock) -> Outcome:
         ids = [i for c in chunks for i in c.sequence.token_ids[c.start_pos : c.start_pos + c.num_tokens]]
-        hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
+        with clock.embedding:
+            hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
         updates = tuple(self._updates[:MAX_UPDATES])
         step = Step(EPOCH, next(self._step_ids), updates, tuple(_span(chunk) for chunk in chunks), ())
         self._pipeline.submit(step, hidden)
@@ -105,7 +107,7 @@ class Engine:
             outcome = self._pipeline.collect(EPOCH)
         return outcome
 
-    def _sample(self, chunks: tuple[Chunk, ...], outcome: Outcome) -> None:
+    def _sample(self, chunks: tuple[Chunk, ...], outcome: Outcome, clock: EndsClock) -> None:
         assert outcome.hidden is not None
         ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
         wanted = [(chunk, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
@@ -114,13 +116,15 @@ class Engine:
         if not wanted:
             return
         try:
-            logits = self.head.forward(outcome.hidden[[row for _, row in wanted]])
+            with clock.head:
+                logits = self.head.forward(outcome.hidden[[row for _, row in wanted]])
         except (RuntimeError, MemoryError) as error:  # torch says so when a device has no memory left
             for chunk, _ in wanted:
                 chunk.sequence.error = GenerationError(f"the coordinator could not compute the logits: {error}")
             return
-        for (chunk, _), row in zip(wanted, logits, strict=True):
-            chunk.sequence.append(chunk.sequence.sampler.sample(row))
+        with clock.sampling:
+            for (chunk, _), row in zip(wanted, logits, strict=True):
+                chunk.sequence.append(chunk.sequence.sampler.sample(row))
 
     def _fail(self, chunks: tuple[Chunk, ...], failed: StepFailed) -> None:
         text = f"stage {failed.stage_index + 1} could not do the step ({failed.code}): {failed.text}"
@@ -139,7 +143,7 @@ class Engine:
                 self._updates.append(DropSequence(sequence.sequence_id))
         self._running = [sequence for sequence in self._running if not sequence.is_finished]
         while self._updates and not self._running:
-            self._walk(())  # nothing else would carry the news, and the stages would go on holding the KV
+            self._walk((), EndsClock())  # nothing else would carry the news, and the stages would go on holding the KV
 
 
 def _span(chunk: Chunk) -> Span:

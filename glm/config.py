@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from glm.errors import ConfigError
 from glm.lfs import is_lfs_pointer, lfs_complaint
+from glm.shapes import SHAPES, random_shape
 
 Family = Literal["chatglm", "chatglm2", "glm", "glm4"]
 
@@ -63,11 +64,15 @@ class ModelConfig:
 
 
 def load_config(model_dir: Path) -> ModelConfig:
-    """Read `config.json` of a model directory.
+    """Read `config.json` of a model directory; `random:SHAPE` gives the config of that shape.
 
     Raises:
         ConfigError: no such file, not JSON, an unsupported model_type, or a key with an impossible value.
+        ModelNotFoundError: no such shape.
     """
+    shape = random_shape(model_dir)
+    if shape is not None:
+        return parse_config(SHAPES[shape], source=str(model_dir), name=str(model_dir))
     path = model_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no config.json: is this a model directory?")

@@ -6,7 +6,7 @@ import torch
 
 from glm.attention import Segment, make_geometry
 from glm.block import Block, make_block
-from glm.checkpoint import Checkpoint
+from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import SegmentError
@@ -14,7 +14,7 @@ from glm.kv_cache import SequenceCache
 from glm.layout import layer_sources
 from glm.positions import prompt_layout
 from glm.precision import Precision, compute_dtype
-from glm.weights import Placement, read_parts
+from glm.weights import Placement, kernel_path, read_parts
 
 LoadProgress = Callable[[int, int, int], None]
 LayerObserver = Callable[[int, torch.Tensor], None]
@@ -33,7 +33,7 @@ class LayerStack:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         config: ModelConfig,
         start: int,
         end: int,
@@ -65,8 +65,7 @@ class LayerStack:
     @property
     def kernel_path(self) -> str:
         """Which arithmetic the linear layers take, for people."""
-        kind = "dequantise + matmul" if self.placement.precision.is_quantized else "matmul"
-        return f"torch {kind}, {str(self.placement.dtype).removeprefix('torch.')}"
+        return kernel_path(self.placement)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -131,7 +130,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         config: ModelConfig,
         precision: Precision = Precision.FP32,
         device: torch.device | None = None,

@@ -1,6 +1,7 @@
 """The engine over in-process stages: tokens, batches, failures, budgets."""
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from glm.model import Model
 from protocol.data import DropSequence
 from tests.golden import GoldenSet
 from tests.in_process import in_process_engine, sequence_for
+from tests.tiny_checkpoints import write_checkpoint
 
 FAMILIES = ["chatglm", "chatglm2", "chatglm3", "glm4"]
 
@@ -204,3 +206,16 @@ def test_engine_equals_the_undivided_models_own_greedy(shared_dir: Path) -> None
         sequence = sequence_for(engine, config, list(row.token_ids), 9)
         drain(engine)
         assert sequence.new_ids == Model.load(Checkpoint(directory), load_config(directory)).greedy(row.token_ids, 9)
+
+
+def test_a_steps_timing_names_the_ends_own_parts(tmp_path: Path) -> None:
+    """Embedding, head and sampling of a step that samples, within the time that the step took as a whole."""
+    write_checkpoint(tmp_path)
+    engine, _, config = in_process_engine(tmp_path, [(0, 4)])
+    sequence_for(engine, config, [5, 6, 7], 2)
+    started_s = time.monotonic()
+    [(_, timing)] = engine.step()
+    assert timing is not None
+    ends = timing.ends
+    assert min(ends.embedding_s, ends.head_s, ends.sampling_s) > 0
+    assert ends.compute_s < time.monotonic() - started_s
