@@ -8,6 +8,13 @@ import torch
 # Tiny models gain nothing from threads, and with one each, several worker processes keep out of each other's way.
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A test may set torch's threads; for the next one they count again as one, or sums would round differently."""
+    torch.set_num_threads(1)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
