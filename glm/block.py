@@ -21,6 +21,7 @@ class Block(Protocol):
     """What a range of layers is made of."""
 
     num_bytes: int
+    kernel_path: str
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; `layer` counts from the start of the range."""
@@ -34,7 +35,9 @@ class _Linears:
         self.dense = build_linear(parts, "dense", placement)
         self.up = build_linear(parts, "dense_h_to_4h", placement)
         self.down = build_linear(parts, "dense_4h_to_h", placement)
-        self.num_bytes = sum(x.num_bytes for x in (self.query_key_value, self.dense, self.up, self.down))
+        linears = (self.query_key_value, self.dense, self.up, self.down)
+        self.num_bytes = sum(x.num_bytes for x in linears)
+        self.kernel_path = " and ".join(sorted({x.path for x in linears}))
 
 
 class PrefixBlock:
@@ -52,6 +55,7 @@ class PrefixBlock:
             for name in ("input_layernorm", "post_attention_layernorm")
         )
         self.num_bytes = self.linears.num_bytes
+        self.kernel_path = self.linears.kernel_path
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         normed = self.input_norm(hidden)
@@ -84,6 +88,7 @@ class CausalBlock:
         self.attention_out_norm = norm("post_self_attn_layernorm")
         self.mlp_out_norm = norm("post_mlp_layernorm")
         self.num_bytes = self.linears.num_bytes
+        self.kernel_path = self.linears.kernel_path
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         attended = self._attention(self.input_norm(hidden), geometry, layer)

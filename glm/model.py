@@ -65,8 +65,7 @@ class LayerStack:
     @property
     def kernel_path(self) -> str:
         """Which arithmetic the linear layers take, for people."""
-        kind = "dequantise + matmul" if self.placement.precision.is_quantized else "matmul"
-        return f"torch {kind}, {str(self.placement.dtype).removeprefix('torch.')}"
+        return self.blocks[0].kernel_path
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -1,0 +1,169 @@
+// AVX-512 with VNNI: activations as two signed bytes each, multiplied exactly by unsigned (offset) weights.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "product.h"
+
+// 32 activations of one token: value = scale * (256 * coarse + fine). `start` takes back what the weights' offset of 8
+// or 128 adds to the product.
+struct alignas(8) Group {
+    int8_t coarse[kGroup];
+    int8_t fine[kGroup];
+    int32_t start;
+    float scale;
+};
+
+constexpr int64_t kAhead = 2048;  // bytes: how far ahead of use memory is asked for
+constexpr float kLargest = 127 * 256;
+
+template <int Offset>
+inline void prepare_group(__m512 first, __m512 second, Group &out) {
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+    const __m512 inverse = _mm512_set1_ps(top > 0 ? kLargest / top : 0);
+    __m512i sum = _mm512_setzero_si512();
+    for (int half = 0; half < 2; ++half) {
+        const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(half ? second : first, inverse));
+        const __m512i coarse = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+        const __m512i fine = _mm512_sub_epi32(value, _mm512_slli_epi32(coarse, 8));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out.coarse + 16 * half), _mm512_cvtepi32_epi8(coarse));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out.fine + 16 * half), _mm512_cvtepi32_epi8(fine));
+        sum = _mm512_add_epi32(sum, value);
+    }
+    out.start = -Offset * _mm512_reduce_add_epi32(sum);
+    out.scale = top / kLargest;
+}
+
+inline __m512i four(const int8_t *bytes) {
+    int32_t word;
+    std::memcpy(&word, bytes, 4);
+    return _mm512_set1_epi32(word);
+}
+
+template <int Bits, bool Grouped>
+struct Integers {
+    using Scalar = float;
+    using Activation = Group;
+
+    static int64_t activations(int64_t columns) { return num_groups(columns); }
+
+    static void prepare(const float *x, int64_t columns, Group *out) {
+        for (int64_t i = 0; i < columns; i += kGroup) {
+            const auto load = [&](int64_t place) {
+                const int64_t left = std::clamp<int64_t>(columns - place, 0, 16);
+                return _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), x + place);
+            };
+            prepare_group<Bits == 4 ? 8 : 128>(load(i), load(i + 16), *out++);
+        }
+    }
+
+    // The weights of 16 rows and 32 columns, 4 columns to a vector.
+    static void load(const uint8_t *values, __m512i (&weights)[8]) {
+        const __m512i nibble = _mm512_set1_epi8(0x0f);
+        for (int i = 0; i < Bits; ++i) {
+            const __m512i packed = _mm512_loadu_si512(values + 64 * i);
+            _mm_prefetch(reinterpret_cast<const char *>(values + 64 * i + kAhead), _MM_HINT_T0);
+            if constexpr (Bits == 8) {
+                weights[i] = packed;
+            } else {
+                weights[i] = _mm512_and_si512(packed, nibble);
+                weights[i + 4] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+            }
+        }
+    }
+
+    // The order of sums does not depend on the number of tokens.
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const Group *x, float (&result)[Tokens][kRows]) {
+        const int64_t groups = num_groups(w.columns);
+        const uint8_t *values = w.block(block);
+        __m512 sums[Tokens];
+        for (auto &sum : sums) sum = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; ++g, ++x, values += 64 * Bits) {
+            __m512i weights[8];
+            load(values, weights);
+            __m512 scales;
+            if (Grouped)
+                scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w.group_scales(block, g))));
+            for (int t = 0; t < Tokens; ++t) {
+                const Group &a = x[t * groups];
+                __m512i coarse = _mm512_setzero_si512(), fine = _mm512_set1_epi32(a.start);
+                for (int i = 0; i < 8; ++i) {
+                    coarse = _mm512_dpbusd_epi32(coarse, weights[i], four(a.coarse + 4 * i));
+                    fine = _mm512_dpbusd_epi32(fine, weights[i], four(a.fine + 4 * i));
+                }
+                const __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(coarse, 8), fine));
+                const __m512 scale = _mm512_set1_ps(a.scale);
+                sums[t] = _mm512_fmadd_ps(total, Grouped ? _mm512_mul_ps(scales, scale) : scale, sums[t]);
+            }
+        }
+        const __m512 scales = Grouped ? _mm512_set1_ps(1) : _mm512_loadu_ps(w.row_scales(block));
+        for (int t = 0; t < Tokens; ++t) _mm512_storeu_ps(result[t], _mm512_mul_ps(sums[t], scales));
+    }
+};
+
+// bf16 weights. A vector holds 32 columns; without AVX-512-BF16 its even and odd columns are widened to fp32 instead.
+struct Halves {
+    using Scalar = uint16_t;
+    static constexpr int64_t kColumns = 32;
+#ifdef __AVX512BF16__
+    struct alignas(64) Activation {
+        __m512bh values;
+    };
+    static Activation pack(__m512i x) { return {(__m512bh)x}; }
+    static __m512 add_product(__m512 sum, __m512i w, const Activation &x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)w, x.values);
+    }
+#else
+    struct alignas(64) Activation {
+        __m512 even, odd;
+    };
+    static __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+    static __m512 odd(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }
+    static Activation pack(__m512i x) { return {even(x), odd(x)}; }
+    static __m512 add_product(__m512 sum, __m512i w, const Activation &x) {
+        return _mm512_fmadd_ps(odd(w), x.odd, _mm512_fmadd_ps(even(w), x.even, sum));
+    }
+#endif
+
+    static int64_t activations(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+
+    static __m512i load(const uint16_t *values, int64_t count) {
+        return count >= kColumns ? _mm512_loadu_si512(values)
+                                 : _mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), values);
+    }
+
+    static void prepare(const uint16_t *x, int64_t columns, Activation *out) {
+        for (int64_t i = 0; i < columns; i += kColumns) *out++ = pack(load(x + i, columns - i));
+    }
+
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
+        constexpr int at_once = Tokens < 4 ? Tokens : 4;
+        for (int64_t r = 0; r < kRows; r += 4)
+            for (int t = 0; t < Tokens; t += at_once)
+                tile<at_once>(w, block * kRows + r, x + t * activations(w.columns), &result[t][r]);
+    }
+
+    template <int Tokens>
+    static void tile(const Weight &w, int64_t row, const Activation *x, float *result) {
+        constexpr int Rows = 4;
+        const uint16_t *values[Rows];
+        for (int r = 0; r < Rows; ++r)
+            values[r] = reinterpret_cast<const uint16_t *>(w.values) + std::min(row + r, w.rows - 1) * w.columns;
+        const int64_t steps = activations(w.columns);
+        __m512 sums[Rows][Tokens];
+        for (int r = 0; r < Rows; ++r)
+            for (int t = 0; t < Tokens; ++t) sums[r][t] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < steps; ++i)
+            for (int r = 0; r < Rows; ++r) {
+                const uint16_t *place = values[r] + i * kColumns;
+                const __m512i weights = load(place, w.columns - i * kColumns);
+                _mm_prefetch(reinterpret_cast<const char *>(place) + kAhead, _MM_HINT_T0);
+                for (int t = 0; t < Tokens; ++t) sums[r][t] = add_product(sums[r][t], weights, x[t * steps + i]);
+            }
+        for (int r = 0; r < Rows; ++r)
+            for (int t = 0; t < Tokens; ++t) result[t * kRows + r] = _mm512_reduce_add_ps(sums[r][t]);
+    }
+};

@@ -1,0 +1,62 @@
+// What a weight is, and arithmetic that every instruction set has.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+constexpr int64_t kRows = 16;   // rows of a weight that are computed together
+constexpr int64_t kGroup = 32;  // columns that share a scale
+
+inline int64_t num_groups(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+inline int64_t num_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
+// A weight [rows, columns]. Mirrored by native.py.
+//
+// bf16 lies row by row. Integers lie so that a vector holds 4 columns of 16 rows: [block of 16 rows][group of 32
+// columns][4 columns][row][column], as unsigned bytes, 128 more than the weight; rows and columns are padded. Four-bit
+// integers, 8 more than the weight, share a byte with those 16 columns on: the first in the low half.
+struct Weight {
+    const uint8_t *values;
+    const void *scales;  // grouped: fp16 [block][group][row], else fp32 [block][row]; none in bf16
+    const void *bias;    // [rows] in the dtype of the output, or null
+    int64_t rows;
+    int64_t columns;
+    int32_t bits;  // 4, 8, or 16 for bf16
+    int32_t grouped;
+
+    int64_t block_bytes() const {
+        return bits == 16 ? kRows * columns * 2 : kRows * num_groups(columns) * kGroup * bits / 8;
+    }
+    const uint8_t *block(int64_t index) const { return values + index * block_bytes(); }
+    const float *row_scales(int64_t block) const { return static_cast<const float *>(scales) + block * kRows; }
+    const uint16_t *group_scales(int64_t block, int64_t group) const {
+        return static_cast<const uint16_t *>(scales) + (block * num_groups(columns) + group) * kRows;
+    }
+};
+
+inline float half_to_float(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    uint32_t bits = (magnitude << 13) + (112u << 23);
+    if (magnitude >= 0x7c00) bits += 112u << 23;  // infinity, NaN
+    float value;
+    if (magnitude < 0x0400) {  // zero, subnormal
+        value = float(magnitude) * (1.0f / 16777216.0f);
+        std::memcpy(&bits, &value, 4);
+    }
+    bits |= sign;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float bf16_to_float(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // NaN
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
