@@ -54,7 +54,7 @@ class NativeKernels:
         self.name = name
         self._product = library.glm_product
         self._product.restype = None
-        self._product.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+        self._product.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int] * 2)
         self._pack = library.glm_pack
         self._pack.restype = None
         self._pack.argtypes = (
@@ -99,7 +99,7 @@ class NativeKernels:
         pointers = _Weight(values.data_ptr(), _pointer(scales), _pointer(bias), *size)
         return NativeWeight(pointers, dtype, values, scales, bias)
 
-    def product(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: NativeWeight, terms: int = 3) -> torch.Tensor:
         """x [num_tokens, columns] times the weight [rows, columns], plus its bias -> [num_tokens, rows].
 
         Both in bf16 for a bf16 weight, in fp32 for an integer one. A row of the result depends on its row of `x`
@@ -108,9 +108,8 @@ class NativeKernels:
         assert x.dtype == weight.dtype and x.shape[1] == weight.pointers.columns
         x = x.contiguous()
         out = torch.empty(x.shape[0], weight.pointers.rows, dtype=x.dtype)
-        self._product(
-            ctypes.addressof(weight.pointers), x.data_ptr(), x.shape[0], out.data_ptr(), torch.get_num_threads()
-        )
+        threads = torch.get_num_threads()
+        self._product(ctypes.addressof(weight.pointers), x.data_ptr(), x.shape[0], out.data_ptr(), terms, threads)
         return out
 
     def read(self, memory: torch.Tensor) -> None:

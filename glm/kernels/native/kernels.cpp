@@ -171,15 +171,18 @@ EXPORTED int glm_supported() {
 
 // out [num_tokens, rows] = x [num_tokens, columns] times the weight, plus its bias: x and out in bf16 for a bf16 weight,
 // else in fp32. All are contiguous; a row of `out` depends on its row of `x` alone, not on how many there are.
-EXPORTED void glm_product(const Weight *w, const void *x, int64_t num_tokens, void *out, int num_threads) {
+// With AVX-512, integer weights are multiplied by activations of 8 bits a term: 2 or 3 terms.
+EXPORTED void glm_product(const Weight *w, const void *x, int64_t num_tokens, void *out, int terms, int num_threads) {
+    const auto product = [&](auto format) { Product<decltype(format)>(*w, x, num_tokens, out).run(num_threads); };
+    const auto integers = [&](auto of_2, auto of_3) { terms == 2 ? product(of_2) : product(of_3); };
     if (w->bits == 16)
-        Product<Halves>(*w, x, num_tokens, out).run(num_threads);
+        product(Halves{});
     else if (w->bits == 8)
-        Product<Integers<8, false>>(*w, x, num_tokens, out).run(num_threads);
+        integers(Integers<8, false, 2>{}, Integers<8, false, 3>{});
     else if (w->grouped)
-        Product<Integers<4, true>>(*w, x, num_tokens, out).run(num_threads);
+        integers(Integers<4, true, 2>{}, Integers<4, true, 3>{});
     else
-        Product<Integers<4, false>>(*w, x, num_tokens, out).run(num_threads);
+        integers(Integers<4, false, 2>{}, Integers<4, false, 3>{});
 }
 
 // Row-major integers of a QuantizedWeight (int8, or two int4 a byte, even column high) -> the layout in product.h.

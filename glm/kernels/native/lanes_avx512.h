@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: activations as two signed bytes each, multiplied exactly by unsigned (offset) weights.
+// AVX-512 with VNNI: activations as two or three signed bytes each, multiplied exactly by unsigned (offset) weights.
 #pragma once
 #include <immintrin.h>
 
@@ -6,33 +6,40 @@
 
 #include "product.h"
 
-// 32 activations of one token: value = scale * (256 * coarse + fine). `start` takes back what the weights' offset of 8
-// or 128 adds to the product.
-struct alignas(8) Group {
-    int8_t coarse[kGroup];
-    int8_t fine[kGroup];
-    int32_t start;
+constexpr int64_t kAhead = 2048;  // bytes: how far ahead of use memory is asked for
+
+// 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), the first of these only
+// with three Terms. `start` takes back what the weights' offset of 8 or 128 adds to the products: [0] for the two
+// lowest bytes, [1] for the highest.
+template <int Terms>
+struct Group {
+    int8_t bytes[Terms][kGroup];
+    int32_t start[2];
     float scale;
 };
 
-constexpr int64_t kAhead = 2048;  // bytes: how far ahead of use memory is asked for
-constexpr float kLargest = 127 * 256;
-
-template <int Offset>
-inline void prepare_group(__m512 first, __m512 second, Group &out) {
+template <int Offset, int Terms>
+inline void prepare_group(__m512 first, __m512 second, Group<Terms> &out) {
+    constexpr float largest = Terms == 3 ? 127 * 65536 : 127 * 256;
     const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
-    const __m512 inverse = _mm512_set1_ps(top > 0 ? kLargest / top : 0);
-    __m512i sum = _mm512_setzero_si512();
+    const __m512 inverse = _mm512_set1_ps(top > 0 ? largest / top : 0);
+    __m512i low_sum = _mm512_setzero_si512(), high_sum = low_sum;
     for (int half = 0; half < 2; ++half) {
-        const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(half ? second : first, inverse));
-        const __m512i coarse = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
-        const __m512i fine = _mm512_sub_epi32(value, _mm512_slli_epi32(coarse, 8));
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(out.coarse + 16 * half), _mm512_cvtepi32_epi8(coarse));
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(out.fine + 16 * half), _mm512_cvtepi32_epi8(fine));
-        sum = _mm512_add_epi32(sum, value);
+        __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(half ? second : first, inverse));
+        for (int term = 0; term < Terms; ++term) {
+            const __m512i next = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+            const __m512i byte = term == Terms - 1 ? rest : _mm512_sub_epi32(rest, _mm512_slli_epi32(next, 8));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(out.bytes[term] + 16 * half), _mm512_cvtepi32_epi8(byte));
+            if (term < 2)
+                low_sum = _mm512_add_epi32(low_sum, term ? _mm512_slli_epi32(byte, 8) : byte);
+            else
+                high_sum = _mm512_add_epi32(high_sum, byte);
+            rest = next;
+        }
     }
-    out.start = -Offset * _mm512_reduce_add_epi32(sum);
-    out.scale = top / kLargest;
+    out.start[0] = -Offset * _mm512_reduce_add_epi32(low_sum);
+    out.start[1] = -Offset * _mm512_reduce_add_epi32(high_sum);
+    out.scale = top / largest;
 }
 
 inline __m512i four(const int8_t *bytes) {
@@ -41,14 +48,14 @@ inline __m512i four(const int8_t *bytes) {
     return _mm512_set1_epi32(word);
 }
 
-template <int Bits, bool Grouped>
+template <int Bits, bool Grouped, int Terms>
 struct Integers {
     using Scalar = float;
-    using Activation = Group;
+    using Activation = Group<Terms>;
 
     static int64_t activations(int64_t columns) { return num_groups(columns); }
 
-    static void prepare(const float *x, int64_t columns, Group *out) {
+    static void prepare(const float *x, int64_t columns, Activation *out) {
         for (int64_t i = 0; i < columns; i += kGroup) {
             const auto load = [&](int64_t place) {
                 const int64_t left = std::clamp<int64_t>(columns - place, 0, 16);
@@ -75,7 +82,7 @@ struct Integers {
 
     // The order of sums does not depend on the number of tokens.
     template <int Tokens>
-    static void block(const Weight &w, int64_t block, const Group *x, float (&result)[Tokens][kRows]) {
+    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
         const int64_t groups = num_groups(w.columns);
         const uint8_t *values = w.block(block);
         __m512 sums[Tokens];
@@ -87,13 +94,16 @@ struct Integers {
             if (Grouped)
                 scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w.group_scales(block, g))));
             for (int t = 0; t < Tokens; ++t) {
-                const Group &a = x[t * groups];
-                __m512i coarse = _mm512_setzero_si512(), fine = _mm512_set1_epi32(a.start);
-                for (int i = 0; i < 8; ++i) {
-                    coarse = _mm512_dpbusd_epi32(coarse, weights[i], four(a.coarse + 4 * i));
-                    fine = _mm512_dpbusd_epi32(fine, weights[i], four(a.fine + 4 * i));
-                }
-                const __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(coarse, 8), fine));
+                const Activation &a = x[t * groups];
+                __m512i sum[Terms];
+                for (int term = 0; term < Terms; ++term)
+                    sum[term] = term == 1 ? _mm512_setzero_si512() : _mm512_set1_epi32(a.start[term / 2]);
+                for (int i = 0; i < 8; ++i)
+                    for (int term = 0; term < Terms; ++term)
+                        sum[term] = _mm512_dpbusd_epi32(sum[term], weights[i], four(a.bytes[term] + 4 * i));
+                __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]));
+                if constexpr (Terms == 3)
+                    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536), total);
                 const __m512 scale = _mm512_set1_ps(a.scale);
                 sums[t] = _mm512_fmadd_ps(total, Grouped ? _mm512_mul_ps(scales, scale) : scale, sums[t]);
             }

@@ -4,7 +4,7 @@
 
 #include "product.h"
 
-template <int Bits, bool Grouped>
+template <int Bits, bool Grouped, int>
 struct Integers {
     using Scalar = float;
     using Activation = float;
