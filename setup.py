@@ -12,7 +12,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("glm/kernels/native")
-COMMON = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"]
+COMMON = [
+    "-O3",
+    "-std=c++17",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-pthread",
+]
 COMMON.append("-Wno-maybe-uninitialized")  # GCC 12 warns of its own AVX-512 header
 AVX512 = ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
 FLAGS = {"portable": []}

@@ -15,8 +15,10 @@ from glm.quantization import QuantizedWeight, quantize, unpack_int4
 
 Weight = torch.Tensor | QuantizedWeight | PackedWeight
 
-# Beyond, torch's bf16 matmul is faster than the native one: docs/measurements.md.
+# docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one; beyond the
+# second, long prompts give a few digits of their activations, still more than bf16 has, for half as much speed again.
 MOST_NATIVE_BF16_TOKENS = 16
+MOST_EXACT_TOKENS = 64
 
 
 class Linear(Protocol):
@@ -79,23 +81,24 @@ class QuantizedLinear:
 class NativeLinear:
     """A bf16 or packed weight in CPU memory, multiplied by the native kernels; bf16 for many tokens is torch's."""
 
-    def __init__(self, native: NativeWeight, kernels: NativeKernels) -> None:
-        self._native = native
+    def __init__(self, weight: torch.Tensor | PackedWeight, native: NativeWeight, kernels: NativeKernels) -> None:
+        self.weight = weight
+        self.native = native
         self._kernels = kernels
         self._dense = DenseLinear(native.values, native.bias) if native.dtype == torch.bfloat16 else None
 
     @property
     def num_bytes(self) -> int:
-        return tensor_bytes(self._native.values, self._native.scales, self._native.bias)
+        return tensor_bytes(self.native.values, self.native.scales, self.native.bias)
 
     @property
     def path(self) -> str:
-        return f"native {self._kernels.name}, {_name(self._native.dtype)}"
+        return f"native {self._kernels.name}, {_name(self.native.dtype)}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._dense is not None and x.shape[0] > MOST_NATIVE_BF16_TOKENS:
             return self._dense(x)
-        return self._kernels.product(x, self._native)
+        return self._kernels.product(x, self.native, exact=x.shape[0] <= MOST_EXACT_TOKENS)
 
 
 def make_weight(
@@ -128,9 +131,10 @@ def pack(weight: Weight, kernels: NativeKernels | None) -> Weight:
 def make_linear(weight: Weight, bias: torch.Tensor | None, kernels: NativeKernels | None) -> Linear:
     """The linear layer for a weight as `make_weight` or `pack` returns it, with `kernels` where they know its kind."""
     weight = pack(weight, kernels)
-    native = None if kernels is None or isinstance(weight, QuantizedWeight) else kernels.prepare(weight, bias)
-    if kernels is not None and native is not None:
-        return NativeLinear(native, kernels)
+    if kernels is not None and not isinstance(weight, QuantizedWeight):
+        native = kernels.prepare(weight, bias)
+        if native is not None:
+            return NativeLinear(weight, native, kernels)
     assert not isinstance(weight, PackedWeight), "packed weights need kernels"
     return QuantizedLinear(weight, bias) if isinstance(weight, QuantizedWeight) else DenseLinear(weight, bias)
 

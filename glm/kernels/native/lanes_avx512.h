@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "product.h"
 
@@ -39,7 +40,8 @@ inline void prepare_group(__m512 first, __m512 second, Group<Terms> &out) {
     }
     out.start[0] = -Offset * _mm512_reduce_add_epi32(low_sum);
     out.start[1] = -Offset * _mm512_reduce_add_epi32(high_sum);
-    out.scale = top / largest;
+    const bool is_nan = _mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q);  // which max does not tell
+    out.scale = is_nan ? std::numeric_limits<float>::quiet_NaN() : top / largest;
 }
 
 inline __m512i four(const int8_t *bytes) {

@@ -4,6 +4,15 @@
 
 #include "product.h"
 
+// Said explicitly, so that every number of tokens is rounded alike (setup.py turns contraction off).
+inline float multiply_add(float a, float b, float sum) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return a * b + sum;
+#endif
+}
+
 template <int Bits, bool Grouped, int>
 struct Integers {
     using Scalar = float;
@@ -20,7 +29,7 @@ struct Integers {
     static void add_column(const uint32_t *lanes, int shift, float x, float *sums) {
         constexpr int mask = Bits == 4 ? 15 : 255, offset = Bits == 4 ? 8 : 128;
         for (int row = 0; row < kRows; ++row)
-            sums[row] += float(int(lanes[row] >> shift & mask) - offset) * x;
+            sums[row] = multiply_add(float(int(lanes[row] >> shift & mask) - offset), x, sums[row]);
     }
 
     template <int Tokens>
@@ -39,10 +48,11 @@ struct Integers {
                 }
             }
             float scales[kRows];
-            if (Grouped)
-                for (int row = 0; row < kRows; ++row) scales[row] = half_to_float(w.group_scales(block, g)[row]);
+            for (int row = 0; row < kRows; ++row)
+                scales[row] = Grouped ? half_to_float(w.group_scales(block, g)[row]) : 1;
             for (int t = 0; t < Tokens; ++t)
-                for (int row = 0; row < kRows; ++row) result[t][row] += Grouped ? sums[t][row] * scales[row] : sums[t][row];
+                for (int row = 0; row < kRows; ++row) 
+                    result[t][row] = multiply_add(sums[t][row], scales[row], result[t][row]);
         }
         if (!Grouped)
             for (auto &sums : result)
@@ -74,7 +84,8 @@ struct Halves {
         float sums[kLanes] = {};
         int64_t i = 0;
         for (; i + kLanes <= columns; i += kLanes)
-            for (int lane = 0; lane < kLanes; ++lane) sums[lane] += bf16_to_float(values[i + lane]) * x[i + lane];
+            for (int lane = 0; lane < kLanes; ++lane) 
+                sums[lane] = multiply_add(bf16_to_float(values[i + lane]), x[i + lane], sums[lane]);
         float sum = 0;
         for (; i < columns; ++i) sum += bf16_to_float(values[i]) * x[i];
         for (float part : sums) sum += part;
