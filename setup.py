@@ -51,7 +51,7 @@ setup(
     ext_modules=[
         Extension(
             f"glm.kernels._{name}",
-            sources=[str(NATIVE / "kernels.cpp"), str(NATIVE / "pool.cpp")],
+            sources=[str(path) for path in sorted(NATIVE.glob("*.cpp"))],
             depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
             extra_compile_args=[*COMMON, *flags],
             extra_link_args=["-pthread"],

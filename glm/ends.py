@@ -95,7 +95,7 @@ class Head:
         final_norm = (
             LayerNorm(weight, build_vector(parts, "bias", norm), config.norm_eps)
             if config.is_prefix_lm
-            else RMSNorm(weight, config.norm_eps)
+            else RMSNorm(weight, config.norm_eps, norm.kernels)
         )
         if config.tied_ends and embedding is not None and embedding.placement == lm_head:
             return cls(final_norm, norm, embedding.table, lm_head)

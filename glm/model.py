@@ -106,7 +106,7 @@ class LayerStack:
         hidden = hidden.to(self.placement.device, self.placement.dtype)
         if not segments:
             return hidden
-        geometry = make_geometry(segments, self.config, self.placement.device)
+        geometry = make_geometry(segments, self.config, self.placement.device, self.placement.step_kernels)
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
         for index, block in enumerate(self.blocks):

@@ -29,6 +29,12 @@ class Placement:
     device: torch.device
     kernels: NativeKernels | None = field(default_factory=best_kernels)
 
+    @property
+    def step_kernels(self) -> NativeKernels | None:
+        """The kernels if they do more than linear layers with tensors so placed."""
+        example = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self.kernels if self.kernels is not None and self.kernels.can_step(example) else None
+
 
 def read_parts(checkpoint: Checkpoint, sources: Mapping[str, Source], config: ModelConfig) -> dict[str, StoredPart]:
     """Read the parts as stored; fused ones are concatenated, published quantised ones keep their packing.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,18 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Attention(ctypes.Structure):
+    """Mirrors `Attention` in native/step.cpp."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("query", "key", "value")],
+        *[(name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
+        *[(name, ctypes.c_int64) for name in ("capacity", "length", "heads", "kv_heads", "head_dim")],
+        ("out", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class NativeWeight:
     """A weight as the kernels see it; `dtype` is that of activations, bias and result."""
@@ -52,22 +65,18 @@ class NativeKernels:
 
     def __init__(self, name: str, library: ctypes.CDLL) -> None:
         self.name = name
-        self._product = library.glm_product
-        self._product.restype = None
-        self._product.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int] * 2)
-        self._pack = library.glm_pack
-        self._pack.restype = None
-        self._pack.argtypes = (
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_int,
+        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._product = _function(library.glm_product, pointer, pointer, size, pointer, flag, flag)
+        self._pack = _function(library.glm_pack, pointer, size, size, flag, pointer, flag)
+        self._read = _function(library.glm_read, pointer, size, flag)
+        self._rms_norm = _function(
+            library.glm_rms_norm, pointer, pointer, ctypes.c_float, size, size, pointer, flag, flag
         )
-        self._read = library.glm_read
-        self._read.restype = ctypes.c_uint64
-        self._read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+        self._gate = _function(library.glm_gate, pointer, size, size, pointer, flag, flag)
+        self._rotate = _function(
+            library.glm_rotate, pointer, size, size, size, size, pointer, pointer, size, flag, flag
+        )
+        self._attend = _function(library.glm_attend, pointer, flag, flag)
 
     def pack(self, weight: QuantizedWeight) -> PackedWeight | None:
         """The weight in the layout of the kernels, in memory of its own; None for a kind that they do not know."""
@@ -114,9 +123,66 @@ class NativeKernels:
         )
         return out
 
+    def can_step(self, example: torch.Tensor) -> bool:
+        """Whether the four functions below compute with tensors like this one."""
+        return example.device.type == "cpu" and example.dtype in (torch.float32, torch.bfloat16)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[num_tokens, size] -> the same: `norm.RMSNorm` in one pass."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), half, threads)
+        return out
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, 2 * size] -> [num_tokens, size]: SiLU of the first half times the second."""
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype)
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        self._gate(x.data_ptr(), *out.shape, out.data_ptr(), half, threads)
+        return out
+
+    def rotate(self, x: torch.Tensor, num_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotate neighbours in the first heads of x [num_tokens, more heads, head_dim], in place.
+
+        `cos` and `sin`: fp32 [num_tokens, ..., pairs], as in `rotary.RotaryTable` for one-dimensional positions.
+        """
+        num_tokens, all_heads, head_dim = x.shape
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        stride, tables = all_heads * head_dim, (cos.data_ptr(), sin.data_ptr())
+        self._rotate(x.data_ptr(), num_tokens, stride, num_heads, head_dim, *tables, cos.shape[-1], half, threads)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        length: int,
+        out: torch.Tensor,
+    ) -> None:
+        """One token's attention; its key and value go into the cache behind `length` others.
+
+        query [num_heads, head_dim], key and value [num_kv_heads, head_dim], `cached` both [num_kv_heads, capacity,
+        head_dim] and contiguous, out [num_heads, head_dim].
+        """
+        keys, values = cached
+        kv_heads, capacity, head_dim = keys.shape
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        strides = (query.stride(0), key.stride(0), value.stride(0))
+        sizes = (capacity, length, query.shape[0], kv_heads, head_dim)
+        call = _Attention(*pointers, *strides, keys.data_ptr(), values.data_ptr(), *sizes, out.data_ptr())
+        self._attend(ctypes.addressof(call), query.dtype == torch.bfloat16, torch.get_num_threads())
+
     def read(self, memory: torch.Tensor) -> None:
         """Read a tensor's memory, with as many threads as a product would use."""
         self._read(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads())
+
+
+def _function(function: Any, *argument_types: type) -> Any:
+    function.restype, function.argtypes = None, argument_types
+    return function
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -1,8 +1,9 @@
 // The same functions for every instruction set: which one, the compiler's flags say (setup.py builds one library each).
 #include <algorithm>
-#include <cstdlib>
 
+#include "export.h"
 #include "pool.h"
+#include "scratch.h"
 #ifdef __AVX512VNNI__
 #include "lanes_avx512.h"
 #else
@@ -13,25 +14,6 @@ namespace {
 
 constexpr int64_t kChunkBytes = 256 << 10;   // weights a thread takes at a time
 constexpr int64_t kTokenBytes = 512 << 10;   // activations that stay in a core's cache while weights pass by
-
-// Memory that lives as long as the calling thread and only grows.
-class Scratch {
-public:
-    ~Scratch() { std::free(data_); }
-
-    void *reserve(size_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = (bytes + 4095) / 4096 * 4096;
-            data_ = std::aligned_alloc(64, size_);
-        }
-        return data_;
-    }
-
-private:
-    void *data_ = nullptr;
-    size_t size_ = 0;
-};
 
 inline void store(float value, const float *bias, float &out) { out = bias ? value + *bias : value; }
 inline void store(float value, const uint16_t *bias, uint16_t &out) {
@@ -146,12 +128,6 @@ void read_chunk(void *context, int64_t chunk) {
 }
 
 }  // namespace
-
-#ifdef _WIN32
-#define EXPORTED extern "C" __declspec(dllexport)
-#else
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-#endif
 
 // Whether this processor and system have every instruction that this library was compiled for.
 EXPORTED int glm_supported() {

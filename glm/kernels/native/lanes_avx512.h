@@ -179,3 +179,19 @@ struct Halves {
             for (int t = 0; t < Tokens; ++t) result[t * kRows + r] = _mm512_reduce_add_ps(sums[r][t]);
     }
 };
+
+inline __m512 load_lanes(const float *values, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, values); }
+inline __m512 load_lanes(const uint16_t *values, __mmask16 lanes) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+template <class Scalar>
+inline float dot(const float *x, const Scalar *values, int64_t count) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 lanes = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
+        sum = _mm512_fmadd_ps(load_lanes(x + i, lanes), load_lanes(values + i, lanes), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}

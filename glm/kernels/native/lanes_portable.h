@@ -4,15 +4,6 @@
 
 #include "product.h"
 
-// Said explicitly, so that every number of tokens is rounded alike (setup.py turns contraction off).
-inline float multiply_add(float a, float b, float sum) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, sum);
-#else
-    return a * b + sum;
-#endif
-}
-
 template <int Bits, bool Grouped, int>
 struct Integers {
     using Scalar = float;
@@ -60,10 +51,25 @@ struct Integers {
     }
 };
 
+inline float widened(float value) { return value; }
+inline float widened(uint16_t value) { return bf16_to_float(value); }
+
+// Sixteen sums side by side.
+template <class Scalar>
+inline float dot(const float *x, const Scalar *values, int64_t count) {
+    float sums[16] = {}, sum = 0;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int lane = 0; lane < 16; ++lane)
+            sums[lane] = multiply_add(widened(values[i + lane]), x[i + lane], sums[lane]);
+    for (; i < count; ++i) sum = multiply_add(widened(values[i]), x[i], sum);
+    for (float part : sums) sum += part;
+    return sum;
+}
+
 struct Halves {
     using Scalar = uint16_t;
     using Activation = float;
-    static constexpr int kLanes = 16;
 
     static int64_t activations(int64_t columns) { return columns; }
 
@@ -76,19 +82,7 @@ struct Halves {
         for (int64_t r = 0; r < kRows; ++r) {
             const int64_t row = std::min(block * kRows + r, w.rows - 1);
             const uint16_t *values = reinterpret_cast<const uint16_t *>(w.values) + row * w.columns;
-            for (int t = 0; t < Tokens; ++t) result[t][r] = dot(values, x + t * w.columns, w.columns);
+            for (int t = 0; t < Tokens; ++t) result[t][r] = dot(x + t * w.columns, values, w.columns);
         }
-    }
-
-    static float dot(const uint16_t *values, const float *x, int64_t columns) {
-        float sums[kLanes] = {};
-        int64_t i = 0;
-        for (; i + kLanes <= columns; i += kLanes)
-            for (int lane = 0; lane < kLanes; ++lane) 
-                sums[lane] = multiply_add(bf16_to_float(values[i + lane]), x[i + lane], sums[lane]);
-        float sum = 0;
-        for (; i < columns; ++i) sum += bf16_to_float(values[i]) * x[i];
-        for (float part : sums) sum += part;
-        return sum;
     }
 };

@@ -60,3 +60,12 @@ inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
     if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // NaN
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+// Said explicitly, so that every number of tokens is rounded alike (setup.py turns contraction off).
+inline float multiply_add(float a, float b, float sum) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return a * b + sum;
+#endif
+}
