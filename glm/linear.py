@@ -15,9 +15,9 @@ from glm.quantization import QuantizedWeight, quantize, unpack_int4
 
 Weight = torch.Tensor | QuantizedWeight | PackedWeight
 
-# docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one; beyond the
-# second, long prompts give a few digits of their activations, still more than bf16 has, for half as much speed again.
-MOST_NATIVE_BF16_TOKENS = 16
+# docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one. Beyond the
+# second, in long prompts, speed goes before the last digits: 16-bit activations or, with a matrix unit, bf16.
+MOST_NATIVE_BF16_TOKENS = 32
 MOST_EXACT_TOKENS = 64
 
 
@@ -98,7 +98,11 @@ class NativeLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._dense is not None and x.shape[0] > MOST_NATIVE_BF16_TOKENS:
             return self._dense(x)
-        return self._kernels.product(x, self.native, exact=x.shape[0] <= MOST_EXACT_TOKENS)
+        if x.shape[0] <= MOST_EXACT_TOKENS or self._dense is not None:
+            return self._kernels.product(x, self.native)
+        if self._kernels.has_matrix_unit:
+            return self._kernels.product_by_blocks(x, self.native)
+        return self._kernels.product(x, self.native, exact=False)
 
 
 def make_weight(

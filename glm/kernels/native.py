@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from glm.kernels.packed import GROUP_COLUMNS, PackedWeight, pack_scales, packed_shape
 from glm.quantization import QuantizedWeight
 
 # Best first.
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+_BLOCK_ELEMENTS = 1 << 20
 
 
 class _Weight(ctypes.Structure):
@@ -68,6 +70,8 @@ class NativeKernels:
         pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._product = _function(library.glm_product, pointer, pointer, size, pointer, flag, flag)
         self._pack = _function(library.glm_pack, pointer, size, size, flag, pointer, flag)
+        self._unpack = _function(library.glm_unpack, pointer, size, size, pointer, flag)
+        self.has_matrix_unit = bool(library.glm_has_matrix_unit())
         self._read = _function(library.glm_read, pointer, size, flag)
         self._rms_norm = _function(
             library.glm_rms_norm, pointer, pointer, ctypes.c_float, size, size, pointer, flag, flag
@@ -122,6 +126,21 @@ class NativeKernels:
             ctypes.addressof(weight.pointers), x.data_ptr(), x.shape[0], out.data_ptr(), 3 if exact else 2, threads
         )
         return out
+
+    def product_by_blocks(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
+        """The product of an integer weight in bf16: a few rows at a time are dequantised, and torch multiplies.
+
+        For many tokens and a matrix unit; x and the result in fp32, rounded to bf16 (relative rms error 4e-3).
+        """
+        rows, columns, threads = weight.pointers.rows, weight.pointers.columns, torch.get_num_threads()
+        step = max(16, _BLOCK_ELEMENTS // columns // 16 * 16)
+        block = torch.empty(min(step, rows), columns, dtype=torch.bfloat16)
+        narrow, out = x.to(torch.bfloat16), torch.empty(x.shape[0], rows)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            self._unpack(ctypes.addressof(weight.pointers), start, count, block.data_ptr(), threads)
+            out[:, start : start + count] = functional.linear(narrow, block[:count])
+        return out if weight.bias is None else out.add_(weight.bias)
 
     def can_step(self, example: torch.Tensor) -> bool:
         """Whether the four functions below compute with tensors like this one."""

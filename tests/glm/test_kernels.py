@@ -63,6 +63,8 @@ def check_product(kernels: NativeKernels, kind: str, num_tokens: int, num_rows: 
         if kind != "bf16":
             fast = kernels.product(x, linear.native, exact=False)
             assert error(fast, x, dense(weight), b) < FAST
+            blocks = kernels.product_by_blocks(x, linear.native)
+            assert error(blocks, x, dense(weight), b) < HALF
 
 
 @for_all_kernels

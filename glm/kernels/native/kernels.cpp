@@ -1,4 +1,8 @@
 // The same functions for every instruction set: which one, the compiler's flags say (setup.py builds one library each).
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 
 #include "export.h"
@@ -108,6 +112,41 @@ void pack_block(void *context, int64_t block) {
                     *out++ = uint8_t(Bits == 4 ? integer(r, c) | integer(r, c + 16) << 4 : integer(r, c));
 }
 
+struct Unpacking {
+    const Weight *weight;
+    int64_t first_block;
+    uint16_t *out;
+};
+
+// 16 rows in bf16, row by row. Values and scales are finite: rounding need not look for NaN, and vectorises.
+template <int Bits, bool Grouped>
+void unpack_block(void *context, int64_t index) {
+    const Unpacking &u = *static_cast<const Unpacking *>(context);
+    const Weight &w = *u.weight;
+    const int64_t block = u.first_block + index, columns = w.columns, groups = num_groups(columns);
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t r = 0; r < std::min(kRows, w.rows - block * kRows); ++r) {
+            const uint8_t *values = w.block(block) + g * 64 * Bits + 4 * r;
+            uint8_t bytes[kGroup];
+            for (int64_t i = 0; i < Bits; ++i) std::memcpy(bytes + 4 * i, values + 64 * i, 4);
+            if (Bits == 4)
+                for (int i = 0; i < 16; ++i) {
+                    bytes[16 + i] = bytes[i] >> 4;
+                    bytes[i] &= 15;
+                }
+            const float scale = Grouped ? half_to_float(w.group_scales(block, g)[r]) : w.row_scales(block)[r];
+            uint16_t halves[kGroup];
+            for (int i = 0; i < kGroup; ++i) {
+                const float value = float(int(bytes[i]) - (Bits == 4 ? 8 : 128)) * scale;
+                uint32_t bits;
+                std::memcpy(&bits, &value, 4);
+                halves[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            }
+            const int64_t count = std::min(kGroup, columns - g * kGroup);
+            std::memcpy(u.out + (index * kRows + r) * columns + g * kGroup, halves, size_t(count) * 2);
+        }
+}
+
 struct Reading {
     const uint64_t *words;
     int64_t count;
@@ -165,6 +204,26 @@ EXPORTED void glm_product(const Weight *w, const void *x, int64_t num_tokens, vo
 EXPORTED void glm_pack(const uint8_t *values, int64_t rows, int64_t columns, int bits, uint8_t *out, int num_threads) {
     Packing packing{values, rows, columns, bits, out};
     run_chunks(bits == 4 ? &pack_block<4> : &pack_block<8>, &packing, num_blocks(rows), num_threads);
+}
+
+// Some rows of an integer weight, from a multiple of 16 on, dequantised: bf16 [num_rows, columns].
+EXPORTED void glm_unpack(const Weight *w, int64_t first_row, int64_t num_rows, void *out, int num_threads) {
+    Unpacking unpacking{w, first_row / kRows, static_cast<uint16_t *>(out)};
+    const auto task = w->bits == 8 ? &unpack_block<8, false> : w->grouped ? &unpack_block<4, true> : &unpack_block<4, false>;
+    run_chunks(task, &unpacking, num_blocks(num_rows), num_threads);
+}
+
+// Whether the processor has a matrix unit for bf16 (AMX) that the system lets programs use.
+EXPORTED int glm_has_matrix_unit() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return 0;
+    __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (a & 3u << 17) == 3u << 17;
+#else
+    return 0;
+#endif
 }
 
 // Reads memory and does nothing else with it: what a product would cost if arithmetic were free.
