@@ -124,27 +124,33 @@ void unpack_block(void *context, int64_t index) {
     const Unpacking &u = *static_cast<const Unpacking *>(context);
     const Weight &w = *u.weight;
     const int64_t block = u.first_block + index, columns = w.columns, groups = num_groups(columns);
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; g < groups; ++g) {
+        float scales[kRows];
+        if (Grouped)
+            widen_scales(w.group_scales(block, g), scales);
+        else
+            std::copy_n(w.row_scales(block), kRows, scales);
         for (int64_t r = 0; r < std::min(kRows, w.rows - block * kRows); ++r) {
             const uint8_t *values = w.block(block) + g * 64 * Bits + 4 * r;
             uint8_t bytes[kGroup];
             for (int64_t i = 0; i < Bits; ++i) std::memcpy(bytes + 4 * i, values + 64 * i, 4);
-            if (Bits == 4)
-                for (int i = 0; i < 16; ++i) {
-                    bytes[16 + i] = bytes[i] >> 4;
-                    bytes[i] &= 15;
-                }
-            const float scale = Grouped ? half_to_float(w.group_scales(block, g)[r]) : w.row_scales(block)[r];
-            uint16_t halves[kGroup];
-            for (int i = 0; i < kGroup; ++i) {
-                const float value = float(int(bytes[i]) - (Bits == 4 ? 8 : 128)) * scale;
+            const auto half = [scale = scales[r]](int integer) {
+                const float value = float(integer - (Bits == 4 ? 8 : 128)) * scale;
                 uint32_t bits;
                 std::memcpy(&bits, &value, 4);
-                halves[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+                return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            };
+            uint16_t halves[kGroup];
+            if (Bits == 4) {
+                for (int i = 0; i < 16; ++i) halves[i] = half(bytes[i] & 15);
+                for (int i = 0; i < 16; ++i) halves[16 + i] = half(bytes[i] >> 4);
+            } else {
+                for (int i = 0; i < kGroup; ++i) halves[i] = half(bytes[i]);
             }
             const int64_t count = std::min(kGroup, columns - g * kGroup);
             std::memcpy(u.out + (index * kRows + r) * columns + g * kGroup, halves, size_t(count) * 2);
         }
+    }
 }
 
 struct Reading {

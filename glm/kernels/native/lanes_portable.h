@@ -1,8 +1,28 @@
-// Plain loops over 16 rows, which compilers vectorise; activations and sums in fp32.
+// Vectors as GCC and Clang have them on every processor; activations and sums in fp32.
 #pragma once
 #include <algorithm>
 
 #include "product.h"
+
+#ifdef __AVX2__
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kParts = kRows / kWidth;     // vectors that hold one number for each of 16 rows
+constexpr int kAtOnce = kWidth == 8 ? 4 : 2;  // tokens whose sums fit the registers
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+
+template <class Vector>
+inline Vector load(const void *from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
 
 template <int Bits, bool Grouped, int>
 struct Integers {
@@ -16,54 +36,75 @@ struct Integers {
         std::fill(out + columns, out + activations(columns), 0.0f);
     }
 
-    // sums[row] += weight of one column of 16 rows, times x.
-    static void add_column(const uint32_t *lanes, int shift, float x, float *sums) {
-        constexpr int mask = Bits == 4 ? 15 : 255, offset = Bits == 4 ? 8 : 128;
-        for (int row = 0; row < kRows; ++row)
-            sums[row] = multiply_add(float(int(lanes[row] >> shift & mask) - offset), x, sums[row]);
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const float *x, float (&result)[Tokens][kRows]) {
+        constexpr int at_once = std::min(Tokens, kAtOnce);
+        for (int t = 0; t < Tokens; t += at_once) few<at_once>(w, block, x + t * activations(w.columns), result + t);
     }
 
     template <int Tokens>
-    static void block(const Weight &w, int64_t block, const float *x, float (&result)[Tokens][kRows]) {
+    static void few(const Weight &w, int64_t block, const float *x, float (*result)[kRows]) {
         const int64_t groups = num_groups(w.columns), stride = activations(w.columns);
         const uint8_t *values = w.block(block);
-        for (auto &sums : result) std::fill(sums, sums + kRows, 0.0f);
-        for (int64_t g = 0; g < groups; ++g, x += kGroup) {
-            alignas(64) float sums[Tokens][kRows] = {};
-            for (int column = 0; column < kGroup; column += Bits == 4 ? 8 : 4, values += 4 * kRows) {
-                alignas(64) uint32_t lanes[kRows];
-                std::memcpy(lanes, values, sizeof lanes);
-                for (int shift = 0; shift < 32; shift += Bits) {
-                    const int place = Bits == 8 ? column + shift / 8 : column / 2 + shift / 8 + (shift & 4 ? 16 : 0);
-                    for (int t = 0; t < Tokens; ++t) add_column(lanes, shift, x[t * stride + place], sums[t]);
-                }
+        Floats totals[Tokens][kParts] = {};
+        for (int64_t g = 0; g < groups; ++g, x += kGroup, values += 64 * Bits) {
+            Floats sums[Tokens][kParts] = {};
+            for (int i = 0; i < Bits; ++i) {
+                __builtin_prefetch(values + 64 * i + 2048);
+                four_bytes<Tokens>(values + 64 * i, x + 4 * i, stride, sums);
             }
             float scales[kRows];
-            for (int row = 0; row < kRows; ++row)
-                scales[row] = Grouped ? half_to_float(w.group_scales(block, g)[row]) : 1;
+            if (Grouped)
+                widen_scales(w.group_scales(block, g), scales);
+            else
+                std::fill(scales, scales + kRows, 1.0f);
             for (int t = 0; t < Tokens; ++t)
-                for (int row = 0; row < kRows; ++row) 
-                    result[t][row] = multiply_add(sums[t][row], scales[row], result[t][row]);
+                for (int part = 0; part < kParts; ++part)
+                    totals[t][part] += sums[t][part] * load<Floats>(scales + part * kWidth);
         }
-        if (!Grouped)
-            for (auto &sums : result)
-                for (int row = 0; row < kRows; ++row) sums[row] *= w.row_scales(block)[row];
+        for (int t = 0; t < Tokens; ++t)
+            for (int part = 0; part < kParts; ++part) {
+                if (!Grouped) totals[t][part] *= load<Floats>(w.row_scales(block) + part * kWidth);
+                std::memcpy(result[t] + part * kWidth, &totals[t][part], sizeof(Floats));
+            }
+    }
+
+    // Four bytes of each of 16 rows: four columns, and in int4 those 16 columns on.
+    template <int Tokens>
+    static void four_bytes(const uint8_t *values, const float *x, int64_t stride, Floats (&sums)[Tokens][kParts]) {
+        Words words[kParts];
+        for (int part = 0; part < kParts; ++part) words[part] = load<Words>(values + part * sizeof(Words));
+#pragma GCC unroll 8
+        for (int shift = 0; shift < 32; shift += Bits) {
+            const int column = shift / 8 + (Bits == 4 && shift % 8 ? 16 : 0);
+            for (int part = 0; part < kParts; ++part) {
+                const Ints integers = Ints(words[part] >> shift & (Bits == 4 ? 15 : 255)) - (Bits == 4 ? 8 : 128);
+                const Floats weights = __builtin_convertvector(integers, Floats);
+                for (int t = 0; t < Tokens; ++t) sums[t][part] += weights * x[t * stride + column];
+            }
+        }
     }
 };
 
-inline float widened(float value) { return value; }
-inline float widened(uint16_t value) { return bf16_to_float(value); }
+inline Floats widened(const float *values) { return load<Floats>(values); }
+inline Floats widened(const uint16_t *values) {
+    return (Floats)(__builtin_convertvector(load<Shorts>(values), Words) << 16);
+}
+inline float one_widened(float value) { return value; }
+inline float one_widened(uint16_t value) { return bf16_to_float(value); }
 
-// Sixteen sums side by side.
+// Four vectors of sums side by side.
 template <class Scalar>
 inline float dot(const float *x, const Scalar *values, int64_t count) {
-    float sums[16] = {}, sum = 0;
+    Floats sums[4] = {};
+    float sum = 0;
     int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int lane = 0; lane < 16; ++lane)
-            sums[lane] = multiply_add(widened(values[i + lane]), x[i + lane], sums[lane]);
-    for (; i < count; ++i) sum = multiply_add(widened(values[i]), x[i], sum);
-    for (float part : sums) sum += part;
+    for (; i + 4 * kWidth <= count; i += 4 * kWidth)
+        for (int part = 0; part < 4; ++part)
+            sums[part] += widened(values + i + part * kWidth) * load<Floats>(x + i + part * kWidth);
+    for (; i < count; ++i) sum += one_widened(values[i]) * x[i];
+    const Floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int lane = 0; lane < kWidth; ++lane) sum += all[lane];
     return sum;
 }
 

@@ -33,18 +33,18 @@ struct Weight {
     }
 };
 
-inline float half_to_float(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
-    uint32_t bits = (magnitude << 13) + (112u << 23);
-    if (magnitude >= 0x7c00) bits += 112u << 23;  // infinity, NaN
-    float value;
-    if (magnitude < 0x0400) {  // zero, subnormal
-        value = float(magnitude) * (1.0f / 16777216.0f);
+// fp16 scales of 16 rows; subnormal ones too, but neither infinity nor NaN.
+inline void widen_scales(const uint16_t *halves, float *out) {
+    for (int row = 0; row < kRows; ++row) {
+        const uint32_t half = halves[row], magnitude = (half & 0x7fff) << 13;
+        float value;
+        std::memcpy(&value, &magnitude, 4);
+        value *= 5.192296858534828e33f;  // 2^112
+        uint32_t bits;
         std::memcpy(&bits, &value, 4);
+        bits |= (half & 0x8000) << 16;
+        std::memcpy(out + row, &bits, 4);
     }
-    bits |= sign;
-    std::memcpy(&value, &bits, 4);
-    return value;
 }
 
 inline float bf16_to_float(uint16_t half) {
