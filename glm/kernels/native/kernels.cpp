@@ -132,20 +132,21 @@ void unpack_block(void *context, int64_t index) {
             std::copy_n(w.row_scales(block), kRows, scales);
         for (int64_t r = 0; r < std::min(kRows, w.rows - block * kRows); ++r) {
             const uint8_t *values = w.block(block) + g * 64 * Bits + 4 * r;
-            uint8_t bytes[kGroup];
-            for (int64_t i = 0; i < Bits; ++i) std::memcpy(bytes + 4 * i, values + 64 * i, 4);
-            const auto half = [scale = scales[r]](int integer) {
-                const float value = float(integer - (Bits == 4 ? 8 : 128)) * scale;
+            uint32_t words[8];
+            for (int64_t i = 0; i < Bits; ++i) std::memcpy(words + i, values + 64 * i, 4);
+            if (Bits == 4)
+                for (int i = 0; i < 4; ++i) {
+                    words[4 + i] = words[i] >> 4 & 0x0f0f0f0f;
+                    words[i] &= 0x0f0f0f0f;
+                }
+            uint8_t integers[kGroup];
+            std::memcpy(integers, words, sizeof words);
+            uint16_t halves[kGroup];
+            for (int i = 0; i < kGroup; ++i) {
+                const float value = float(int(integers[i]) - (Bits == 4 ? 8 : 128)) * scales[r];
                 uint32_t bits;
                 std::memcpy(&bits, &value, 4);
-                return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-            };
-            uint16_t halves[kGroup];
-            if (Bits == 4) {
-                for (int i = 0; i < 16; ++i) halves[i] = half(bytes[i] & 15);
-                for (int i = 0; i < 16; ++i) halves[16 + i] = half(bytes[i] >> 4);
-            } else {
-                for (int i = 0; i < kGroup; ++i) halves[i] = half(bytes[i]);
+                halves[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
             }
             const int64_t count = std::min(kGroup, columns - g * kGroup);
             std::memcpy(u.out + (index * kRows + r) * columns + g * kGroup, halves, size_t(count) * 2);
