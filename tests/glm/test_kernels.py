@@ -1,17 +1,23 @@
-"""Every native kernel that this machine can run against torch: exact layouts, stated tolerances, no surprises."""
+"""Every native kernel that this machine can run against torch: exact layouts, stated tolerances, no surprises.
+
+No deadlines: the machine may be busy.
+"""
 
 import threading
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from glm.kernels import native
 from glm.kernels.native import INSTRUCTION_SETS, NativeKernels, best_kernels, load_kernels
 from glm.linear import DenseLinear, NativeLinear, QuantizedLinear, make_linear, pack
+from glm.norm import RMSNorm
 from glm.precision import Precision
 from glm.quantization import QuantizedWeight, pack_int4, quantize
+from glm.rotary import RotaryTable, rotate_neighbours
 
 KERNELS = [kernels for name in INSTRUCTION_SETS if (kernels := load_kernels(name)) is not None]
 FORMATS = ("int8", "int4", "int4 a scale per row", "bf16")
@@ -69,6 +75,7 @@ def check_product(kernels: NativeKernels, kind: str, num_tokens: int, num_rows: 
 
 @for_all_kernels
 @pytest.mark.parametrize("kind", FORMATS)
+@settings(deadline=None)
 @given(tokens=st.integers(1, 19), rows=st.integers(1, 50), pairs=st.integers(1, 150))
 def test_any_shape(kernels: NativeKernels, kind: str, tokens: int, rows: int, pairs: int) -> None:
     """The product with the dequantised weight, with and without bias, whatever does not divide into what."""
@@ -101,6 +108,7 @@ def test_a_token_is_computed_as_if_alone(kernels: NativeKernels, kind: str) -> N
 
 @for_all_kernels
 @pytest.mark.parametrize("kind", [k for k in FORMATS if k != "bf16"])
+@settings(deadline=None)
 @given(rows=st.integers(1, 40), pairs=st.integers(1, 80))
 def test_packing_is_exact(kernels: NativeKernels, kind: str, rows: int, pairs: int) -> None:
     """Rows come back as they went in, all of them or a few, in any order."""
@@ -205,3 +213,63 @@ def test_the_best_is_the_first_there_is() -> None:
     """The choice follows the order of `INSTRUCTION_SETS`."""
     assert best_kernels() is KERNELS[0]
     assert native.load_kernels("portable") is KERNELS[-1]
+
+
+@for_all_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(deadline=None)
+@given(tokens=st.integers(1, 6), pairs=st.integers(1, 60))
+def test_norm_and_gate(kernels: NativeKernels, dtype: torch.dtype, tokens: int, pairs: int) -> None:
+    """The same as torch's many passes, to the last digits of the dtype, large and NaN values too."""
+    x, weight = normal(tokens, 2 * pairs).to(dtype), normal(2 * pairs, seed=1).to(dtype)
+    x[0, 0], x[0, -1] = 300, -300
+    bound = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), RMSNorm(weight, 1e-5)(x), **bound)
+    first, second = x.chunk(2, dim=1)
+    torch.testing.assert_close(kernels.gate(x), functional.silu(first) * second, **bound)
+    x[0, 0] = torch.nan
+    assert kernels.gate(x)[0, 0].isnan()
+    assert kernels.rms_norm(x, weight, 1e-5)[0].isnan().all()
+
+
+@for_all_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(deadline=None)
+@given(tokens=st.integers(1, 6), heads=st.integers(1, 5), pairs=st.integers(1, 20), rest=st.integers(0, 8))
+def test_rotation(kernels: NativeKernels, dtype: torch.dtype, tokens: int, heads: int, pairs: int, rest: int) -> None:
+    """Neighbours turn as torch turns them, in the first heads only; what is not rotated is not touched."""
+    x = normal(tokens, heads + 2, 2 * pairs + rest).to(dtype)
+    angles = normal(tokens, 1, 1, pairs, seed=1)
+    table = RotaryTable(angles.cos(), angles.sin())
+    wanted = torch.cat((rotate_neighbours(x[:, :heads], table), x[:, heads:]), dim=1)
+    kernels.rotate(x, heads, table.cos, table.sin)
+    bound = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
+    torch.testing.assert_close(x, wanted, **bound)
+
+
+@for_all_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    shared=st.sampled_from([1, 2, 4, 8]),
+    head_dim=st.sampled_from([2, 8, 24, 128]),
+    length=st.integers(0, 70),
+)
+def test_attention_of_one_token(
+    kernels: NativeKernels, dtype: torch.dtype, groups: int, shared: int, head_dim: int, length: int
+) -> None:
+    """The same as torch's over the cache with the new key and value behind it; beyond, the cache is not touched."""
+    cached = tuple(normal(groups, length + 3, head_dim, seed=seed).to(dtype) for seed in (1, 2))
+    new = normal(groups * shared + 2 * groups, head_dim).to(dtype)
+    query, key, value = new.split([groups * shared, groups, groups])
+    wanted_cache = [tensor.clone() for tensor in cached]
+    for tensor, part in zip(wanted_cache, (key, value), strict=True):
+        tensor[:, length] = part
+    keys, values = (t[:, : length + 1].repeat_interleave(shared, 0).float() for t in wanted_cache)
+    wanted = functional.scaled_dot_product_attention(query.float().unsqueeze(1), keys, values).squeeze(1)
+    out = torch.empty_like(query)
+    kernels.attend(query, key, value, (cached[0], cached[1]), length, out)
+    assert all(torch.equal(a, b) for a, b in zip(cached, wanted_cache, strict=True))
+    bound = {"atol": 2e-6, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
+    torch.testing.assert_close(out, wanted.to(dtype), **bound)

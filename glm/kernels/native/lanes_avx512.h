@@ -195,3 +195,20 @@ inline float dot(const float *x, const Scalar *values, int64_t count) {
     }
     return _mm512_reduce_add_ps(sum);
 }
+
+// out[h * stride] = dot(x + h * count, values, count) for four h.
+template <class Scalar>
+inline void four_dots(const float *x, const Scalar *values, int64_t count, float *out, int64_t stride) {
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 lanes = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
+        const __m512 v = load_lanes(values + i, lanes);
+        for (int h = 0; h < 4; ++h) sums[h] = _mm512_fmadd_ps(load_lanes(x + h * count + i, lanes), v, sums[h]);
+    }
+    const auto pair = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const __m512 all = pair(pair(sums[0], sums[2]), pair(sums[1], sums[3]));  // in each four lanes: one of each h
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    alignas(16) float four[4];
+    _mm_store_ps(four, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    for (int h = 0; h < 4; ++h) out[h * stride] = four[h];
+}

@@ -108,6 +108,12 @@ inline float dot(const float *x, const Scalar *values, int64_t count) {
     return sum;
 }
 
+// out[h * stride] = dot(x + h * count, values, count) for four h.
+template <class Scalar>
+inline void four_dots(const float *x, const Scalar *values, int64_t count, float *out, int64_t stride) {
+    for (int h = 0; h < 4; ++h) out[h * stride] = dot(x + h * count, values, count);
+}
+
 struct Halves {
     using Scalar = uint16_t;
     using Activation = float;

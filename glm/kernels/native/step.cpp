@@ -19,20 +19,26 @@ inline float to_float(uint16_t value) { return bf16_to_float(value); }
 inline void put(float value, float &out) { out = value; }
 inline void put(float value, uint16_t &out) { out = float_to_bf16(value); }
 
-// e^x for x <= 88, to two units in the last place; in a form that compilers vectorise.
+// e^x for x in [-87, 88], to two units in the last place; in a form that compilers vectorise.
 inline float exponential(float x) {
-    x = std::max(x, -87.0f);
-    const float n = std::nearbyint(x * 1.44269504f);
+    const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
+    const float n = shifted - 12582912.0f;
     const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
-    float p = 1.9875691500e-4f;
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = multiply_add(p, r, c);
+    float p = multiply_add(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = multiply_add(p, r, 8.3334519073e-3f);
+    p = multiply_add(p, r, 4.1665795894e-2f);
+    p = multiply_add(p, r, 1.6666665459e-1f);
+    p = multiply_add(p, r, 5.0000001201e-1f);
     p = multiply_add(p * r, r, r) + 1;
-    const int32_t bits = (int32_t(n) + 127) << 23;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = int32_t(uint32_t(bits + 127) << 23);
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;
 }
+
+inline float clamp(float x) { return x < -87 ? -87 : x > 87 ? 87 : x; }  // NaN stays
 
 template <class Body>
 void for_each(int64_t count, int num_threads, const Body &body) {
@@ -70,7 +76,7 @@ void gate(const Scalar *x, int64_t tokens, int64_t size, Scalar *out, int thread
         for (int64_t i = start; i < end; ++i) {
             const float value = to_float(in[i]);
             Scalar activated;
-            put(value / (1 + exponential(-std::max(value, -87.0f))), activated);
+            put(value / (1 + exponential(clamp(-value))), activated);
             put(to_float(activated) * to_float(in[size + i]), out[token * size + i]);
         }
     });
@@ -93,36 +99,34 @@ void rotate(Scalar *x, int64_t tokens, int64_t token_stride, int64_t heads, int6
     });
 }
 
-// One head of a query over all keys of its group. `scores` has room for `length` floats, `sum` for `head_dim`.
-template <class Scalar>
-void attend_head(const Scalar *query, const Scalar *keys, const Scalar *values, int64_t length, int64_t head_dim,
-                 float *scores, float *sum, Scalar *out) {
-    const float scale = 1 / std::sqrt(float(head_dim));
-    float *scaled = sum;
-    for (int64_t i = 0; i < head_dim; ++i) scaled[i] = to_float(query[i]) * scale;
+// Scores of one head -> their exponentials, with the sum of these.
+inline float exponentials(float *scores, int64_t length) {
     float largest = -INFINITY, totals[16] = {}, total = 0;
-    for (int64_t p = 0; p < length; ++p) {
-        scores[p] = dot(scaled, keys + p * head_dim, head_dim);
-        largest = std::max(largest, scores[p]);
-    }
-    for (int64_t p = 0; p < length; ++p) scores[p] = exponential(scores[p] - largest);
+    for (int64_t p = 0; p < length; ++p) largest = std::max(largest, scores[p]);
+    for (int64_t p = 0; p < length; ++p) scores[p] = exponential(clamp(scores[p] - largest));
     for (int64_t p = 0; p < length; ++p) totals[p % 16] += scores[p];
     for (float part : totals) total += part;
-    std::fill(sum, sum + head_dim, 0.0f);
+    return total;
+}
+
+// out = the mean of values [length, size], weighted by scores that sum to `total`.
+template <class Scalar>
+void weighted_mean(const float *scores, float total, const Scalar *values, int64_t length, int64_t size, float *sum,
+                   Scalar *out) {
+    std::fill(sum, sum + size, 0.0f);
     int64_t p = 0;
     for (; p + 4 <= length; p += 4) {
-        const Scalar *v = values + p * head_dim;
-        for (int64_t i = 0; i < head_dim; ++i) {
+        const Scalar *v = values + p * size;
+        for (int64_t i = 0; i < size; ++i) {
             float s = multiply_add(scores[p], to_float(v[i]), sum[i]);
-            s = multiply_add(scores[p + 1], to_float(v[i + head_dim]), s);
-            s = multiply_add(scores[p + 2], to_float(v[i + 2 * head_dim]), s);
-            sum[i] = multiply_add(scores[p + 3], to_float(v[i + 3 * head_dim]), s);
+            s = multiply_add(scores[p + 1], to_float(v[i + size]), s);
+            s = multiply_add(scores[p + 2], to_float(v[i + 2 * size]), s);
+            sum[i] = multiply_add(scores[p + 3], to_float(v[i + 3 * size]), s);
         }
     }
     for (; p < length; ++p)
-        for (int64_t i = 0; i < head_dim; ++i)
-            sum[i] = multiply_add(scores[p], to_float(values[p * head_dim + i]), sum[i]);
-    for (int64_t i = 0; i < head_dim; ++i) put(sum[i] / total, out[i]);
+        for (int64_t i = 0; i < size; ++i) sum[i] = multiply_add(scores[p], to_float(values[p * size + i]), sum[i]);
+    for (int64_t i = 0; i < size; ++i) put(sum[i] / total, out[i]);
 }
 
 }  // namespace
@@ -147,12 +151,27 @@ void attend(const Attention &a, int threads) {
         std::copy_n(at(a.key, g * a.key_stride), a.head_dim, at(a.keys, place));
         std::copy_n(at(a.value, g * a.value_stride), a.head_dim, at(a.values, place));
     }
-    for_each(a.heads, threads, [&](int64_t head) {
+    const int64_t together = shared % 4 ? 1 : 4, padded = (length + 15) / 16 * 16;  // heads that read the keys once
+    for_each(a.heads / together, threads, [&](int64_t index) {
         static thread_local Scratch scratch;
-        float *memory = static_cast<float *>(scratch.reserve(size_t(a.head_dim + length) * sizeof(float)));
-        const int64_t group = head / shared * group_size;
-        attend_head(at(a.query, head * a.query_stride), at(a.keys, group), at(a.values, group), length, a.head_dim,
-                    memory + a.head_dim, memory, at(a.out, head * a.head_dim));
+        const int64_t head = index * together, group = head / shared * group_size;
+        float *scores = static_cast<float *>(scratch.reserve(size_t(together * (padded + a.head_dim)) * sizeof(float)));
+        float *queries = scores + together * padded;
+        const float scale = 1 / std::sqrt(float(a.head_dim));
+        for (int64_t h = 0; h < together; ++h)
+            for (int64_t i = 0; i < a.head_dim; ++i)
+                queries[h * a.head_dim + i] = to_float(at(a.query, (head + h) * a.query_stride)[i]) * scale;
+        const Scalar *keys = at(a.keys, group), *values = at(a.values, group);
+        for (int64_t p = 0; p < length; ++p)
+            if (together == 4)
+                four_dots(queries, keys + p * a.head_dim, a.head_dim, scores + p, padded);
+            else
+                scores[p] = dot(queries, keys + p * a.head_dim, a.head_dim);
+        for (int64_t h = 0; h < together; ++h) {
+            const float total = exponentials(scores + h * padded, length);
+            weighted_mean(scores + h * padded, total, values, length, a.head_dim, queries,
+                          at(a.out, (head + h) * a.head_dim));
+        }
     });
 }
 
