@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from glm.kernels.memory import empty_weight
 from glm.kernels.native import INSTRUCTION_SETS, NativeKernels, best_kernels, load_kernels
 from glm.linear import Linear, make_linear
 from glm.quantization import QuantizedWeight
@@ -49,7 +50,7 @@ class Row:
 def make_weight(precision: str, num_rows: int, num_columns: int) -> torch.Tensor | QuantizedWeight:
     """A weight of random bits: products do not depend on the values."""
     if precision == "bf16":
-        return torch.randn(num_rows, num_columns).to(torch.bfloat16)
+        return empty_weight([num_rows, num_columns], torch.bfloat16).normal_()
     bits = int(precision.removeprefix("int"))
     values = torch.randint(-128, 128, (num_rows, num_columns * bits // 8), dtype=torch.int8)
     if bits == 8:
@@ -83,7 +84,7 @@ def matmul_flops(dtype: torch.dtype) -> float:
 
 
 def rows(options: argparse.Namespace, reader: NativeKernels, best_flops: float) -> Iterator[Row]:
-    memory = torch.ones(2 * max(COLD_BYTES, 65024 * 4096 * 2), dtype=torch.uint8)
+    memory = empty_weight([2 * max(COLD_BYTES, 65024 * 4096 * 2)], torch.uint8).fill_(1)
     for precision in options.precisions:
         for name in options.kernels:
             kernels = None if name == "torch" else load_kernels(name)

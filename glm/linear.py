@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from glm.kernels.memory import empty_weight
 from glm.kernels.native import NativeKernels, NativeWeight
 from glm.kernels.packed import PackedWeight
 from glm.precision import Precision
@@ -149,7 +150,9 @@ def _name(dtype: torch.dtype) -> str:
 
 def owned(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A contiguous copy that does not hold on to a mapped file."""
-    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+    if device.type != "cpu":
+        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+    return empty_weight(tensor.shape, dtype).copy_(tensor)
 
 
 def tensor_bytes(*tensors: torch.Tensor | None) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from glm.kernels.memory import empty_weight
 from glm.kernels.packed import GROUP_COLUMNS, PackedWeight, pack_scales, packed_shape
 from glm.quantization import QuantizedWeight
 
@@ -90,7 +91,7 @@ class NativeKernels:
         if weight.values.device.type != "cpu" or not weight.values.numel():
             return None
         source = weight.values.contiguous()
-        values = torch.empty(packed_shape(weight), dtype=torch.uint8)
+        values = empty_weight(packed_shape(weight), torch.uint8)
         size = (weight.num_rows, weight.num_columns)
         self._pack(source.data_ptr(), *size, weight.bits, values.data_ptr(), torch.get_num_threads())
         dtype = torch.float16 if num_groups > 1 else torch.float32

@@ -3,6 +3,7 @@
 No deadlines: the machine may be busy.
 """
 
+import sys
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from glm.kernels import native
+from glm.kernels.memory import empty_weight
 from glm.kernels.native import INSTRUCTION_SETS, NativeKernels, best_kernels, load_kernels
 from glm.linear import DenseLinear, NativeLinear, QuantizedLinear, make_linear, pack
 from glm.norm import RMSNorm
@@ -273,3 +275,13 @@ def test_attention_of_one_token(
     assert all(torch.equal(a, b) for a, b in zip(cached, wanted_cache, strict=True))
     bound = {"atol": 2e-6, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
     torch.testing.assert_close(out, wanted.to(dtype), **bound)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1 << 10, 1 << 10), (1031, 4099)])
+def test_memory_for_weights(shape: tuple[int, int]) -> None:
+    """A tensor like any other, whatever its size; a large one starts on a 2 MiB boundary."""
+    tensor = empty_weight(shape, torch.bfloat16).fill_(1)
+    assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, torch.bfloat16, True)
+    assert float(tensor.sum(dtype=torch.float64)) == shape[0] * shape[1]
+    if sys.platform == "linux" and tensor.numel() * 2 >= 2 << 20:
+        assert tensor.data_ptr() % (2 << 20) == 0
