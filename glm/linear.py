@@ -18,7 +18,7 @@ Weight = torch.Tensor | QuantizedWeight | PackedWeight
 
 # docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one. Beyond the
 # second, in long prompts, speed goes before the last digits: 16-bit activations or, with a matrix unit, bf16.
-MOST_NATIVE_BF16_TOKENS = 32
+MOST_NATIVE_BF16_TOKENS = 8
 MOST_EXACT_TOKENS = 64
 
 

@@ -7,7 +7,7 @@
 
 #include "product.h"
 
-constexpr int64_t kAhead = 2048;  // bytes: how far ahead of use memory is asked for
+constexpr int64_t kAhead = 4096;  // bytes: how far ahead of use memory is asked for
 
 // 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), the first of these only
 // with three Terms. `start` takes back what the weights' offset of 8 or 128 adds to the products: [0] for the two
@@ -153,30 +153,31 @@ struct Halves {
     template <int Tokens>
     static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
         constexpr int at_once = Tokens < 4 ? Tokens : 4;
-        for (int64_t r = 0; r < kRows; r += 4)
+        for (int64_t r = 0; r < std::min(kRows, w.rows - block * kRows); ++r)
             for (int t = 0; t < Tokens; t += at_once)
-                tile<at_once>(w, block * kRows + r, x + t * activations(w.columns), &result[t][r]);
+                one_row<at_once>(w, block * kRows + r, x + t * activations(w.columns), &result[t][r]);
     }
 
+    // One row after the other, which memory likes best; four sums side by side hide the latency of adding.
     template <int Tokens>
-    static void tile(const Weight &w, int64_t row, const Activation *x, float *result) {
-        constexpr int Rows = 4;
-        const uint16_t *values[Rows];
-        for (int r = 0; r < Rows; ++r)
-            values[r] = reinterpret_cast<const uint16_t *>(w.values) + std::min(row + r, w.rows - 1) * w.columns;
+    static void one_row(const Weight &w, int64_t row, const Activation *x, float *result) {
+        const uint16_t *values = reinterpret_cast<const uint16_t *>(w.values) + row * w.columns;
         const int64_t steps = activations(w.columns);
-        __m512 sums[Rows][Tokens];
-        for (int r = 0; r < Rows; ++r)
-            for (int t = 0; t < Tokens; ++t) sums[r][t] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < steps; ++i)
-            for (int r = 0; r < Rows; ++r) {
-                const uint16_t *place = values[r] + i * kColumns;
-                const __m512i weights = load(place, w.columns - i * kColumns);
-                _mm_prefetch(reinterpret_cast<const char *>(place) + kAhead, _MM_HINT_T0);
-                for (int t = 0; t < Tokens; ++t) sums[r][t] = add_product(sums[r][t], weights, x[t * steps + i]);
-            }
-        for (int r = 0; r < Rows; ++r)
-            for (int t = 0; t < Tokens; ++t) result[t * kRows + r] = _mm512_reduce_add_ps(sums[r][t]);
+        __m512 sums[4][Tokens];
+        for (auto &part : sums)
+            for (auto &sum : part) sum = _mm512_setzero_ps();
+        const auto step = [&](int64_t i, __m512 (&part)[Tokens]) {
+            const __m512i weights = load(values + i * kColumns, w.columns - i * kColumns);
+            _mm_prefetch(reinterpret_cast<const char *>(values + i * kColumns) + kAhead, _MM_HINT_T0);
+            for (int t = 0; t < Tokens; ++t) part[t] = add_product(part[t], weights, x[t * steps + i]);
+        };
+        int64_t i = 0;
+        for (; i + 4 <= steps; i += 4)
+            for (int64_t part = 0; part < 4; ++part) step(i + part, sums[part]);
+        for (; i < steps; ++i) step(i, sums[0]);
+        for (int t = 0; t < Tokens; ++t)
+            result[t * kRows] = _mm512_reduce_add_ps(
+                _mm512_add_ps(_mm512_add_ps(sums[0][t], sums[1][t]), _mm512_add_ps(sums[2][t], sums[3][t])));
     }
 };
 
