@@ -70,7 +70,8 @@ class Answer:
         return Delta(self.request_id, self._show("".join(map(self._decode, new_ids))), tuple(new_ids))
 
     def close(self) -> tuple[Delta | None, Finished]:
-        """The text that was held back, if any, and the whole outcome."""
+        """What was held back, or came in steps that nobody looked at, if anything; and the whole outcome."""
+        missed = self.advance() or Delta(self.request_id, "", ())
         tail = self._matcher.push(self._decoder.flush()) if self._decoder else ""
         tail += self._matcher.flush()
         if self._cleaner is not None:
@@ -84,7 +85,8 @@ class Answer:
             tuple(self.sequence.new_ids),
             self._stats(),
         )
-        return (Delta(self.request_id, tail, ()) if tail else None), finished
+        last = Delta(self.request_id, missed.text + tail, missed.token_ids)
+        return (last if last.text or last.token_ids else None), finished
 
     def _decode(self, token_id: int) -> str:
         if self._decoder is None or (token_id in self._end_ids and token_id == self.sequence.token_ids[-1]):

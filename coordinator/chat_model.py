@@ -19,7 +19,7 @@ from coordinator.plan import Plan, describe
 from coordinator.planning import PlanSource, plan_for
 from coordinator.sequence import Sequence
 from glm.chat_format import ChatMessage, Role, chat_format_for
-from glm.checkpoint import Checkpoint
+from glm.checkpoint import TensorSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
 from glm.ends import Embedding, Head, end_placement
@@ -28,9 +28,11 @@ from glm.generation import generation_defaults
 from glm.hub import resolve_description, resolve_model
 from glm.positions import prompt_layout
 from glm.precision import Precision
+from glm.random_checkpoint import open_checkpoint
 from glm.sampling import Sampler, SamplingParams
 from glm.tokenizer import Tokenizer, load_tokenizer
 from protocol import client
+from protocol.limits import MAX_NAME, clip_text
 
 History = list[dict[str, str]]
 StreamEvent = client.Delta | client.Finished
@@ -52,7 +54,7 @@ def launch(
     """Start the workers of a plan and load a model into them.
 
     Args:
-        model: a model directory or hub id; None is the demo model that comes with glmpipe.
+        model: a model directory, hub id or `random:SHAPE`; None is the demo model that comes with glmpipe.
         plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
         chat_format: overrides the chat format found from the model's files.
         on_progress, on_log: receive load progress, and the workers' log lines.
@@ -64,9 +66,9 @@ def launch(
     config = load_config(resolve_description(model, revision))
     checked_plan = plan_for(plan, config.num_layers)
     model_dir = resolve_model(model, revision)
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir)
     settings = ClusterSettings(
-        model_dir=model_dir.resolve(),
+        model_dir=model_dir,
         fingerprint=checkpoint.fingerprint(),
         epoch=EPOCH,
         default_kv_budget_tokens=KV_BUDGET_CONTEXTS * config.max_context,
@@ -84,7 +86,7 @@ def launch(
         raise
 
 
-def _load_ends(checkpoint: Checkpoint, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:
+def _load_ends(checkpoint: TensorSource, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:
     ends = plan.ends
 
     def placed(precision: str, device: str) -> Any:
@@ -134,7 +136,7 @@ class ChatModel:
         """What runs here: model, family, context, where each part went, sampling defaults."""
         return client.Description(
             request_id=0,
-            model_name=self.config.name or self.model_dir.name,
+            model_name=clip_text(self.config.name or self.model_dir.name, MAX_NAME),
             family=self.config.family,
             max_context=self.config.max_context,
             plan_lines=describe(self.cluster.plan),

@@ -18,7 +18,7 @@ from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
-from protocol.control import Assign, Inspect, Inspected, InspectedPart, Progress, Ready
+from protocol.control import Assign, Inspect, Inspected, InspectedPart, Ping, Pong, Progress, Ready
 from protocol.sockets import Socket
 from protocol.torch_bridge import from_raw
 
@@ -69,6 +69,7 @@ class Cluster:
             LaunchError: a worker cannot be started.
         """
         self.plan = plan
+        self.ready: tuple[Ready, ...] = ()
         self._settings = settings
         self._on_progress = on_progress
         with ExitStack() as stack:
@@ -89,9 +90,9 @@ class Cluster:
             self._control.begin(worker_id, self._assignment(index, following[index]))
             for index, worker_id in enumerate(self._worker_ids)
         ]
-        ready = self._wait_until_ready(futures)
+        self.ready = self._wait_until_ready(futures)
         self.pipeline.connect(endpoints[0])
-        return ready
+        return self.ready
 
     def check(self) -> None:
         """Raises StageLost when a worker has died, left or fallen silent."""
@@ -114,6 +115,20 @@ class Cluster:
         reply = self._control.request(self._worker_ids[index], Inspect(0, sequence_id, layer, what), REQUEST_DEADLINE_S)
         _, tensors = expect(reply, Inspected, f"stage {index + 1}")
         return from_raw(tensors[0])
+
+    def health(self) -> tuple[Pong, ...]:
+        """What each stage is doing and holding, asked now.
+
+        Raises:
+            StageLost: one does not answer.
+        """
+        pongs = []
+        for number, worker_id in enumerate(self._worker_ids, start=1):
+            reply = self._control.request(worker_id, Ping(0), REQUEST_DEADLINE_S)
+            message, _ = expect(reply, Pong, f"stage {number}")
+            assert isinstance(message, Pong)
+            pongs.append(message)
+        return tuple(pongs)
 
     def close(self) -> None:
         """Stop and reap the workers, close the sockets, remove the runtime directory. Safe to call twice."""

@@ -27,7 +27,7 @@ from protocol.messages import Message, Plane
 from protocol.sockets import Socket, bind, control_socket
 from protocol.tensors import RawTensor
 from protocol.version import VERSION
-from protocol.wire import decode, encode
+from protocol.wire import Frame, decode, encode
 
 HEARTBEAT_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 15.0
@@ -43,7 +43,7 @@ ProgressSink = Callable[[str, Progress], None]
 class _Worker:
     identity: bytes
     join: Join
-    last_heard_s: float
+    silent_s: float = 0.0
     pong: Pong | None = None
     left: str | None = None
 
@@ -75,7 +75,7 @@ class ControlPlane:
         self._on_progress = on_progress
         self._shared = _Shared()
         self._request_ids = itertools.count(1)
-        self._outgoing: queue.SimpleQueue[tuple[bytes, Message] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[list[Frame] | None] = queue.SimpleQueue()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._router = control_socket(context, zmq.ROUTER)
@@ -103,13 +103,19 @@ class ControlPlane:
                 raise LaunchError(f"{absent} did not join within {deadline_s:.0f} s; look at its log lines above")
 
     def begin(self, worker_id: str, message: Any) -> "Future[Reply]":
-        """Send a request (its request_id is chosen here); the future holds the reply."""
+        """Send a request (its request_id is chosen here); the future holds the reply.
+
+        Raises:
+            ProtocolError: the message cannot travel, such as a path that is not valid unicode.
+        """
         request_id = next(self._request_ids)
+        frames = encode(dataclasses.replace(message, request_id=request_id))
         future: Future[Reply] = Future()
         with self._shared.changed:
             self._shared.futures[request_id] = future
             identity = self._shared.workers[worker_id].identity
-        self._post(identity, dataclasses.replace(message, request_id=request_id))
+        self._outgoing.put([identity, *frames])
+        self._wake()
         return future
 
     def request(self, worker_id: str, message: Any, deadline_s: float) -> Reply:
@@ -126,13 +132,12 @@ class ControlPlane:
 
     def lost(self) -> tuple[str, str] | None:
         """The id of a worker that left or fell silent, and what happened; None while all are well."""
-        now = time.monotonic()
         with self._shared.changed:
             for worker_id, worker in self._shared.workers.items():
                 if worker.left is not None:
                     return worker_id, f"left: {worker.left}"
-                if now - worker.last_heard_s > SILENCE_LIMIT_S:
-                    return worker_id, f"has been silent for {now - worker.last_heard_s:.0f} s"
+                if worker.silent_s > SILENCE_LIMIT_S:
+                    return worker_id, f"has been silent for {worker.silent_s:.0f} s"
         return None
 
     def pongs(self) -> dict[str, Pong]:
@@ -157,10 +162,6 @@ class ControlPlane:
     ) -> None:
         self.close()
 
-    def _post(self, identity: bytes, message: Message) -> None:
-        self._outgoing.put((identity, message))
-        self._wake()
-
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"!")
@@ -172,7 +173,9 @@ class ControlPlane:
         next_ping_s = time.monotonic()
         try:
             while self._send_outgoing():
-                ready = dict(poller.poll(max(0, int((next_ping_s - time.monotonic()) * 1000))))
+                started_s = time.monotonic()
+                ready = dict(poller.poll(max(0, int((next_ping_s - started_s) * 1000))))
+                self._count_silence(time.monotonic() - started_s)
                 if self._wake_receiver.fileno() in ready:
                     with contextlib.suppress(BlockingIOError):
                         self._wake_receiver.recv(4096)
@@ -188,11 +191,10 @@ class ControlPlane:
         """Send what was posted; false when asked to end."""
         with contextlib.suppress(queue.Empty):
             while True:
-                item = self._outgoing.get_nowait()
-                if item is None:
+                frames = self._outgoing.get_nowait()
+                if frames is None:
                     return False
-                identity, message = item
-                self._router.send_multipart([identity, *encode(message)])
+                self._router.send_multipart(frames)
         return True
 
     def _ping_all(self) -> None:
@@ -200,6 +202,12 @@ class ControlPlane:
             identities = [w.identity for w in self._shared.workers.values() if w.left is None]
         for identity in identities:
             self._router.send_multipart([identity, *encode(Ping(request_id=0))])
+
+    def _count_silence(self, waited_s: float) -> None:
+        """Add up time spent waiting, not time passed: a launch that was itself stopped listens before it judges."""
+        with self._shared.changed:
+            for worker in self._shared.workers.values():
+                worker.silent_s += min(waited_s, HEARTBEAT_INTERVAL_S)
 
     def _receive(self) -> None:
         identity, *frames = self._router.recv_multipart()
@@ -215,10 +223,12 @@ class ControlPlane:
             if found is None:
                 return
             worker_id, worker = found
-            worker.last_heard_s = time.monotonic()
+            worker.silent_s = 0.0
             future = self._note(worker, message)
         if isinstance(message, Progress) and self._on_progress is not None:
-            self._on_progress(worker_id, message)
+            # A sink that fails must not end this thread: all workers would seem silent.
+            with contextlib.suppress(Exception):
+                self._on_progress(worker_id, message)
         if future is not None:
             future.set_result((message, tensors))
 
@@ -239,7 +249,7 @@ class ControlPlane:
             if join.glmpipe_version != VERSION:
                 text = f"worker {join.worker_id} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}"
                 return Refused(join.request_id, "version", f"{text}: install the same version on both")
-            self._shared.workers[join.worker_id] = _Worker(identity, join, time.monotonic())
+            self._shared.workers[join.worker_id] = _Worker(identity, join)
             self._shared.changed.notify_all()
         return Welcome(join.request_id, "coordinator", HEARTBEAT_INTERVAL_S, ORPHAN_TIMEOUT_S)
 

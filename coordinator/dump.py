@@ -4,9 +4,12 @@ from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from coordinator.chat_model import ChatModel
+from coordinator.errors import DumpError
+from coordinator.progress import format_bytes
 from protocol.client import SamplingParams, TokenPrompt
 
 
@@ -17,7 +20,7 @@ def dump(chat_model: ChatModel, token_ids: AbstractSequence[int], out_path: Path
     `record_hidden_states`. Returns what was written.
 
     Raises:
-        GenerationError: the prompt does not fit.
+        GenerationError: the prompt does not fit. DumpError: the file cannot be written.
     """
     engine = chat_model.engine
     greedy = SamplingParams(1.0, 0, 1.0, 0.0, 1.0, None, (), 1, True, True)
@@ -33,5 +36,11 @@ def dump(chat_model: ChatModel, token_ids: AbstractSequence[int], out_path: Path
     finally:
         engine.cancel(sequence)
     tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, out_path)
+    try:
+        save_file(tensors, out_path)
+    except (SafetensorError, OSError) as error:
+        size = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
+        raise DumpError(
+            f"{out_path} cannot be written ({error}); it needs {size}: make room or choose another place"
+        ) from error
     return tensors

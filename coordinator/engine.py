@@ -8,9 +8,10 @@ from coordinator.errors import GenerationError
 from coordinator.pipeline import Outcome, Pipeline
 from coordinator.scheduler import Chunk, next_step
 from coordinator.sequence import Sequence
-from coordinator.timing import StepTiming, step_timing
+from coordinator.timing import EndsClock, StepTiming, step_timing
 from glm.ends import Embedding, Head
 from protocol.data import DropSequence, KvUpdate, Span, Step, StepFailed
+from protocol.limits import MAX_UPDATES
 
 EPOCH = 1
 """Rises with every change of the pipeline; a pipeline never changes yet."""
@@ -56,32 +57,33 @@ class Engine:
         """
         decision = next_step(self._running, self._kv_budget_tokens)
         for sequence in decision.rejected:
-            sequence.error = self._over_budget(sequence)
+            sequence.error = self._over_budget(sequence, decision.held)
         took_part: list[tuple[Sequence, StepTiming | None]] = [(s, None) for s in decision.rejected]
         if decision.chunks:
-            outcome = self._walk(decision.chunks)
-            timing = step_timing(outcome)
+            clock = EndsClock()
+            outcome = self._walk(decision.chunks, clock)
             if isinstance(outcome.message, StepFailed):
                 self._fail(decision.chunks, outcome.message)
             else:
-                self._sample(decision.chunks, outcome)
+                self._sample(decision.chunks, outcome, clock)
+            timing = step_timing(outcome, clock)
             took_part += [(chunk.sequence, timing) for chunk in decision.chunks]
         self._retire()
         return took_part
 
     def prefill(self, sequence: Sequence) -> torch.Tensor:
-        """Feed a whole prompt and return the last layer's hidden states [num_tokens, hidden_size]; no sampling.
+        """Feed the whole prompt of an added sequence, without sampling; the last layer's [num_tokens, hidden_size].
 
         Raises:
             GenerationError: a stage could not do it.
         """
         parts = []
-        self.add(sequence)
         while sequence.num_cached < sequence.num_prompt:
-            chunks = next_step([sequence], self._kv_budget_tokens).chunks
+            decision = next_step([sequence], self._kv_budget_tokens)
+            chunks = decision.chunks
             if not chunks:
-                raise self._over_budget(sequence)
-            outcome = self._walk(chunks)
+                raise self._over_budget(sequence, decision.held)
+            outcome = self._walk(chunks, EndsClock())
             if outcome.hidden is None:
                 assert isinstance(outcome.message, StepFailed)
                 self._fail(chunks, outcome.message)
@@ -92,22 +94,35 @@ class Engine:
             parts.append(outcome.hidden)
         return torch.cat(parts)
 
-    def _walk(self, chunks: tuple[Chunk, ...]) -> Outcome:
+    def _walk(self, chunks: tuple[Chunk, ...], clock: EndsClock) -> Outcome:
         ids = [i for c in chunks for i in c.sequence.token_ids[c.start_pos : c.start_pos + c.num_tokens]]
-        hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
-        updates, self._updates = tuple(self._updates), []
+        with clock.embedding:
+            hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
+        updates = tuple(self._updates[:MAX_UPDATES])
         step = Step(EPOCH, next(self._step_ids), updates, tuple(_span(chunk) for chunk in chunks), ())
         self._pipeline.submit(step, hidden)
-        return self._pipeline.collect(EPOCH)
+        del self._updates[: len(updates)]
+        outcome = self._pipeline.collect(EPOCH)
+        while outcome.message.step_id != step.step_id:  # of a step whose walk was interrupted, by Ctrl-C for example
+            outcome = self._pipeline.collect(EPOCH)
+        return outcome
 
-    def _sample(self, chunks: tuple[Chunk, ...], outcome: Outcome) -> None:
+    def _sample(self, chunks: tuple[Chunk, ...], outcome: Outcome, clock: EndsClock) -> None:
         assert outcome.hidden is not None
         ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
         wanted = [(chunk, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.num_tokens
-        if wanted:
-            logits = self.head.forward(outcome.hidden[[row for _, row in wanted]])
+        if not wanted:
+            return
+        try:
+            with clock.head:
+                logits = self.head.forward(outcome.hidden[[row for _, row in wanted]])
+        except (RuntimeError, MemoryError) as error:  # torch says so when a device has no memory left
+            for chunk, _ in wanted:
+                chunk.sequence.error = GenerationError(f"the coordinator could not compute the logits: {error}")
+            return
+        with clock.sampling:
             for (chunk, _), row in zip(wanted, logits, strict=True):
                 chunk.sequence.append(chunk.sequence.sampler.sample(row))
 
@@ -116,11 +131,10 @@ class Engine:
         for chunk in chunks:
             chunk.sequence.error = GenerationError(text)
 
-    def _over_budget(self, sequence: Sequence) -> GenerationError:
-        others = sum(len(s.token_ids) for s in self._running if s is not sequence and not s.is_finished)
+    def _over_budget(self, sequence: Sequence, held: int) -> GenerationError:
         return GenerationError(
             f"this request needs {len(sequence.token_ids)} tokens of KV cache; the tightest stage has "
-            f"{self._kv_budget_tokens}, of which other requests hold {others}: shorten it, or raise kv_budget_tokens"
+            f"{self._kv_budget_tokens}, of which other requests hold {held}: shorten it, or raise kv_budget_tokens"
         )
 
     def _retire(self) -> None:
@@ -128,8 +142,8 @@ class Engine:
             if sequence.is_finished:
                 self._updates.append(DropSequence(sequence.sequence_id))
         self._running = [sequence for sequence in self._running if not sequence.is_finished]
-        if self._updates and not self._running:
-            self._walk(())  # nothing else would carry the news, and the stages would go on holding the KV
+        while self._updates and not self._running:
+            self._walk((), EndsClock())  # nothing else would carry the news, and the stages would go on holding the KV
 
 
 def _span(chunk: Chunk) -> Span:

@@ -7,6 +7,7 @@
     ├── LaunchError               a worker could not be started, died before joining, or could not load
     ├── StageLost                 a worker that was serving died or fell silent
     ├── GenerationError           one request failed; the pipeline lives on
+    ├── DumpError                 what the pipeline computed cannot be written
     └── ConnectError              no running launch was found, or it does not answer
 
 Every message names the culprit, the number and the remedy, and is meant to be shown as it is.
@@ -54,6 +55,10 @@ class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as t
 
 class GenerationError(CoordinatorError):
     """One request failed; the pipeline lives on."""
+
+
+class DumpError(CoordinatorError):
+    """What the pipeline computed cannot be written to the file."""
 
 
 class ConnectError(CoordinatorError):

@@ -135,7 +135,7 @@ def _stage(
 
 
 def _range(wish: StageRequest, num_layers: int, faults: list[str]) -> _Range | None:
-    """The half-open range a wish means, cut to the model; None where it means none."""
+    """The half-open range a wish means, cut to the model (and then perhaps empty); None where it cannot be read."""
     match = re.fullmatch(r"\s*(-?[0-9]{1,9})\s*(?:-\s*([0-9]{1,9}))?\s*", wish.layers)
     if match is None:
         faults.append(f"{wish.origin}: {wish.layers!r} is not a layer range; write 1-12, or 5 for one layer")
@@ -148,7 +148,7 @@ def _range(wish: StageRequest, num_layers: int, faults: list[str]) -> _Range | N
         culprit = first if first < 1 else last
         faults.append(f"{wish.origin}: layer {culprit} is out of range; the model's layers are 1-{num_layers}")
     start, end = max(first - 1, 0), min(last, num_layers)
-    return _Range(start, end, wish.origin) if start < end else None
+    return _Range(start, max(start, end), wish.origin)
 
 
 def _check_overlaps(ranges: Sequence[_Range | None], faults: list[str]) -> None:

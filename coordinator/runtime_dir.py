@@ -70,9 +70,9 @@ class RuntimeDir:
         """Remove the directory and everything in it. Safe to call twice, and does nothing in a forked child."""
         if not self._is_open or os.getpid() != self._owner:
             return
+        shutil.rmtree(self.path, ignore_errors=True)  # first: interrupted, it is done again at exit
         self._is_open = False
         atexit.unregister(self.close)
-        shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
     def __enter__(self) -> Self:

@@ -4,6 +4,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
 from coordinator.sequence import Sequence
+from protocol.limits import MAX_SPANS
 
 PREFILL_CHUNK_TOKENS = 1024
 """Longest piece of a causal prompt fed at once, which bounds the memory of its attention; a prefix LM's stays whole."""
@@ -25,17 +26,21 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`chunks` make the next step; `rejected` sequences cannot go on within the KV budget."""
+    """`chunks` make the next step; `rejected` sequences cannot go on within the KV budget.
+
+    `held` is how many tokens of the budget the others take.
+    """
 
     chunks: tuple[Chunk, ...]
     rejected: tuple[Sequence, ...]
+    held: int
 
 
 def next_step(running: AbstractSequence[Sequence], kv_budget_tokens: int) -> Decision:
     """A prompt is fed alone, first come first served; without one waiting, all sequences decode together.
 
     `running` is in order of arrival. Sequences whose tokens would exceed the budget, the newest first, are rejected:
-    a request too large fails by itself.
+    a request too large fails by itself. Of more sequences than a step can carry the oldest are fed.
     """
     live = [sequence for sequence in running if not sequence.is_finished]
     rejected: list[Sequence] = []
@@ -48,8 +53,8 @@ def next_step(running: AbstractSequence[Sequence], kv_budget_tokens: int) -> Dec
             held += needed
     kept = [sequence for sequence in live if sequence not in rejected]
     prefill = next((s for s in kept if s.num_cached < s.num_prompt), None)
-    fed = [prefill] if prefill is not None else kept
-    return Decision(tuple(_chunk(sequence) for sequence in fed), tuple(rejected))
+    fed = [prefill] if prefill is not None else kept[:MAX_SPANS]
+    return Decision(tuple(_chunk(sequence) for sequence in fed), tuple(rejected), held)
 
 
 def _chunk(sequence: Sequence) -> Chunk:

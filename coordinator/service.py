@@ -44,6 +44,7 @@ class Service:
         self._router = router
         self._answers: dict[tuple[bytes, int], Answer] = {}
         self._owed: list[tuple[bytes, client.Error]] = []
+        self._num_malformed = 0
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Take in requests, walk the chain, send what became final; see `serve`."""
@@ -66,7 +67,7 @@ class Service:
         try:
             message, _ = decode(frames, Plane.CLIENT)
         except ProtocolError as error:
-            _log.warning("dropped a malformed message of a client: %s", error)
+            self._complain(error)
             return
         if isinstance(message, client.Generate):
             self._begin(identity, message)
@@ -78,6 +79,12 @@ class Service:
         elif isinstance(message, client.Describe):
             described = self._chat_model.describe()
             self._send(identity, dataclasses.replace(described, request_id=message.request_id))
+
+    def _complain(self, error: ProtocolError) -> None:
+        """About the first malformed message, the second, the fourth, ...: a flood fills no terminal."""
+        self._num_malformed += 1
+        if self._num_malformed.bit_count() == 1:
+            _log.warning("dropped a malformed message of a client (number %d): %s", self._num_malformed, error)
 
     def _begin(self, identity: bytes, message: client.Generate) -> None:
         key = (identity, message.request_id)
@@ -111,7 +118,12 @@ class Service:
     def _send(self, identity: bytes, message: client.ClientMessage) -> None:
         """Nobody waits for a client: one that is gone, or does not read, has its answers cancelled."""
         try:
-            self._router.send_multipart([identity, *encode(message)], flags=zmq.NOBLOCK)
+            frames = encode(message)
+        except ProtocolError as error:
+            text = clip_text(f"the answer cannot be sent: {error}")
+            frames = encode(client.Error(message.request_id, "GenerationError", text))
+        try:
+            self._router.send_multipart([identity, *frames], flags=zmq.NOBLOCK)
         except zmq.ZMQError as error:
             _log.info("a client is gone or does not read: %s", error.strerror)
             for key in [key for key in self._answers if key[0] == identity]:

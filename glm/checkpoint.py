@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,20 @@ _LAYOUTS = (
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _ZIP_END_BYTES = 22 + 65535  # the end record with the longest comment
+
+
+class TensorSource(Protocol):
+    """What the parts of a model are loaded from: a `Checkpoint`, or a `RandomCheckpoint`."""
+
+    model_dir: Path
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `(name, tensor)` for each wanted name; float tensors may be views of what is not theirs."""
+
+    def fingerprint(self) -> str:
+        """A short word that tells models apart."""
 
 
 class Checkpoint:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from glm.errors import ConfigError
 from glm.lfs import is_lfs_pointer, lfs_complaint
+from glm.shapes import SHAPES, random_shape
 
 Family = Literal["chatglm", "chatglm2", "glm", "glm4"]
 
@@ -63,11 +64,15 @@ class ModelConfig:
 
 
 def load_config(model_dir: Path) -> ModelConfig:
-    """Read `config.json` of a model directory.
+    """Read `config.json` of a model directory; `random:SHAPE` gives the config of that shape.
 
     Raises:
         ConfigError: no such file, not JSON, an unsupported model_type, or a key with an impossible value.
+        ModelNotFoundError: no such shape.
     """
+    shape = random_shape(model_dir)
+    if shape is not None:
+        return parse_config(SHAPES[shape], source=str(model_dir), name=str(model_dir))
     path = model_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no config.json: is this a model directory?")
@@ -81,11 +86,12 @@ def load_config(model_dir: Path) -> ModelConfig:
         raise ConfigError(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object: download it again")
-    return parse_config(raw, source=str(path), name=_directory_name(model_dir.resolve()))
+    return parse_config(raw, source=str(path), name=directory_name(model_dir))
 
 
-def _directory_name(model_dir: Path) -> str:
+def directory_name(model_dir: Path) -> str:
     """The directory's own name, or `org/name` inside a hub's cache (models--org--name/snapshots/COMMIT)."""
+    model_dir = model_dir.resolve()
     if model_dir.parent.name != "snapshots":
         return model_dir.name
     return model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")

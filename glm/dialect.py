@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from glm.config import ModelConfig
+from glm.config import ModelConfig, directory_name
 from glm.errors import TokenizerError
 
 Dialect = Literal["chatglm", "chatglm2", "chatglm3", "codegeex2", "glm4", "template"]
@@ -56,7 +56,7 @@ def _detect_own_layout(config: ModelConfig, model_dir: Path) -> Dialect:
         return "glm4"
     if "<|user|>" in json.dumps(settings, ensure_ascii=False):
         return "glm4" if has_large_vocabulary else "chatglm3"
-    for name in (config.name, str(settings.get("name_or_path", "")), _directory_name(model_dir)):
+    for name in (config.name, str(settings.get("name_or_path", "")), directory_name(model_dir)):
         for hint, dialect in _NAME_HINTS:
             if hint in name.lower():
                 return dialect
@@ -91,9 +91,3 @@ def is_tiktoken_file(path: Path) -> bool:
         first = file.readline(512)
     piece, _, rank = first.rstrip(b"\r\n").partition(b" ")
     return bool(piece) and piece.isascii() and rank.isdigit() and not piece.startswith(b"version")
-
-
-def _directory_name(model_dir: Path) -> str:
-    """The name of a model directory; for a snapshot in the hub's cache the repository's."""
-    path = model_dir.resolve()
-    return path.parent.parent.name if path.parent.name == "snapshots" else path.name

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from glm.checkpoint import Checkpoint
+from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.errors import GlmError
 from glm.layout import embedding_source, final_norm_sources, lm_head_source
@@ -26,7 +26,7 @@ class Embedding:
         self.placement = placement
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: ModelConfig, placement: Placement) -> "Embedding":
+    def load(cls, checkpoint: TensorSource, config: ModelConfig, placement: Placement) -> "Embedding":
         """Read the table.
 
         Raises:
@@ -79,7 +79,7 @@ class Head:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         config: ModelConfig,
         norm: Placement,
         lm_head: Placement,
@@ -109,6 +109,11 @@ class Head:
     def num_bytes(self) -> int:
         """Bytes of the output projection (the norm's few KiB are not counted)."""
         return self._lm_head.num_bytes
+
+    @property
+    def kernel_path(self) -> str:
+        """Which arithmetic the output projection takes, for people."""
+        return self._lm_head.path
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] of any dtype and device -> the same shape where the norm is."""

@@ -1,4 +1,4 @@
-"""Where a model is: a directory here, or a model of a hub, fetched into huggingface_hub's own cache.
+"""Where a model is: a directory here, a model of a hub, fetched into huggingface_hub's own cache, or `random:SHAPE`.
 
 The cache, the token, the endpoint and the offline mode are that library's (HF_HOME, HF_TOKEN, HF_ENDPOINT,
 HF_HUB_OFFLINE and the rest of its settings); this module only chooses the files and words the errors.
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from glm.errors import ModelNotFoundError
+from glm.shapes import random_shape
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Exact names where that is possible: what another program has cached of a model should do without a network.
@@ -19,15 +20,16 @@ _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 def resolve_model(name_or_dir: str | Path, revision: str | None = None) -> Path:
     """The directory that holds a model.
 
-    A directory is taken as it is. Anything of the form `org/name` is looked up on the hub (at `revision`: a branch,
-    tag or commit) and fetched as far as the cache lacks it: config, tokenizer, chat template and weights, of these
-    the safetensors when there are any. Never code. What is cached is found without a network.
+    A directory is taken as it is, and so is `random:SHAPE`, which needs none. Anything of the form `org/name` is looked
+    up on the hub (at `revision`: a branch, tag or commit) and fetched as far as the cache lacks it: config, tokenizer,
+    chat template and weights, of these the safetensors when there are any. Never code. What is cached is found without
+    a network.
 
     Raises:
         ModelNotFoundError: says what was tried and what to do.
     """
     described = resolve_description(name_or_dir, revision)
-    if _is_directory(name_or_dir):
+    if _is_directory(name_or_dir) or random_shape(name_or_dir):
         return described
     name = str(name_or_dir)
     snapshot = _fetch(name, revision, _SAFETENSORS)
@@ -43,10 +45,14 @@ def resolve_description(name_or_dir: str | Path, revision: str | None = None) ->
         ModelNotFoundError: says what was tried and what to do.
     """
     name, directory = str(name_or_dir), Path(name_or_dir).expanduser()
+    if random_shape(name):
+        if revision is not None:
+            raise ModelNotFoundError(f"{name} is made of random numbers and has no revision {revision!r}: leave it out")
+        return Path(name)
     if _is_directory(name_or_dir):
         if revision is not None:
             raise ModelNotFoundError(f"{directory} is a directory, which has no revision {revision!r}: leave it out")
-        return directory
+        return directory.absolute()
     if not _HUB_ID.fullmatch(name) or directory.exists():
         what = "a file, not a directory" if directory.is_file() else "no directory here"
         raise ModelNotFoundError(
@@ -66,7 +72,7 @@ def _fetch(name: str, revision: str | None, weights: tuple[str, ...]) -> Path:
         snapshot = snapshot_download(name, revision=revision, allow_patterns=[*_WORDS, *weights], ignore_patterns="*/*")
     except Exception as error:  # the library lets errors of its HTTP client, of the disk and its own through
         raise ModelNotFoundError(_complaint(name, revision, error)) from error
-    return Path(snapshot)
+    return Path(snapshot).absolute()
 
 
 def _complaint(name: str, revision: str | None, error: Exception) -> str:

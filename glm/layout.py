@@ -85,6 +85,17 @@ def _transformers_sources(config: ModelConfig, prefix: str, attended: int) -> di
     return sources
 
 
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape by name of all tensors of a float checkpoint, in the order of the network."""
+    sources = [embedding_source(config)]
+    for layer in range(config.num_layers):
+        sources += layer_sources(config, layer).values()
+    sources += final_norm_sources(config).values()
+    if config.is_prefix_lm or not config.tied_ends:  # ChatGLM-6B's is tied and published all the same
+        sources.append(lm_head_source(config))
+    return {name: shape for source in sources for name, shape in source.shapes.items()}
+
+
 def embedding_source(config: ModelConfig) -> Source:
     """The word embedding [vocab_size, hidden_size]."""
     return Source((_END_NAMES[config.family][0],), (config.vocab_size,), config.hidden_size)

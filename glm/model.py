@@ -6,7 +6,7 @@ import torch
 
 from glm.attention import Segment, make_geometry
 from glm.block import Block, make_block
-from glm.checkpoint import Checkpoint
+from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import SegmentError
@@ -33,7 +33,7 @@ class LayerStack:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         config: ModelConfig,
         start: int,
         end: int,
@@ -130,7 +130,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         config: ModelConfig,
         precision: Precision = Precision.FP32,
         device: torch.device | None = None,

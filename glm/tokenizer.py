@@ -11,11 +11,10 @@ from glm.config import ModelConfig
 from glm.decoding import DecodingRules, Piece, decode
 from glm.dialect import Dialect, detect_dialect, is_tiktoken_file, read_tokenizer_config
 from glm.errors import TokenizerError
+from glm.lfs import is_lfs_pointer, lfs_complaint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +140,12 @@ def load_tokenizer(model_dir: Path, config: ModelConfig, chat_format: str | None
 def check_tokenizer_file(path: Path) -> None:
     """Refuse what is no tokenizer at all: an empty file or a Git-LFS pointer."""
     try:
-        with path.open("rb") as file:
-            head = file.read(len(LFS_POINTER))
+        if is_lfs_pointer(path):
+            raise TokenizerError(lfs_complaint(path))
+        is_empty = path.stat().st_size == 0
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read ({error.strerror})") from error
-    if head == LFS_POINTER:
-        raise TokenizerError(
-            f"{path} is a Git-LFS pointer, not the file itself: run `git lfs pull` there or download it again"
-        )
-    if not head:
+    if is_empty:
         raise TokenizerError(f"{path} is empty: download it again")
 
 

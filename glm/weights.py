@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from glm.checkpoint import Checkpoint
+from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.errors import CheckpointError
 from glm.kernels.native import NativeKernels, best_kernels
@@ -36,7 +36,7 @@ class Placement:
         return self.kernels if self.kernels is not None and self.kernels.can_step(example) else None
 
 
-def read_parts(checkpoint: Checkpoint, sources: Mapping[str, Source], config: ModelConfig) -> dict[str, StoredPart]:
+def read_parts(checkpoint: TensorSource, sources: Mapping[str, Source], config: ModelConfig) -> dict[str, StoredPart]:
     """Read the parts as stored; fused ones are concatenated, published quantised ones keep their packing.
 
     Float parts may be views of a mapped file.
@@ -48,7 +48,7 @@ def read_parts(checkpoint: Checkpoint, sources: Mapping[str, Source], config: Mo
     return {part: _assemble(source, tensors, config) for part, source in sources.items()}
 
 
-def _stored_shapes(checkpoint: Checkpoint, source: Source, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _stored_shapes(checkpoint: TensorSource, source: Source, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in source.shapes.items():
         if f"{name}_scale" not in checkpoint:

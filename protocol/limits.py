@@ -22,6 +22,7 @@ MAX_STAGES = 256
 MAX_TOKENS = 2**20
 MAX_TURNS = 4096
 MAX_STOP_STRINGS = 64
+MAX_NAME = 256
 MAX_TEXT = 16_384
 MAX_PROMPT = 2**20
 
@@ -58,7 +59,7 @@ Index = Annotated[int, IntRange(0, 2**31 - 1)]
 Seconds = Annotated[float, FloatRange(0.0, 1e12)]
 PositiveSeconds = Annotated[float, FloatRange(1e-3, 1e9)]
 Probability = Annotated[float, FloatRange(0.0, 1.0)]
-Name = Annotated[str, MaxLength(256)]
+Name = Annotated[str, MaxLength(MAX_NAME)]
 PathText = Annotated[str, MaxLength(4096)]
 Text = Annotated[str, MaxLength(MAX_TEXT)]
 Prompt = Annotated[str, MaxLength(MAX_PROMPT)]
@@ -66,6 +67,6 @@ TokenIds = Annotated[tuple[Count, ...], MaxLength(MAX_TOKENS)]
 
 
 def clip_text(text: str, limit: int = MAX_TEXT) -> str:
-    """`text`, shortened to fit a `Text` field; for errors, which may list more than fits."""
+    """`text`, shortened to fit a field of so many characters; for errors, which may list more than fits."""
     encodable = text.encode("utf-8", "replace").decode("utf-8")
     return encodable if len(encodable) <= limit else encodable[: limit - 4] + " ..."

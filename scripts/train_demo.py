@@ -1,6 +1,6 @@
 """Make the demo model: corpus -> tokenizer -> training -> a ChatGLM2-layout checkpoint in `glm/demo_model/`.
 
-    .venv/bin/python scripts/train_demo.py            # everything, about 20 minutes on two quiet cores
+    .venv/bin/python scripts/train_demo.py            # everything, about 25 minutes on two quiet cores
     .venv/bin/python scripts/train_demo.py --out DIR  # elsewhere than glm/demo_model
 
 Every random choice is seeded: the corpus and the tokenizer come out the same everywhere, the weights the same on the
@@ -37,7 +37,7 @@ from demo_network import (
     new_weights,
     with_int4_noise,
 )
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from glm.attention import Segment
@@ -138,12 +138,20 @@ def batches(examples: list[Example], tokens_per_batch: int, rng: random.Random) 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    num_conversations: int = 70_000
+    seed: int = 2
+    num_conversations: int = 64_000
+    longest: int | None = None  # tokens up to which conversations are joined, None to leave them as they are
     tokens_per_batch: int = 4096
     warmup_steps: int = 60
     matrix_rate: float = 0.02
     other_rate: float = 4e-3
     noise_from: float = 0.4  # share of the training after which every other step sees int4 weights
+
+
+# What was learnt on short conversations then has to hold at every position, with much said before.
+LONG = Schedule(
+    seed=5, num_conversations=12_000, longest=1000, warmup_steps=20, matrix_rate=0.006, other_rate=1.2e-3, noise_from=0
+)
 
 
 def rate_at(step: int, num_steps: int, warmup_steps: int) -> float:
@@ -153,10 +161,27 @@ def rate_at(step: int, num_steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
 
 
-def train(tokenizer: spm.SentencePieceProcessor, schedule: Schedule) -> Weights:
+def examples_for(tokenizer: spm.SentencePieceProcessor, schedule: Schedule) -> list[Example]:
+    """The schedule's conversations, where it says so joined into longer ones of all lengths."""
+    rng = random.Random(schedule.seed)
+    found: list[Example] = []
+    joined: list[Turn] = []
+    wanted = 0
+    for turns in conversations(seed=schedule.seed, count=schedule.num_conversations):
+        whole = example(tokenizer, [*joined, *turns])
+        if schedule.longest is None:
+            found.append(whole)
+        elif len(whole.token_ids) > wanted:
+            found += [example(tokenizer, joined)] if joined else []
+            joined, wanted = list(turns), rng.randint(100, schedule.longest)
+        else:
+            joined += turns
+    return found
+
+
+def train(tokenizer: spm.SentencePieceProcessor, schedule: Schedule, weights: Weights) -> None:
     """One pass over the conversations: Muon for the blocks' matrices, AdamW for everything else."""
-    weights = new_weights(seed=0)
-    examples = [example(tokenizer, turns) for turns in conversations(seed=2, count=schedule.num_conversations)]
+    examples = examples_for(tokenizer, schedule)
     steps = list(batches(examples, schedule.tokens_per_batch, random.Random(3)))
     print(
         f"{len(examples)} conversations, {sum(len(one.token_ids) for one in examples)} tokens, {len(steps)} steps",
@@ -185,7 +210,6 @@ def train(tokenizer: spm.SentencePieceProcessor, schedule: Schedule) -> Weights:
                 f"step {step + 1}/{len(steps)} loss {sum(shown[-50:]) / 50:.4f} {time.monotonic() - started:.0f} s",
                 flush=True,
             )
-    return weights
 
 
 # --- the checkpoint ---
@@ -233,6 +257,12 @@ def write_checkpoint(out: Path, tokenizer_model: bytes, weights: Weights) -> Non
     (out / "model.safetensors").write_bytes(save(halves, {"format": "pt"}))
 
 
+def read_weights(model_dir: Path) -> Weights:
+    """The weights as `write_checkpoint` rounded them, to be trained on."""
+    stored = load((model_dir / "model.safetensors").read_bytes())
+    return {name: weight.float().requires_grad_() for name, weight in stored.items()}
+
+
 # --- the check ---
 
 
@@ -267,12 +297,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=demo_model_dir())
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--conversations", type=int, default=Schedule().num_conversations)
+    parser.add_argument("--only-long", action="store_true", help="go on from the short conversations' checkpoint there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
     tokenizer_model = train_tokenizer()
     tokenizer = spm.SentencePieceProcessor(model_proto=tokenizer_model)
-    weights = train(tokenizer, Schedule(num_conversations=options.conversations))
+    if not options.only_long:
+        weights = new_weights(seed=0)
+        train(tokenizer, Schedule(num_conversations=options.conversations), weights)
+        write_checkpoint(options.out, tokenizer_model, weights)
+    weights = read_weights(options.out)
+    train(tokenizer, LONG, weights)
     write_checkpoint(options.out, tokenizer_model, weights)
     for precision in (Precision.FP32, Precision.INT8, Precision.INT4):
         print(f"{precision}: {score(options.out, precision, 300):.1%} of 300 fresh conversations answered exactly")

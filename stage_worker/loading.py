@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from glm.checkpoint import Checkpoint
 from glm.config import load_config
 from glm.errors import GlmError
 from glm.model import LayerStack
 from glm.precision import Precision
+from glm.random_checkpoint import open_checkpoint
 from protocol.control import Assign
 from stage_worker.errors import AbandonedError, LoadError
 from stage_worker.memory import is_out_of_memory
@@ -50,7 +50,7 @@ def _load_layers(assign: Assign, device: torch.device, progress: LoadProgress) -
             "bad_request",
             f"layers {assign.layer_start + 1}-{assign.layer_end} were assigned, {model_dir} has {config.num_layers}",
         )
-    checkpoint = Checkpoint(model_dir)
+    checkpoint = open_checkpoint(model_dir)
     fingerprint = checkpoint.fingerprint()
     if assign.fingerprint not in ("", fingerprint):
         raise LoadError(

@@ -11,7 +11,7 @@ import zmq
 from protocol.control import Join
 from protocol.endpoints import ipc_path
 from protocol.errors import EndpointError
-from protocol.limits import clip_text
+from protocol.limits import MAX_NAME, clip_text
 from protocol.sockets import Socket, bind, data_socket
 from protocol.version import VERSION
 from stage_worker.cli import WorkerOptions
@@ -96,10 +96,10 @@ def _join(options: WorkerOptions, data_endpoint: str) -> Join:
         worker_id=options.worker_id,
         glmpipe_version=VERSION,
         torch_version=str(torch.__version__),
-        host=clip_text(platform.node() or "localhost", 256),
+        host=clip_text(platform.node() or "localhost", MAX_NAME),
         pid=os.getpid(),
         device=str(device),
-        device_name=clip_text(facts.name, 256),
+        device_name=clip_text(facts.name, MAX_NAME),
         memory_total_bytes=facts.memory_total_bytes,
         memory_free_bytes=facts.memory_free_bytes,
         num_threads=torch.get_num_threads(),

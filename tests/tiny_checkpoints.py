@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from glm.config import ModelConfig, parse_config
-from glm.layout import embedding_source, final_norm_sources, layer_sources, lm_head_source
+from glm.layout import stored_shapes
 
 CAUSAL: dict[str, Any] = {
     "model_type": "chatglm",
@@ -112,17 +112,6 @@ def write_checkpoint(
     if num_shards > 1:
         (model_dir / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return config
-
-
-def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape by name of all tensors of a float checkpoint, in the order of the network."""
-    sources = [embedding_source(config)]
-    for layer in range(config.num_layers):
-        sources += layer_sources(config, layer).values()
-    sources += final_norm_sources(config).values()
-    if config.is_prefix_lm or not config.tied_ends:
-        sources.append(lm_head_source(config))
-    return {name: shape for source in sources for name, shape in source.shapes.items()}
 
 
 def publish_quantized(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

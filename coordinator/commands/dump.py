@@ -45,7 +45,9 @@ def _check_writable(path: Path) -> None:
     """Found out now rather than after a large model has loaded."""
     if path.is_dir():
         raise UsageError(f"--out {path} is a directory; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--out {path} is a device or a socket, which a dump would replace; name a file")
     if not path.parent.is_dir():
         raise UsageError(f"--out {path}: the directory {path.parent} does not exist; create it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not all(os.access(place, os.W_OK) for place in (path, path.parent) if place.exists()):
         raise UsageError(f"--out {path} is not writable; choose another place")

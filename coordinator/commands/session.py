@@ -14,19 +14,27 @@ from coordinator.progress import load_view
 
 if TYPE_CHECKING:
     from coordinator.chat_model import ChatModel
+    from coordinator.plan_request import PlanRequest
+    from glm.config import ModelConfig
     from protocol.client import SamplingParams
 
 
 @contextmanager
 def launched(
-    options: argparse.Namespace, *, show_logs: bool = False, record_hidden_states: bool = False
+    options: argparse.Namespace,
+    request: PlanRequest | None = None,
+    *,
+    show_logs: bool = False,
+    record_hidden_states: bool = False,
+    check: Callable[[ModelConfig], None] = lambda _: None,
 ) -> Iterator[ChatModel]:
     """Launch the model that the options name where they say, telling stderr where each part goes and how far it is.
 
-    The plan is checked before anything loads. Nothing is left when the block ends. With `show_logs` all lines of the
-    workers go to stderr; otherwise only warnings do, and the last lines in an error if there is one.
+    `request` replaces what the placement options ask for. The plan is checked before anything loads, and so is what
+    `check` raises for. Nothing is left when the block ends. With `show_logs` all lines of the workers go to stderr;
+    otherwise only warnings do, and the last lines in an error if there is one.
     """
-    request = plan_request(options)
+    request = plan_request(options) if request is None else request
     from coordinator.chat_model import launch
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
@@ -36,7 +44,9 @@ def launched(
 
     model = options.model or request.model or demo_model_dir()
     revision = options.revision or request.revision
-    plan = plan_for(request, load_config(resolve_description(model, revision)).num_layers)
+    config = load_config(resolve_description(model, revision))
+    check(config)
+    plan = plan_for(request, config.num_layers)
     say(*describe(plan, verbose=options.verbose))
     say(*(f"note: {note}" for note in notes(request, plan)))
     with ExitStack() as stack:
@@ -77,7 +87,7 @@ def _only_warnings(log: Callable[[str], None]) -> Callable[[str], None]:
 
     def filtered(line: str) -> None:
         _, _, text = line.partition("] ")
-        if text.startswith("WARNING"):
+        if text.startswith(("WARNING", "ERROR", "CRITICAL")):
             log(line)
 
     return filtered

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.cli import COMMANDS, main
+from coordinator.cli import COMMANDS, main, make_parser
 from coordinator.commands.options import plan_request, sampling_overrides
+from coordinator.commands.session import _only_warnings
 from coordinator.errors import CoordinatorError, PlanError, StageLost, UsageError
 from glm.errors import ConfigError
 from protocol.errors import FrameError
@@ -227,3 +228,20 @@ def test_a_terminal_without_the_characters_shows_replacements() -> None:
     )
     done = glmpipe(code=code, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (0, "?? ok\n", "")
+
+
+def test_a_dump_replaces_no_device(tmp_path: Path) -> None:
+    """Writing goes through a new file that takes the old one's place: /dev/null must not be that place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="is a device or a socket"):
+        COMMANDS["dump"].run(make_parser().parse_args(["dump", "--ids", "1", "--out", str(pipe)]))
+
+
+def test_warnings_and_errors_of_workers_reach_the_user() -> None:
+    """The rest of a worker's lines stays out of a chat."""
+    shown: list[str] = []
+    log = _only_warnings(shown.append)
+    for line in ("INFO joined", "WARNING step 1 failed", "ERROR the control thread failed", "free words"):
+        log(f"[stage 1 cpu] {line}")
+    assert [line.split()[3] for line in shown] == ["WARNING", "ERROR"]

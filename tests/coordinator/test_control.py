@@ -10,7 +10,21 @@ import zmq
 from coordinator import control
 from coordinator.control import ControlPlane, expect
 from coordinator.errors import LaunchError, StageLost
-from protocol.control import Failed, Join, Leaving, Ping, Pong, Progress, Ready, Refused, Release, Released, Welcome
+from protocol.control import (
+    Failed,
+    Join,
+    Leaving,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Refused,
+    Release,
+    Released,
+    Shutdown,
+    Welcome,
+)
+from protocol.errors import ProtocolError
 from protocol.messages import Message
 from protocol.sockets import Socket, connect, control_socket
 from protocol.version import VERSION
@@ -135,13 +149,35 @@ def test_pings_are_sent_and_pongs_kept(plane, worker) -> None:  # type: ignore[n
     assert plane.lost() is None
 
 
+def test_what_cannot_be_sent_or_shown_does_not_end_the_plane(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """A request that cannot be encoded fails where it is made; a sink that raises harms nobody but itself."""
+    worker.join("stage-1")
+    with pytest.raises(ProtocolError, match="not valid unicode"):
+        plane.begin("stage-1", Shutdown(0, "\udc80"))
+    plane._on_progress = lambda _who, _what: 1 / 0
+    worker.say(Progress(0, 1, 2, 3, 4))
+    future = plane.begin("stage-1", Release(0, 1))
+    worker.say(Released(worker.hear(Release).request_id, 1, 0))
+    assert future.result(5)[0].epoch == 1
+
+
 def test_a_silent_worker_is_lost(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Silence beyond the limit is reported with its length; nobody waits for ever."""
     worker.join("stage-1")
     monkeypatch.setattr(control, "SILENCE_LIMIT_S", 0.05)
-    time.sleep(0.2)
+    give_up_at = time.monotonic() + 10
+    while plane.lost() is None and time.monotonic() < give_up_at:
+        time.sleep(0.05)
     assert plane.lost()[0] == "stage-1"
     assert "silent" in plane.lost()[1]
+
+
+def test_a_launch_that_was_stopped_does_not_blame_its_workers(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """However long one wait took (the process was suspended), it counts as one heartbeat of silence."""
+    worker.join("stage-1")
+    plane.wait_for_joins(5, lambda: None)
+    plane._count_silence(3600.0)
+    assert plane.lost() is None
 
 
 def test_a_worker_that_says_goodbye_is_lost_at_once(plane, worker) -> None:  # type: ignore[no-untyped-def]

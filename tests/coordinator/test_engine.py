@@ -1,6 +1,7 @@
 """The engine over in-process stages: tokens, batches, failures, budgets."""
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from glm.model import Model
 from protocol.data import DropSequence
 from tests.golden import GoldenSet
 from tests.in_process import in_process_engine, sequence_for
+from tests.tiny_checkpoints import write_checkpoint
 
 FAMILIES = ["chatglm", "chatglm2", "chatglm3", "glm4"]
 
@@ -109,6 +111,7 @@ def test_a_request_beyond_the_kv_budget_fails_alone(shared_dir: Path) -> None:
     assert tuple(older.new_ids) == row.greedy_ids
     assert newer.error is not None
     assert "40" in str(newer.error) and "kv_budget_tokens" in str(newer.error)
+    assert "other requests hold 21:" in str(newer.error)
     assert pipeline.stages[0].kv_tokens == 0
 
 
@@ -126,6 +129,26 @@ def test_a_stage_failure_fails_the_sequences_of_that_step_only(shared_dir: Path)
     assert tuple(good.new_ids) == row.greedy_ids[:2]
 
 
+def test_a_head_without_memory_fails_the_step_only(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An lm_head that runs out of memory fails that request with its words; the next one succeeds."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+
+    def out_of_memory(_hidden: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.head, "forward", out_of_memory)
+        failed = sequence_for(engine, config, list(row.token_ids), 4)
+        drain(engine)
+    assert "could not compute the logits: CUDA out of memory" in str(failed.error)
+    assert pipeline.stages[0].num_sequences == 0
+    good = sequence_for(engine, config, list(row.token_ids), 4)
+    drain(engine)
+    assert tuple(good.new_ids) == row.greedy_ids[:4]
+
+
 def test_cancel_makes_all_stages_forget_the_sequence(shared_dir: Path) -> None:
     """After a cancel no stage holds anything of it, although no other request is running."""
     golden = GoldenSet(shared_dir, "chatglm3")
@@ -138,6 +161,28 @@ def test_cancel_makes_all_stages_forget_the_sequence(shared_dir: Path) -> None:
     assert sequence.finish_reason == "cancelled"
     assert DropSequence(sequence.sequence_id) in pipeline.steps[-1].updates
     assert [stage.num_sequences for stage in pipeline.stages] == [0, 0]
+
+
+def test_an_interrupted_walk_leaves_the_next_request_untouched(shared_dir: Path) -> None:
+    """Ctrl-C between a step and its outcome: the late outcome is nobody else's, and the stages still forget."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 2), (2, 5)])
+    for method in ("collect", "submit"):
+        interrupted = sequence_for(engine, config, list(row.token_ids), 4)
+        engine.step()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pipeline, method, _interrupt)
+            engine.cancel(interrupted) if method == "submit" else engine.step()
+        engine.cancel(interrupted)
+        good = sequence_for(engine, config, list(row.token_ids), 4)
+        drain(engine)
+        assert tuple(good.new_ids) == row.greedy_ids[:4]
+        assert [stage.num_sequences for stage in pipeline.stages] == [0, 0]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_context_full_is_told_apart_from_length(shared_dir: Path) -> None:
@@ -161,3 +206,16 @@ def test_engine_equals_the_undivided_models_own_greedy(shared_dir: Path) -> None
         sequence = sequence_for(engine, config, list(row.token_ids), 9)
         drain(engine)
         assert sequence.new_ids == Model.load(Checkpoint(directory), load_config(directory)).greedy(row.token_ids, 9)
+
+
+def test_a_steps_timing_names_the_ends_own_parts(tmp_path: Path) -> None:
+    """Embedding, head and sampling of a step that samples, within the time that the step took as a whole."""
+    write_checkpoint(tmp_path)
+    engine, _, config = in_process_engine(tmp_path, [(0, 4)])
+    sequence_for(engine, config, [5, 6, 7], 2)
+    started_s = time.monotonic()
+    [(_, timing)] = engine.step()
+    assert timing is not None
+    ends = timing.ends
+    assert min(ends.embedding_s, ends.head_s, ends.sampling_s) > 0
+    assert ends.compute_s < time.monotonic() - started_s

@@ -10,7 +10,7 @@ import zmq
 
 from coordinator.errors import StageLost
 from coordinator.pipeline import Pipeline
-from coordinator.timing import step_timing
+from coordinator.timing import EndsClock, step_timing
 from protocol.data import Span, StageTiming, Step, StepFailed
 from protocol.sockets import Socket, bind, connect, data_socket, receive, send
 from protocol.torch_bridge import from_raw, to_raw
@@ -93,7 +93,10 @@ def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:
     )
     send(chain.push, Step(1, 1, (), a_step(1).spans, timings), (to_raw(torch.zeros(2, 3)),))
     outcome = chain.pipeline.collect(epoch=1)
-    first, last = step_timing(outcome).stages
+    timing = step_timing(outcome, EndsClock())
+    first, last = timing.stages
     assert (first.compute_s, first.kv_tokens) == (0.5, 7)
     assert first.wire_s == pytest.approx(0.25)
     assert last.wire_s == pytest.approx(0.125 + max(0.0, outcome.arrived_at_s - timings[1].sent_at_s))
+    assert timing.ends.wire_s == pytest.approx(last.wire_s - 0.125)
+    assert timing.ends.compute_s == 0

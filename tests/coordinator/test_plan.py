@@ -130,6 +130,15 @@ def test_a_malformed_range_is_not_reported_as_a_gap_as_well() -> None:
     assert "in no stage" not in faults_of(ask("cpu=1-12", "cpu=13to28"))
 
 
+def test_a_stage_beyond_the_model_fills_no_gap() -> None:
+    """The layer that is not there and those that nobody holds are told together."""
+    for beyond in ("cpu=30-40", "cpu=29", "cpu=0"):
+        text = faults_of(ask("cpu=1-12", beyond))
+        assert "is out of range" in text
+        assert "layers 13-28 are in no stage; all 28 layers must be placed, 12 are" in text
+        assert "two stages" not in text
+
+
 def test_a_machine_without_gpus_says_so() -> None:
     """The remedy is the driver or the torch build, not another index."""
     assert "torch sees no GPU" in faults_of(ask("cuda:0=1-28"), devices=CPU)

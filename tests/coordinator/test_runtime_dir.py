@@ -56,6 +56,20 @@ def test_it_is_gone_after_closing_with_all_it_held(base: Path) -> None:
     assert list(base.iterdir()) == []
 
 
+def test_an_interrupted_close_can_be_repeated(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it is being removed leaves the rest to the next close, at the latest at exit."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    directory = RuntimeDir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("coordinator.runtime_dir.shutil.rmtree", interrupt)
+        directory.close()
+    directory.close()
+    assert list(base.iterdir()) == []
+
+
 def test_it_is_gone_when_the_process_just_ends(base: Path) -> None:
     """Without a `close`, the end of the interpreter removes it."""
     code = HOLD.replace("input()", "raise SystemExit(3)")

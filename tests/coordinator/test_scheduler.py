@@ -7,6 +7,7 @@ from coordinator.scheduler import PREFILL_CHUNK_TOKENS, next_step
 from coordinator.sequence import Sequence
 from glm.positions import PromptLayout
 from glm.sampling import Sampler, SamplingParams
+from protocol.limits import MAX_SPANS
 
 
 def a_sequence(sequence_id: int, num_prompt: int, num_new: int, num_cached: int, is_prefix: bool) -> Sequence:
@@ -71,4 +72,12 @@ def test_finished_sequences_are_left_alone() -> None:
     done.finish_reason = "stop"
     decision = next_step([done, live], 11)
     assert [chunk.sequence for chunk in decision.chunks] == [live]
+    assert decision.rejected == ()
+
+
+def test_a_step_carries_no_more_sequences_than_a_message_may() -> None:
+    """The oldest are fed; the others wait their turn and are not rejected."""
+    crowd = [a_sequence(i, 1, 1, 1, is_prefix=False) for i in range(MAX_SPANS + 5)]
+    decision = next_step(crowd, 10**6)
+    assert [chunk.sequence for chunk in decision.chunks] == crowd[:MAX_SPANS]
     assert decision.rejected == ()

@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import zmq
 
 from coordinator.service import Service
 from protocol import client
+from protocol.limits import MAX_PROMPT
 from protocol.messages import Message
 from protocol.wire import decode, encode
 
@@ -71,3 +73,22 @@ def test_a_client_that_does_not_read_is_cancelled_and_told_when_it_does() -> Non
     told = [message for identity, message in router.sent if identity == SLEEPER]
     assert [type(message).__name__ for message in told] == ["Delta", "Delta", "Error"]
     assert "did not read" in told[-1].text
+
+
+def test_an_answer_too_large_for_a_message_ends_as_an_error() -> None:
+    """The client hears that, and why; the launch goes on."""
+    router = Router()
+    service = Service(Model(), router)  # type: ignore[arg-type]
+    service._send(READER, client.Delta(4, "x" * (MAX_PROMPT + 1), ()))
+    [(_, told)] = router.sent
+    assert isinstance(told, client.Error)
+    assert told.request_id == 4 and "cannot be sent" in told.text
+
+
+def test_a_flood_of_garbage_is_mentioned_seldom(caplog: pytest.LogCaptureFixture) -> None:
+    """A thousand malformed messages make ten lines."""
+    router = Router()
+    router.inbox = [[READER, b"garbage"] for _ in range(1000)]
+    rounds = iter([False, True])
+    Service(Model(), router).run(lambda: next(rounds))  # type: ignore[arg-type]
+    assert len(caplog.records) == 10

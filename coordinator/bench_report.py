@@ -1,0 +1,197 @@
+"""What a measured workload says about speed: pure arithmetic over times, bytes and the machine's limits."""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from coordinator.chat_model import ChatModel
+from coordinator.plan import Plan
+from coordinator.roofline import Roofline
+from coordinator.timing import EndsShare, StageShare, StepTiming
+from glm.cost import prefill_flops
+from protocol.control import Pong
+
+NUM_UNTIMED_STEPS = 1
+"""Decode steps of all streams together before the timed ones: the first of a new size prepares what others reuse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts of so many tokens, then so many timed decode steps of all streams together."""
+
+    num_prompt_tokens: int
+    num_new_tokens: int
+    num_streams: int
+
+    @property
+    def tokens_per_stream(self) -> int:
+        """The prompt, the token that comes out of its prefill, and one for each decode step."""
+        return self.num_prompt_tokens + 1 + NUM_UNTIMED_STEPS + self.num_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Consecutive steps and the seconds from the first's beginning to the last's end."""
+
+    wall_s: float
+    timings: tuple[StepTiming, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """What one process did: seconds over prefill and decode together, and those of decode alone.
+
+    `busy_share` is `compute_s` over the measured time. For a stage, `wire_s` is the step's travel to it (and back to
+    the coordinator from the last one); for the coordinator the way back alone. `weight_bytes` of the coordinator are
+    lm_head's: of the embeddings a token needs one row.
+    """
+
+    device: str
+    layers: str
+    precision: str
+    compute_s: float
+    wire_s: float
+    busy_share: float
+    decode_compute_s: float
+    decode_wire_s: float
+    resident_bytes: int
+    weight_bytes: int
+    kernel_path: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """The outcome, with the names of `glmpipe bench --json`.
+
+    `decode_efficiency`: bytes of weights a decode step reads, times steps a second, over the read bandwidth.
+    `prefill_efficiency`: operations a second of the prefill over those of a large matmul. Where parts are on several
+    devices, bandwidth and matmul are what those devices reach when they take turns with their parts.
+    """
+
+    model: str
+    precision: str
+    prompt_tokens: int
+    new_tokens: int
+    streams: int
+    threads: int
+    torch_version: str
+    load_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    time_to_first_token_s: float
+    decode_step_s: float
+    decode_efficiency: float
+    prefill_efficiency: float
+    read_bandwidth_bytes_per_s: float
+    matmul_flops_per_s: float
+    matmul_dtype: str
+    step_weight_bytes: int
+    stages: tuple[PartReport, ...]
+    coordinator: PartReport
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Cached tokens of a stream before the first and after the last timed decode step."""
+        first = self.prompt_tokens + NUM_UNTIMED_STEPS
+        return first, first + self.new_tokens
+
+
+def summarise(
+    chat_model: ChatModel,
+    workload: Workload,
+    prefill: Phase,
+    decode: Phase,
+    *,
+    first_token_s: float,
+    health: AbstractSequence[Pong],
+    resident_bytes: int,
+    rooflines: Mapping[str, Roofline],
+) -> BenchReport:
+    """Everything that is reported, from what was measured; `rooflines` by device."""
+    plan, ready = chat_model.cluster.plan, chat_model.cluster.ready
+    stages = tuple(_stage(chat_model, index, pong, prefill, decode) for index, pong in enumerate(health))
+    ends = _ends(chat_model, prefill, decode, resident_bytes)
+    step_bytes = sum(part.weight_bytes for part in (*stages, ends))
+    bandwidth = step_bytes / sum(
+        part.weight_bytes / rooflines[part.device].read_bandwidth_bytes_per_s for part in (*stages, ends)
+    )
+    flops = matmul_flops(plan, rooflines)
+    step_s = decode.wall_s / len(decode.timings)
+    num_operations = workload.num_streams * prefill_flops(chat_model.config, workload.num_prompt_tokens)
+    return BenchReport(
+        model=chat_model.config.name or chat_model.model_dir.name,
+        precision="/".join(dict.fromkeys(stage.precision for stage in plan.stages)),
+        prompt_tokens=workload.num_prompt_tokens,
+        new_tokens=workload.num_new_tokens,
+        streams=workload.num_streams,
+        threads=torch.get_num_threads(),
+        torch_version=str(torch.__version__),
+        load_s=max(message.load_s for message in ready),
+        prefill_tokens_per_s=workload.num_streams * workload.num_prompt_tokens / prefill.wall_s,
+        decode_tokens_per_s=workload.num_streams / step_s,
+        time_to_first_token_s=first_token_s,
+        decode_step_s=step_s,
+        decode_efficiency=step_bytes / step_s / bandwidth,
+        prefill_efficiency=num_operations / prefill.wall_s / flops,
+        read_bandwidth_bytes_per_s=bandwidth,
+        matmul_flops_per_s=flops,
+        matmul_dtype="/".join(dict.fromkeys(roofline.matmul_dtype for roofline in rooflines.values())),
+        step_weight_bytes=step_bytes,
+        stages=stages,
+        coordinator=ends,
+    )
+
+
+def matmul_flops(plan: Plan, rooflines: Mapping[str, Roofline]) -> float:
+    """What the stages' devices reach together when each does its layers' share, one after the other."""
+    spent = sum((s.layer_end - s.layer_start) / rooflines[s.device].matmul_flops_per_s for s in plan.stages)
+    return plan.num_layers / spent
+
+
+def _stage(chat_model: ChatModel, index: int, pong: Pong, prefill: Phase, decode: Phase) -> PartReport:
+    stage, ready = chat_model.cluster.plan.stages[index], chat_model.cluster.ready[index]
+    return _part(
+        prefill,
+        decode,
+        lambda timing: timing.stages[index],
+        device=stage.device,
+        layers=stage.layers_text,
+        precision=stage.precision,
+        resident_bytes=pong.resident_bytes,
+        weight_bytes=ready.weight_bytes,
+        kernel_path=ready.kernel_path,
+    )
+
+
+def _ends(chat_model: ChatModel, prefill: Phase, decode: Phase, resident_bytes: int) -> PartReport:
+    ends, head = chat_model.cluster.plan.ends, chat_model.engine.head
+    return _part(
+        prefill,
+        decode,
+        lambda timing: timing.ends,
+        device=ends.lm_head_device,
+        layers="ends",
+        precision=ends.lm_head_precision,
+        resident_bytes=resident_bytes,
+        weight_bytes=head.num_bytes,
+        kernel_path=head.kernel_path,
+    )
+
+
+def _part(
+    prefill: Phase, decode: Phase, share: Callable[[StepTiming], StageShare | EndsShare], **what: Any
+) -> PartReport:
+    """A part's report from its share of every step."""
+    compute_s = [sum(share(timing).compute_s for timing in phase.timings) for phase in (prefill, decode)]
+    wire_s = [sum(share(timing).wire_s for timing in phase.timings) for phase in (prefill, decode)]
+    return PartReport(
+        compute_s=sum(compute_s),
+        wire_s=sum(wire_s),
+        busy_share=sum(compute_s) / (prefill.wall_s + decode.wall_s),
+        decode_compute_s=compute_s[1],
+        decode_wire_s=wire_s[1],
+        **what,
+    )

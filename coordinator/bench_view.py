@@ -1,0 +1,143 @@
+"""What a terminal shows of a measurement: its progress, then a table and bars."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from coordinator.bench import Reporter
+from coordinator.bench_report import BenchReport, PartReport
+from coordinator.progress import format_bytes
+
+_BAR_WIDTH = 24
+_DRAW_INTERVAL_S = 1.0
+_WIDTH = 100  # where the stream is no terminal
+_COLUMNS = ("part", "device", "layers", "precision", "compute", "wire", "busy", "weights", "resident")
+
+
+@contextmanager
+def progress_on(stream: TextIO) -> Iterator[Reporter]:
+    """A bar for each thing being done on a terminal, elsewhere a line when it begins."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        console=Console(file=stream),
+        transient=True,
+        auto_refresh=False,  # a thread that draws would take time from what is measured
+        disable=not stream.isatty(),
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+        drawn_at_s = 0.0
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal drawn_at_s
+            if what not in tasks:
+                if progress.disable:
+                    print(f"measuring: {what}", file=stream, flush=True)
+                tasks[what] = progress.add_task(what, total=total)
+                drawn_at_s = 0.0
+            progress.update(tasks[what], completed=done)
+            if time.monotonic() > drawn_at_s + _DRAW_INTERVAL_S:
+                drawn_at_s = time.monotonic()
+                progress.refresh()
+
+        yield report
+
+
+def show(report: BenchReport, stream: TextIO) -> None:
+    """The figures, a table of the processes, and bars of a decode step and of both efficiencies."""
+    console = Console(file=stream, highlight=False, width=None if stream.isatty() else _WIDTH)
+    for line in _headlines(report):
+        console.print(line, markup=False)
+    console.print(_table(report))
+    for path in dict.fromkeys(part.kernel_path for _, part in _parts(report)):
+        names = ", ".join(name for name, part in _parts(report) if part.kernel_path == path)
+        console.print(f"{names}: {path}", markup=False, style="dim")
+    for bar in (*_step_bars(report), *_efficiency_bars(report)):
+        console.print(bar, no_wrap=True, overflow="crop")
+
+
+def _headlines(report: BenchReport) -> tuple[str, ...]:
+    first, last = report.context
+    streams = f"{report.streams} streams together" if report.streams > 1 else "1 stream"
+    return (
+        f"{report.model}, {report.precision}, {report.threads} threads, {streams}, torch {report.torch_version}",
+        f"prefill  {report.prefill_tokens_per_s:10.1f} tokens/s   prompts of {report.prompt_tokens} tokens, "
+        f"first token after {report.time_to_first_token_s:.2f} s",
+        f"decode   {report.decode_tokens_per_s:10.1f} tokens/s   {1000 * report.decode_step_s:.1f} ms a step over "
+        f"{report.new_tokens} steps, context {first} to {last}",
+    )
+
+
+def _table(report: BenchReport) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in _COLUMNS:
+        is_text = name in ("part", "device", "layers", "precision")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    for name, part in _parts(report):
+        table.add_row(
+            name,
+            part.device,
+            part.layers,
+            part.precision,
+            f"{part.compute_s:.2f} s",
+            f"{part.wire_s:.2f} s",
+            f"{part.busy_share:.1%}",
+            format_bytes(part.weight_bytes),
+            format_bytes(part.resident_bytes),
+        )
+    return table
+
+
+def _parts(report: BenchReport) -> list[tuple[str, PartReport]]:
+    stages = [(f"stage {number}", stage) for number, stage in enumerate(report.stages, start=1)]
+    return [*stages, ("ends", report.coordinator)]
+
+
+def _step_bars(report: BenchReport) -> list[Text]:
+    """Where the time of a decode step goes."""
+    decode_s = report.decode_step_s * report.new_tokens
+    rows = [(name, part.decode_compute_s) for name, part in _parts(report)]
+    rows.append(("wire", sum(stage.decode_wire_s for stage in report.stages)))
+    rows.append(("the rest", max(0.0, decode_s - sum(seconds for _, seconds in rows))))
+    lines = [Text("\na decode step", style="bold")]
+    for name, seconds in rows:
+        share = seconds / decode_s
+        lines.append(_bar(name, share, "cyan", f"{1000 * seconds / report.new_tokens:8.2f} ms {share:6.1%}"))
+    return lines
+
+
+def _efficiency_bars(report: BenchReport) -> list[Text]:
+    """How near both phases come to what the machine can do."""
+    bandwidth, flops = report.read_bandwidth_bytes_per_s, report.matmul_flops_per_s
+    step = format_bytes(report.step_weight_bytes)
+    return [
+        Text("\nof what the machine can do", style="bold"),
+        _bar(
+            "decode",
+            report.decode_efficiency,
+            "green",
+            f"{report.decode_efficiency:6.1%} of {bandwidth / 1e9:.1f} GB/s ({step} a step)",
+        ),
+        _bar(
+            "prefill",
+            report.prefill_efficiency,
+            "green",
+            f"{report.prefill_efficiency:6.1%} of {flops / 1e12:.2f} TFLOP/s ({report.matmul_dtype} matmul)",
+        ),
+    ]
+
+
+def _bar(name: str, share: float, style: str, text: str) -> Text:
+    filled = round(_BAR_WIDTH * min(1.0, max(0.0, share)))
+    line = Text(f"{name:<12}")
+    line.append("█" * filled, style=style)
+    line.append("·" * (_BAR_WIDTH - filled), style="dim")
+    return line.append(f" {text}")

@@ -1,0 +1,105 @@
+"""`glmpipe bench`: how fast, and how near to what the machine can do."""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from coordinator.commands.options import add_model_options, add_placement_options, plan_request
+from coordinator.commands.session import launched
+from coordinator.errors import UsageError
+from coordinator.plan import is_gpu
+from coordinator.plan_request import Option, PlanRequest
+from coordinator.planning import MAX_KV_TOKENS
+
+HELP = "measure prefill and decode speed, and hold them against what the machine can do"
+EXAMPLES = """\
+examples:
+  glmpipe bench --shape chatglm2-6b --precision int4           # random weights, nothing to download
+  glmpipe bench --shape glm-4-9b --precision int8 --stages 2 --streams 8 --new-tokens 32
+  glmpipe bench --model THUDM/chatglm-6b --layers cuda:0=1-28 --precision int8 --json
+  glmpipe bench --shape tiny                                   # a few seconds, to see what it prints
+
+decode efficiency: bytes of weights read in a step, times steps a second, over the measured read bandwidth
+prefill efficiency: the model's operations a second over those of a 4096-cubed matmul in its best dtype
+
+With --streams, prompts are fed one after the other and then decoded together; tokens/s count all streams. A prompt of
+the same length and one decode step go before what is timed.
+"""
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    from glm.shapes import SHAPES
+
+    group = parser.add_argument_group("what is measured")
+    group.add_argument(
+        "--shape", metavar="NAME", choices=tuple(SHAPES), help=f"random weights of a shape: {', '.join(SHAPES)}"
+    )
+    group.add_argument(
+        "--precision", metavar="P", help="of all layers and lm_head, wherever they are (default: the devices' own)"
+    )
+    group.add_argument("--prompt-tokens", metavar="N", type=int, default=512, help="of each stream (default 512)")
+    group.add_argument("--new-tokens", metavar="N", type=int, default=64, help="timed decode steps (default 64)")
+    group.add_argument("--streams", metavar="N", type=int, default=1, help="sequences at once (default 1)")
+    group.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    add_model_options(parser)
+    add_placement_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Launch, measure, print."""
+    _check(options)
+    if options.shape is not None:
+        options.model = f"random:{options.shape}"
+    import torch
+
+    from coordinator.bench import check_workload, run_bench
+    from coordinator.bench_report import Workload
+    from coordinator.bench_view import progress_on, show
+    from coordinator.worker_command import usable_cores
+
+    workload = Workload(options.prompt_tokens, options.new_tokens, options.streams)
+    request = _request(options, workload.num_streams * workload.tokens_per_stream)
+    torch.set_num_threads(request.num_threads or usable_cores())
+    with (
+        launched(options, request, check=lambda config: check_workload(workload, config)) as chat_model,
+        progress_on(sys.stderr) as report,
+    ):
+        torch.set_num_threads(max(s.num_threads or usable_cores() for s in chat_model.cluster.plan.stages))
+        result = run_bench(chat_model, workload, report)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)), flush=True)
+    else:
+        show(result, sys.stdout)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("prompt_tokens", "new_tokens", "streams"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more")
+    if options.shape is not None and options.model is not None:
+        raise UsageError(f"--shape {options.shape} and --model {options.model} are both given; measure one model")
+    if options.precision is not None:
+        others = [name for name in ("cpu_precision", "gpu_precision", "plan") if getattr(options, name) is not None]
+        if others:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise UsageError(f"--precision {options.precision} and {names} are both given; say it in one place")
+
+
+def _request(options: argparse.Namespace, kv_budget_tokens: int) -> PlanRequest:
+    """The placement that was asked for, with `--precision` for every part of it, and room for the streams' KV."""
+    request = plan_request(options)
+    if request.kv_budget_tokens is None:
+        request = dataclasses.replace(request, kv_budget_tokens=min(kv_budget_tokens, MAX_KV_TOKENS))
+    if options.precision is None:
+        return request
+    precision = Option("--precision", options.precision)
+    has_gpu = any(is_gpu(stage.device) for stage in request.stages)
+    return dataclasses.replace(
+        request,
+        cpu_precision=precision,
+        gpu_precision=precision if has_gpu else None,
+        lm_head_precision=request.lm_head_precision or request.ends_precision or precision,
+    )

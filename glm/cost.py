@@ -1,0 +1,24 @@
+"""What a model costs to compute, from its shape: pure arithmetic."""
+
+import math
+
+from glm.config import ModelConfig
+from glm.layout import layer_sources, lm_head_source
+
+
+def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
+    """Multiplications and additions of feeding a prompt whole and scoring the token after it.
+
+    The matrices of all layers for every token, attention over what each token sees, lm_head for the last token.
+    """
+    per_token = sum(_num_weights(config, layer) for layer in range(config.num_layers))
+    pairs = num_tokens**2 if config.is_prefix_lm else num_tokens * (num_tokens + 1) // 2
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
+    lm_head = sum(math.prod(shape) for shape in lm_head_source(config).shapes.values())
+    return 2 * (num_tokens * per_token + attention + lm_head)
+
+
+def _num_weights(config: ModelConfig, layer: int) -> int:
+    """Elements of a layer's matrices."""
+    shapes = (shape for source in layer_sources(config, layer).values() for shape in source.shapes.values())
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)

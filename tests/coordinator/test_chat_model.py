@@ -1,0 +1,77 @@
+"""What a chat model says of itself and writes down, without workers."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from coordinator.chat_model import ChatModel
+from coordinator.dump import dump
+from coordinator.errors import DumpError
+from coordinator.planning import plan_for
+from glm.config import load_config
+from protocol.client import Delta, Finished, TokenPrompt
+from protocol.wire import encode
+from tests.golden import GoldenSet
+from tests.in_process import in_process_engine
+from tests.tiny_checkpoints import CAUSAL, write_checkpoint
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> ChatModel:
+    """Over no pipeline at all."""
+    write_checkpoint(tmp_path, CAUSAL)
+    config = dataclasses.replace(load_config(tmp_path), name="/home/somebody/" + "deep/" * 100)
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    engine: Any = SimpleNamespace(cancel=lambda _: None)
+    return ChatModel(cluster, engine, config, tmp_path, None)
+
+
+def test_a_description_fits_its_message_however_long_the_models_name_is(chat_model: ChatModel) -> None:
+    """config.json may hold a path of any length; clients get its beginning."""
+    described = chat_model.describe()
+    assert encode(described)
+    assert described.model_name.startswith("/home/somebody/deep/")
+
+
+def test_a_dump_that_cannot_be_written_says_so(
+    chat_model: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file, the reason and the room it needs; no traceback."""
+
+    def row(*_: object) -> torch.Tensor:
+        return torch.zeros(2, 3)
+
+    head = SimpleNamespace(final_norm=row, logits=row)
+    chat_model.engine = SimpleNamespace(  # type: ignore[assignment]
+        head=head, embedding=SimpleNamespace(forward=row), prefill=row, cancel=lambda _: None
+    )
+    monkeypatch.setattr(chat_model, "begin", lambda *_: SimpleNamespace(sequence=SimpleNamespace(sequence_id=1)))
+    chat_model.cluster.inspect = row  # type: ignore[method-assign]
+    with pytest.raises(DumpError, match=r"nowhere/x\.safetensors cannot be written .* make room"):
+        dump(chat_model, [1, 2], tmp_path / "nowhere" / "x.safetensors")
+
+
+def test_answers_that_are_read_in_turns_lose_nothing(shared_dir: Path) -> None:
+    """A step for one iterator moves the other on as well: what it gave is told when that one is read again."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    model = ChatModel(cluster, engine, config, golden.checkpoint_dir, None)
+    sampling = dataclasses.replace(model.describe().defaults, greedy=True, max_new_tokens=7)
+    streams = [model.stream(TokenPrompt(tuple(row.token_ids)), sampling) for _ in range(2)]
+    told: list[list[int]] = [[], []]
+    wholes: list[tuple[int, ...]] = [(), ()]
+    for _ in range(20):
+        for index, stream in enumerate(streams):
+            event = next(stream, None)
+            if isinstance(event, Delta):
+                told[index] += event.token_ids
+            elif isinstance(event, Finished):
+                wholes[index] = event.token_ids
+    assert wholes == [row.greedy_ids[:7]] * 2
+    assert [tuple(ids) for ids in told] == wholes
