@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from glm.config import ModelConfig
 from glm.errors import CacheGapError, SegmentError
+from glm.kernels.native import NativeKernels
 from glm.kv_cache import SequenceCache
 from glm.positions import PromptLayout, token_positions, visible_keys
 from glm.rotary import RotaryTable, rotary_table
@@ -30,9 +31,15 @@ class Geometry:
     segments: tuple[Segment, ...]
     rotary: RotaryTable
     visible: tuple[torch.Tensor | None, ...]
+    kernels: NativeKernels | None = None
 
 
-def make_geometry(segments: Sequence[Segment], config: ModelConfig, device: torch.device) -> Geometry:
+def make_geometry(
+    segments: Sequence[Segment],
+    config: ModelConfig,
+    device: torch.device,
+    kernels: NativeKernels | None = None,
+) -> Geometry:
     """Compute positions, rotary tables and visibility once for all layers.
 
     Raises:
@@ -46,6 +53,7 @@ def make_geometry(segments: Sequence[Segment], config: ModelConfig, device: torc
         segments=tuple(segments),
         rotary=rotary_table(torch.cat(positions, dim=1), config, device),
         visible=tuple(None if mask is None else mask.to(device) for mask in masks),
+        kernels=kernels,
     )
 
 
@@ -76,9 +84,15 @@ def attend(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tenso
     Returns:
         [num_tokens, num_heads * head_dim].
     """
-    out = torch.empty_like(query)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     start = 0
     for segment, visible in zip(geometry.segments, geometry.visible, strict=True):
+        if geometry.kernels is not None and segment.num_tokens == 1:
+            cached = segment.cache.tensors(layer)
+            parts = (query[start], key[start], value[start])
+            geometry.kernels.attend(*parts, cached, segment.start_pos, out[start])
+            start += 1
+            continue
         new = slice(start, start + segment.num_tokens)
         keys, values = segment.cache.write(layer, key[new], value[new])
         out[new] = _attend_one(query[new], keys, values, visible)

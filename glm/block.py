@@ -21,6 +21,7 @@ class Block(Protocol):
     """What a range of layers is made of."""
 
     num_bytes: int
+    kernel_path: str
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; `layer` counts from the start of the range."""
@@ -34,7 +35,9 @@ class _Linears:
         self.dense = build_linear(parts, "dense", placement)
         self.up = build_linear(parts, "dense_h_to_4h", placement)
         self.down = build_linear(parts, "dense_4h_to_h", placement)
-        self.num_bytes = sum(x.num_bytes for x in (self.query_key_value, self.dense, self.up, self.down))
+        linears = (self.query_key_value, self.dense, self.up, self.down)
+        self.num_bytes = sum(x.num_bytes for x in linears)
+        self.kernel_path = " and ".join(sorted({x.path for x in linears}))
 
 
 class PrefixBlock:
@@ -52,6 +55,7 @@ class PrefixBlock:
             for name in ("input_layernorm", "post_attention_layernorm")
         )
         self.num_bytes = self.linears.num_bytes
+        self.kernel_path = self.linears.kernel_path
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         normed = self.input_norm(hidden)
@@ -75,29 +79,44 @@ class CausalBlock:
         self.config = config
         self.linears = _Linears(parts, placement)
 
-        def norm(name: str) -> RMSNorm | None:
-            weight = f"{name}.weight"
-            return RMSNorm(build_vector(parts, weight, placement), config.norm_eps) if weight in parts else None
+        self._kernels = placement.step_kernels
 
-        self.input_norm = RMSNorm(build_vector(parts, "input_layernorm.weight", placement), config.norm_eps)
-        self.post_norm = RMSNorm(build_vector(parts, "post_attention_layernorm.weight", placement), config.norm_eps)
-        self.attention_out_norm = norm("post_self_attn_layernorm")
-        self.mlp_out_norm = norm("post_mlp_layernorm")
+        def norm(name: str) -> RMSNorm:
+            weight = build_vector(parts, f"{name}.weight", placement)
+            return RMSNorm(weight, config.norm_eps, placement.kernels)
+
+        def optional_norm(name: str) -> RMSNorm | None:
+            return norm(name) if f"{name}.weight" in parts else None
+
+        self.input_norm, self.post_norm = norm("input_layernorm"), norm("post_attention_layernorm")
+        self.attention_out_norm = optional_norm("post_self_attn_layernorm")
+        self.mlp_out_norm = optional_norm("post_mlp_layernorm")
         self.num_bytes = self.linears.num_bytes
+        self.kernel_path = self.linears.kernel_path
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         attended = self._attention(self.input_norm(hidden), geometry, layer)
         hidden = hidden + (self.attention_out_norm(attended) if self.attention_out_norm else attended)
-        gate, up = self.linears.up(self.post_norm(hidden)).chunk(2, dim=-1)
-        expanded = self.linears.down(functional.silu(gate) * up)
+        expanded = self.linears.down(self._gate(self.linears.up(self.post_norm(hidden))))
         return hidden + (self.mlp_out_norm(expanded) if self.mlp_out_norm else expanded)
+
+    def _gate(self, x: torch.Tensor) -> torch.Tensor:
+        if self._kernels is not None:
+            return self._kernels.gate(x)
+        gate, up = x.chunk(2, dim=-1)
+        return functional.silu(gate) * up
 
     def _attention(self, normed: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         config = self.config
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         fused = self.linears.query_key_value(normed).view(normed.shape[0], -1, config.head_dim)
-        query, key, value = fused.split(sizes, dim=1)
-        query, key = rotate_neighbours(query, geometry.rotary), rotate_neighbours(key, geometry.rotary)
+        if self._kernels is not None:
+            table = geometry.rotary
+            self._kernels.rotate(fused, config.num_heads + config.num_kv_heads, table.cos, table.sin)
+            query, key, value = fused.split(sizes, dim=1)
+        else:
+            query, key, value = fused.split(sizes, dim=1)
+            query, key = rotate_neighbours(query, geometry.rotary), rotate_neighbours(key, geometry.rotary)
         return self.linears.dense(attend(geometry, layer, query, key, value))
 
 

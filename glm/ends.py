@@ -7,11 +7,10 @@ from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.errors import GlmError
 from glm.layout import embedding_source, final_norm_sources, lm_head_source
-from glm.linear import make_linear, tensor_bytes
+from glm.linear import Weight, make_linear, pack, tensor_bytes
 from glm.norm import LayerNorm, RMSNorm
 from glm.precision import Precision, compute_dtype
-from glm.quantization import QuantizedWeight
-from glm.weights import Placement, build_vector, build_weight, kernel_path, read_parts
+from glm.weights import Placement, build_vector, build_weight, read_parts
 
 
 def end_placement(precision: Precision, device: torch.device, config: ModelConfig) -> Placement:
@@ -22,7 +21,7 @@ def end_placement(precision: Precision, device: torch.device, config: ModelConfi
 class Embedding:
     """The word embedding, at a precision, on a device."""
 
-    def __init__(self, table: torch.Tensor | QuantizedWeight, placement: Placement) -> None:
+    def __init__(self, table: Weight, placement: Placement) -> None:
         self.table = table
         self.placement = placement
 
@@ -34,17 +33,18 @@ class Embedding:
             CheckpointError: it is missing or misshapen.
         """
         stored = read_parts(checkpoint, {"table": embedding_source(config)}, config)["table"]
-        return cls(build_weight(stored, placement), placement)
+        table = build_weight(stored, placement)
+        return cls(pack(table, placement.kernels) if config.tied_ends else table, placement)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the table."""
-        return self.table.num_bytes if isinstance(self.table, QuantizedWeight) else tensor_bytes(self.table)
+        return tensor_bytes(self.table) if isinstance(self.table, torch.Tensor) else self.table.num_bytes
 
     @property
     def vocab_size(self) -> int:
         """Rows of the table."""
-        return self.table.num_rows if isinstance(self.table, QuantizedWeight) else self.table.shape[0]
+        return self.table.shape[0] if isinstance(self.table, torch.Tensor) else self.table.num_rows
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [num_tokens] -> [num_tokens, hidden_size] in the placement's dtype.
@@ -56,9 +56,9 @@ class Embedding:
         if wrong.numel():
             raise GlmError(f"token id {int(wrong[0])} is outside the vocabulary of {self.vocab_size}")
         ids = token_ids.to(self.placement.device)
-        if isinstance(self.table, QuantizedWeight):
-            return self.table.rows(ids).dequantize(self.placement.dtype)
-        return functional.embedding(ids, self.table)
+        if isinstance(self.table, torch.Tensor):
+            return functional.embedding(ids, self.table)
+        return self.table.rows(ids).dequantize(self.placement.dtype)
 
 
 class Head:
@@ -68,12 +68,12 @@ class Head:
         self,
         norm: LayerNorm | RMSNorm,
         norm_placement: Placement,
-        lm_head: torch.Tensor | QuantizedWeight,
+        lm_head: Weight,
         lm_head_placement: Placement,
     ) -> None:
         self._norm = norm
         self._norm_placement = norm_placement
-        self._lm_head = make_linear(lm_head, None)
+        self._lm_head = make_linear(lm_head, None, lm_head_placement.kernels)
         self._lm_head_placement = lm_head_placement
 
     @classmethod
@@ -95,7 +95,7 @@ class Head:
         final_norm = (
             LayerNorm(weight, build_vector(parts, "bias", norm), config.norm_eps)
             if config.is_prefix_lm
-            else RMSNorm(weight, config.norm_eps)
+            else RMSNorm(weight, config.norm_eps, norm.kernels)
         )
         if config.tied_ends and embedding is not None and embedding.placement == lm_head:
             return cls(final_norm, norm, embedding.table, lm_head)
@@ -113,7 +113,7 @@ class Head:
     @property
     def kernel_path(self) -> str:
         """Which arithmetic the output projection takes, for people."""
-        return kernel_path(self._lm_head_placement)
+        return self._lm_head.path
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] of any dtype and device -> the same shape where the norm is."""

@@ -61,6 +61,10 @@ class SequenceCache:
         values[:, self.length : end] = value.transpose(0, 1)
         return keys[:, :end], values[:, :end]
 
+    def tensors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of a layer with all their room, each [num_kv_heads, capacity, head_dim]."""
+        return self._keys[layer], self._values[layer]
+
     def commit(self, num_new: int) -> None:
         """Count the tokens written since the last commit."""
         self.length += num_new

@@ -1,6 +1,6 @@
-"""The two kinds of linear layer, with one call: `[num_tokens, in_features] -> [num_tokens, out_features]`.
+"""The kinds of linear layer, with one call: `[num_tokens, in_features] -> [num_tokens, out_features]`.
 
-A faster way to multiply by quantised weights replaces `QuantizedLinear` and nothing else.
+A faster way to multiply by a kind of weight is one class more here, and nothing else.
 """
 
 from typing import Protocol
@@ -8,8 +8,18 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from glm.kernels.memory import empty_weight
+from glm.kernels.native import NativeKernels, NativeWeight
+from glm.kernels.packed import PackedWeight
 from glm.precision import Precision
 from glm.quantization import QuantizedWeight, quantize, unpack_int4
+
+Weight = torch.Tensor | QuantizedWeight | PackedWeight
+
+# docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one. Beyond the
+# second, in long prompts, speed goes before the last digits: 16-bit activations or, with a matrix unit, bf16.
+MOST_NATIVE_BF16_TOKENS = 8
+MOST_EXACT_TOKENS = 64
 
 
 class Linear(Protocol):
@@ -18,6 +28,10 @@ class Linear(Protocol):
     @property
     def num_bytes(self) -> int:
         """Bytes of weight, scales and bias."""
+
+    @property
+    def path(self) -> str:
+        """Which arithmetic it takes, for people."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in_features] -> [num_tokens, out_features], both in the compute dtype."""
@@ -33,6 +47,10 @@ class DenseLinear:
     @property
     def num_bytes(self) -> int:
         return tensor_bytes(self.weight, self.bias)
+
+    @property
+    def path(self) -> str:
+        return f"torch matmul, {_name(self.weight.dtype)}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -50,11 +68,42 @@ class QuantizedLinear:
     def num_bytes(self) -> int:
         return self.weight.num_bytes + tensor_bytes(self.bias)
 
+    @property
+    def path(self) -> str:
+        return "torch dequantise + matmul"
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], self.weight.num_rows)
         for block in self._blocks:
             out[:, block] = functional.linear(x, self.weight.rows(block).dequantize(x.dtype))
         return out if self.bias is None else out.add_(self.bias)
+
+
+class NativeLinear:
+    """A bf16 or packed weight in CPU memory, multiplied by the native kernels; bf16 for many tokens is torch's."""
+
+    def __init__(self, weight: torch.Tensor | PackedWeight, native: NativeWeight, kernels: NativeKernels) -> None:
+        self.weight = weight
+        self.native = native
+        self._kernels = kernels
+        self._dense = DenseLinear(native.values, native.bias) if native.dtype == torch.bfloat16 else None
+
+    @property
+    def num_bytes(self) -> int:
+        return tensor_bytes(self.native.values, self.native.scales, self.native.bias)
+
+    @property
+    def path(self) -> str:
+        return f"native {self._kernels.name}, {_name(self.native.dtype)}"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._dense is not None and x.shape[0] > MOST_NATIVE_BF16_TOKENS:
+            return self._dense(x)
+        if x.shape[0] <= MOST_EXACT_TOKENS or self._dense is not None:
+            return self._kernels.product(x, self.native)
+        if self._kernels.has_matrix_unit:
+            return self._kernels.product_by_blocks(x, self.native)
+        return self._kernels.product(x, self.native, exact=False)
 
 
 def make_weight(
@@ -78,14 +127,32 @@ def make_weight(
     return owned(stored, dtype, device)
 
 
-def make_linear(weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None) -> Linear:
-    """The linear layer for a weight as `make_weight` returns it."""
+def pack(weight: Weight, kernels: NativeKernels | None) -> Weight:
+    """A quantised weight in the layout of the kernels, where they know its kind; any other as it is."""
+    packed = kernels.pack(weight) if kernels is not None and isinstance(weight, QuantizedWeight) else None
+    return weight if packed is None else packed
+
+
+def make_linear(weight: Weight, bias: torch.Tensor | None, kernels: NativeKernels | None) -> Linear:
+    """The linear layer for a weight as `make_weight` or `pack` returns it, with `kernels` where they know its kind."""
+    weight = pack(weight, kernels)
+    if kernels is not None and not isinstance(weight, QuantizedWeight):
+        native = kernels.prepare(weight, bias)
+        if native is not None:
+            return NativeLinear(weight, native, kernels)
+    assert not isinstance(weight, PackedWeight), "packed weights need kernels"
     return QuantizedLinear(weight, bias) if isinstance(weight, QuantizedWeight) else DenseLinear(weight, bias)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def owned(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A contiguous copy that does not hold on to a mapped file."""
-    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+    if device.type != "cpu":
+        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+    return empty_weight(tensor.shape, dtype).copy_(tensor)
 
 
 def tensor_bytes(*tensors: torch.Tensor | None) -> int:

@@ -14,7 +14,7 @@ from glm.kv_cache import SequenceCache
 from glm.layout import layer_sources
 from glm.positions import prompt_layout
 from glm.precision import Precision, compute_dtype
-from glm.weights import Placement, kernel_path, read_parts
+from glm.weights import Placement, read_parts
 
 LoadProgress = Callable[[int, int, int], None]
 LayerObserver = Callable[[int, torch.Tensor], None]
@@ -65,7 +65,7 @@ class LayerStack:
     @property
     def kernel_path(self) -> str:
         """Which arithmetic the linear layers take, for people."""
-        return kernel_path(self.placement)
+        return self.blocks[0].kernel_path
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -106,7 +106,7 @@ class LayerStack:
         hidden = hidden.to(self.placement.device, self.placement.dtype)
         if not segments:
             return hidden
-        geometry = make_geometry(segments, self.config, self.placement.device)
+        geometry = make_geometry(segments, self.config, self.placement.device, self.placement.step_kernels)
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
         for index, block in enumerate(self.blocks):

@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional
 
+from glm.kernels.native import NativeKernels
+
 
 class LayerNorm:
     """ChatGLM-6B: mean and variance, weight and bias."""
@@ -18,11 +20,14 @@ class LayerNorm:
 class RMSNorm:
     """Later families: mean of squares, weight only; eps inside the root."""
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, kernels: NativeKernels | None = None) -> None:
         self.weight, self.eps = weight, eps
+        self._kernels = kernels if kernels is not None and kernels.can_step(weight) else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same."""
+        if self._kernels is not None:
+            return self._kernels.rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.float32)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(x.dtype)

@@ -1,13 +1,14 @@
 """From named tensors on disk to the parts a block or an end is made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.errors import CheckpointError
+from glm.kernels.native import NativeKernels, best_kernels
 from glm.layout import Source
 from glm.linear import Linear, make_linear, make_weight, owned
 from glm.precision import Precision
@@ -18,17 +19,21 @@ StoredPart = torch.Tensor | QuantizedWeight
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how a part is held: `dtype` is that of activations, and of what is never quantised (norms, biases)."""
+    """Where and how a part is held: `dtype` is that of activations, and of what is never quantised (norms, biases).
+
+    `kernels` compute where the device is the CPU and they know the kind of weight; torch does where there are none.
+    """
 
     precision: Precision
     dtype: torch.dtype
     device: torch.device
+    kernels: NativeKernels | None = field(default_factory=best_kernels)
 
-
-def kernel_path(placement: Placement) -> str:
-    """Which arithmetic linear layers take there, for people."""
-    kind = "dequantise + matmul" if placement.precision.is_quantized else "matmul"
-    return f"torch {kind}, {str(placement.dtype).removeprefix('torch.')}"
+    @property
+    def step_kernels(self) -> NativeKernels | None:
+        """The kernels if they do more than linear layers with tensors so placed."""
+        example = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self.kernels if self.kernels is not None and self.kernels.can_step(example) else None
 
 
 def read_parts(checkpoint: TensorSource, sources: Mapping[str, Source], config: ModelConfig) -> dict[str, StoredPart]:
@@ -78,7 +83,7 @@ def build_weight(stored: StoredPart, placement: Placement) -> StoredPart:
 def build_linear(parts: Mapping[str, StoredPart], name: str, placement: Placement) -> Linear:
     """The linear layer `name`, from `name.weight` and, where there is one, `name.bias`."""
     bias = build_vector(parts, f"{name}.bias", placement) if f"{name}.bias" in parts else None
-    return make_linear(build_weight(parts[f"{name}.weight"], placement), bias)
+    return make_linear(build_weight(parts[f"{name}.weight"], placement), bias, placement.kernels)
 
 
 def build_vector(parts: Mapping[str, StoredPart], name: str, placement: Placement) -> torch.Tensor:

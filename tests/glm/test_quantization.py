@@ -169,7 +169,7 @@ def test_sizes_are_counted() -> None:
     """Bytes of values, scales and bias."""
     assert quantize(normal(8, 64), Precision.INT8).num_bytes == 8 * 64 + 8 * 4
     assert quantize(normal(8, 64), Precision.INT4).num_bytes == 8 * 32 + 8 * 2 * 2
-    linear = make_linear(make_weight(normal(8, 64), Precision.BF16, torch.bfloat16, CPU), torch.zeros(8))
+    linear = make_linear(make_weight(normal(8, 64), Precision.BF16, torch.bfloat16, CPU), torch.zeros(8), None)
     assert linear.num_bytes == 2 * 8 * 64 + 4 * 8
 
 

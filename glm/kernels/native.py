@@ -1,0 +1,226 @@
+"""The native CPU kernels: libraries built at install time (setup.py), one for each instruction set, called by ctypes.
+
+A product with few rows of activations costs what reading the weights costs. bf16 weights are multiplied by bf16
+activations and summed in fp32. Integer weights enter exactly, and their products with fp32 activations are as exact as
+torch's in fp32 (relative rms error 3e-7). AVX-512 has them by rounding activations to 24 bits, relative to the largest
+of each 32 columns, and multiplying byte by byte. Where that is asked for, it takes 16 bits in two thirds of the time:
+relative rms error 2e-5, a tenth of what fp16 activations would lose; the other libraries are exact always.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from glm.kernels.memory import empty_weight
+from glm.kernels.packed import GROUP_COLUMNS, PackedWeight, pack_scales, packed_shape
+from glm.quantization import QuantizedWeight
+
+# Best first.
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+_BLOCK_ELEMENTS = 1 << 20
+
+
+class _Weight(ctypes.Structure):
+    """Mirrors `Weight` in native/product.h."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("grouped", ctypes.c_int32),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """Mirrors `Attention` in native/step.cpp."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("query", "key", "value")],
+        *[(name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
+        *[(name, ctypes.c_int64) for name in ("capacity", "length", "heads", "kv_heads", "head_dim")],
+        ("out", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NativeWeight:
+    """A weight as the kernels see it; `dtype` is that of activations, bias and result."""
+
+    pointers: _Weight
+    dtype: torch.dtype
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+class NativeKernels:
+    """The kernels of one instruction set."""
+
+    def __init__(self, name: str, library: ctypes.CDLL) -> None:
+        self.name = name
+        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._product = _function(library.glm_product, pointer, pointer, size, pointer, flag, flag)
+        self._pack = _function(library.glm_pack, pointer, size, size, flag, pointer, flag)
+        self._unpack = _function(library.glm_unpack, pointer, size, size, pointer, flag)
+        self.has_matrix_unit = bool(library.glm_has_matrix_unit())
+        self._read = _function(library.glm_read, pointer, size, flag)
+        self._rms_norm = _function(
+            library.glm_rms_norm, pointer, pointer, ctypes.c_float, size, size, pointer, flag, flag
+        )
+        self._gate = _function(library.glm_gate, pointer, size, size, pointer, flag, flag)
+        self._rotate = _function(
+            library.glm_rotate, pointer, size, size, size, size, pointer, pointer, size, flag, flag
+        )
+        self._attend = _function(library.glm_attend, pointer, flag, flag)
+
+    def pack(self, weight: QuantizedWeight) -> PackedWeight | None:
+        """The weight in the layout of the kernels, in memory of its own; None for a kind that they do not know."""
+        scales, num_groups = weight.scales, weight.scales.shape[1]
+        if num_groups > 1 and (weight.bits, num_groups * GROUP_COLUMNS) != (4, weight.num_columns):
+            return None
+        if weight.values.device.type != "cpu" or not weight.values.numel():
+            return None
+        source = weight.values.contiguous()
+        values = empty_weight(packed_shape(weight), torch.uint8)
+        size = (weight.num_rows, weight.num_columns)
+        self._pack(source.data_ptr(), *size, weight.bits, values.data_ptr(), torch.get_num_threads())
+        dtype = torch.float16 if num_groups > 1 else torch.float32
+        return PackedWeight(values, pack_scales(scales.to(dtype)), weight.bits, *size)
+
+    def prepare(self, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> NativeWeight | None:
+        """What `product` takes, pointing at the same memory; None for a kind of weight that it does not know."""
+        if isinstance(weight, PackedWeight):
+            values, dtype = weight.values, torch.float32
+            scales: torch.Tensor | None = weight.scales
+            size = (weight.num_rows, weight.num_columns, weight.bits, weight.scales.shape[1] > 1)
+        else:
+            values, scales, dtype = weight, None, torch.bfloat16
+            size = (weight.shape[0], weight.shape[1], 16, False)
+            if weight.dtype != dtype or weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
+                return None
+        if bias is not None and bias.dtype != dtype:
+            return None
+        pointers = _Weight(values.data_ptr(), _pointer(scales), _pointer(bias), *size)
+        return NativeWeight(pointers, dtype, values, scales, bias)
+
+    def product(self, x: torch.Tensor, weight: NativeWeight, exact: bool = True) -> torch.Tensor:
+        """x [num_tokens, columns] times the weight [rows, columns], plus its bias -> [num_tokens, rows].
+
+        Both in bf16 for a bf16 weight, in fp32 for an integer one; of the latter, `exact` products or faster ones. A
+        row of the result depends on its row of `x` alone, bit for bit, and on no number of threads.
+        """
+        assert x.dtype == weight.dtype and x.shape[1] == weight.pointers.columns
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], weight.pointers.rows, dtype=x.dtype)
+        threads = torch.get_num_threads()
+        self._product(
+            ctypes.addressof(weight.pointers), x.data_ptr(), x.shape[0], out.data_ptr(), 3 if exact else 2, threads
+        )
+        return out
+
+    def product_by_blocks(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
+        """The product of an integer weight in bf16: a few rows at a time are dequantised, and torch multiplies.
+
+        For many tokens and a matrix unit; x and the result in fp32, rounded to bf16 (relative rms error 4e-3).
+        """
+        rows, columns, threads = weight.pointers.rows, weight.pointers.columns, torch.get_num_threads()
+        step = max(16, _BLOCK_ELEMENTS // columns // 16 * 16)
+        block = torch.empty(min(step, rows), columns, dtype=torch.bfloat16)
+        narrow, out = x.to(torch.bfloat16), torch.empty(x.shape[0], rows)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            self._unpack(ctypes.addressof(weight.pointers), start, count, block.data_ptr(), threads)
+            out[:, start : start + count] = functional.linear(narrow, block[:count])
+        return out if weight.bias is None else out.add_(weight.bias)
+
+    def can_step(self, example: torch.Tensor) -> bool:
+        """Whether the four functions below compute with tensors like this one."""
+        return example.device.type == "cpu" and example.dtype in (torch.float32, torch.bfloat16)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[num_tokens, size] -> the same: `norm.RMSNorm` in one pass."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), half, threads)
+        return out
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, 2 * size] -> [num_tokens, size]: SiLU of the first half times the second."""
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype)
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        self._gate(x.data_ptr(), *out.shape, out.data_ptr(), half, threads)
+        return out
+
+    def rotate(self, x: torch.Tensor, num_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotate neighbours in the first heads of x [num_tokens, more heads, head_dim], in place.
+
+        `cos` and `sin`: fp32 [num_tokens, ..., pairs], as in `rotary.RotaryTable` for one-dimensional positions.
+        """
+        num_tokens, all_heads, head_dim = x.shape
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        stride, tables = all_heads * head_dim, (cos.data_ptr(), sin.data_ptr())
+        self._rotate(x.data_ptr(), num_tokens, stride, num_heads, head_dim, *tables, cos.shape[-1], half, threads)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        length: int,
+        out: torch.Tensor,
+    ) -> None:
+        """One token's attention; its key and value go into the cache behind `length` others.
+
+        query [num_heads, head_dim], key and value [num_kv_heads, head_dim], `cached` both [num_kv_heads, capacity,
+        head_dim] and contiguous, out [num_heads, head_dim].
+        """
+        keys, values = cached
+        kv_heads, capacity, head_dim = keys.shape
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        strides = (query.stride(0), key.stride(0), value.stride(0))
+        sizes = (capacity, length, query.shape[0], kv_heads, head_dim)
+        call = _Attention(*pointers, *strides, keys.data_ptr(), values.data_ptr(), *sizes, out.data_ptr())
+        self._attend(ctypes.addressof(call), query.dtype == torch.bfloat16, torch.get_num_threads())
+
+    def read(self, memory: torch.Tensor) -> None:
+        """Read a tensor's memory, with as many threads as a product would use."""
+        self._read(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads())
+
+
+def _function(function: Any, *argument_types: type) -> Any:
+    function.restype, function.argtypes = None, argument_types
+    return function
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def load_kernels(name: str) -> NativeKernels | None:
+    """The kernels of one of `INSTRUCTION_SETS`; None if they were not built or this processor lacks it."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_{name}{suffix}")
+        if path.is_file():
+            library = ctypes.CDLL(str(path))
+            return NativeKernels(name, library) if library.glm_supported() else None
+    return None
+
+
+@cache
+def best_kernels() -> NativeKernels | None:
+    """The kernels of the best instruction set at hand; None where none were built."""
+    return next((kernels for name in INSTRUCTION_SETS if (kernels := load_kernels(name)) is not None), None)

@@ -1,0 +1,215 @@
+// AVX-512 with VNNI: activations as two or three signed bytes each, multiplied exactly by unsigned (offset) weights.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "product.h"
+
+constexpr int64_t kAhead = 4096;  // bytes: how far ahead of use memory is asked for
+
+// 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), the first of these only
+// with three Terms. `start` takes back what the weights' offset of 8 or 128 adds to the products: [0] for the two
+// lowest bytes, [1] for the highest.
+template <int Terms>
+struct Group {
+    int8_t bytes[Terms][kGroup];
+    int32_t start[2];
+    float scale;
+};
+
+template <int Offset, int Terms>
+inline void prepare_group(__m512 first, __m512 second, Group<Terms> &out) {
+    constexpr float largest = Terms == 3 ? 127 * 65536 : 127 * 256;
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+    const __m512 inverse = _mm512_set1_ps(top > 0 ? largest / top : 0);
+    __m512i low_sum = _mm512_setzero_si512(), high_sum = low_sum;
+    for (int half = 0; half < 2; ++half) {
+        __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(half ? second : first, inverse));
+        for (int term = 0; term < Terms; ++term) {
+            const __m512i next = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+            const __m512i byte = term == Terms - 1 ? rest : _mm512_sub_epi32(rest, _mm512_slli_epi32(next, 8));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(out.bytes[term] + 16 * half), _mm512_cvtepi32_epi8(byte));
+            if (term < 2)
+                low_sum = _mm512_add_epi32(low_sum, term ? _mm512_slli_epi32(byte, 8) : byte);
+            else
+                high_sum = _mm512_add_epi32(high_sum, byte);
+            rest = next;
+        }
+    }
+    out.start[0] = -Offset * _mm512_reduce_add_epi32(low_sum);
+    out.start[1] = -Offset * _mm512_reduce_add_epi32(high_sum);
+    const bool is_nan = _mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q);  // which max does not tell
+    out.scale = is_nan ? std::numeric_limits<float>::quiet_NaN() : top / largest;
+}
+
+inline __m512i four(const int8_t *bytes) {
+    int32_t word;
+    std::memcpy(&word, bytes, 4);
+    return _mm512_set1_epi32(word);
+}
+
+template <int Bits, bool Grouped, int Terms>
+struct Integers {
+    using Scalar = float;
+    using Activation = Group<Terms>;
+
+    static int64_t activations(int64_t columns) { return num_groups(columns); }
+
+    static void prepare(const float *x, int64_t columns, Activation *out) {
+        for (int64_t i = 0; i < columns; i += kGroup) {
+            const auto load = [&](int64_t place) {
+                const int64_t left = std::clamp<int64_t>(columns - place, 0, 16);
+                return _mm512_maskz_loadu_ps(__mmask16((1u << left) - 1), x + place);
+            };
+            prepare_group<Bits == 4 ? 8 : 128>(load(i), load(i + 16), *out++);
+        }
+    }
+
+    // The weights of 16 rows and 32 columns, 4 columns to a vector.
+    static void load(const uint8_t *values, __m512i (&weights)[8]) {
+        const __m512i nibble = _mm512_set1_epi8(0x0f);
+        for (int i = 0; i < Bits; ++i) {
+            const __m512i packed = _mm512_loadu_si512(values + 64 * i);
+            _mm_prefetch(reinterpret_cast<const char *>(values + 64 * i + kAhead), _MM_HINT_T0);
+            if constexpr (Bits == 8) {
+                weights[i] = packed;
+            } else {
+                weights[i] = _mm512_and_si512(packed, nibble);
+                weights[i + 4] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+            }
+        }
+    }
+
+    // The order of sums does not depend on the number of tokens.
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
+        const int64_t groups = num_groups(w.columns);
+        const uint8_t *values = w.block(block);
+        __m512 sums[Tokens];
+        for (auto &sum : sums) sum = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; ++g, ++x, values += 64 * Bits) {
+            __m512i weights[8];
+            load(values, weights);
+            __m512 scales;
+            if (Grouped)
+                scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w.group_scales(block, g))));
+            for (int t = 0; t < Tokens; ++t) {
+                const Activation &a = x[t * groups];
+                __m512i sum[Terms];
+                for (int term = 0; term < Terms; ++term)
+                    sum[term] = term == 1 ? _mm512_setzero_si512() : _mm512_set1_epi32(a.start[term / 2]);
+                for (int i = 0; i < 8; ++i)
+                    for (int term = 0; term < Terms; ++term)
+                        sum[term] = _mm512_dpbusd_epi32(sum[term], weights[i], four(a.bytes[term] + 4 * i));
+                __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]));
+                if constexpr (Terms == 3)
+                    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536), total);
+                const __m512 scale = _mm512_set1_ps(a.scale);
+                sums[t] = _mm512_fmadd_ps(total, Grouped ? _mm512_mul_ps(scales, scale) : scale, sums[t]);
+            }
+        }
+        const __m512 scales = Grouped ? _mm512_set1_ps(1) : _mm512_loadu_ps(w.row_scales(block));
+        for (int t = 0; t < Tokens; ++t) _mm512_storeu_ps(result[t], _mm512_mul_ps(sums[t], scales));
+    }
+};
+
+// bf16 weights. A vector holds 32 columns; without AVX-512-BF16 its even and odd columns are widened to fp32 instead.
+struct Halves {
+    using Scalar = uint16_t;
+    static constexpr int64_t kColumns = 32;
+#ifdef __AVX512BF16__
+    struct alignas(64) Activation {
+        __m512bh values;
+    };
+    static Activation pack(__m512i x) { return {(__m512bh)x}; }
+    static __m512 add_product(__m512 sum, __m512i w, const Activation &x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)w, x.values);
+    }
+#else
+    struct alignas(64) Activation {
+        __m512 even, odd;
+    };
+    static __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+    static __m512 odd(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }
+    static Activation pack(__m512i x) { return {even(x), odd(x)}; }
+    static __m512 add_product(__m512 sum, __m512i w, const Activation &x) {
+        return _mm512_fmadd_ps(odd(w), x.odd, _mm512_fmadd_ps(even(w), x.even, sum));
+    }
+#endif
+
+    static int64_t activations(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+
+    static __m512i load(const uint16_t *values, int64_t count) {
+        return count >= kColumns ? _mm512_loadu_si512(values)
+                                 : _mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), values);
+    }
+
+    static void prepare(const uint16_t *x, int64_t columns, Activation *out) {
+        for (int64_t i = 0; i < columns; i += kColumns) *out++ = pack(load(x + i, columns - i));
+    }
+
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
+        constexpr int at_once = Tokens < 4 ? Tokens : 4;
+        for (int64_t r = 0; r < std::min(kRows, w.rows - block * kRows); ++r)
+            for (int t = 0; t < Tokens; t += at_once)
+                one_row<at_once>(w, block * kRows + r, x + t * activations(w.columns), &result[t][r]);
+    }
+
+    // One row after the other, which memory likes best; four sums side by side hide the latency of adding.
+    template <int Tokens>
+    static void one_row(const Weight &w, int64_t row, const Activation *x, float *result) {
+        const uint16_t *values = reinterpret_cast<const uint16_t *>(w.values) + row * w.columns;
+        const int64_t steps = activations(w.columns);
+        __m512 sums[4][Tokens];
+        for (auto &part : sums)
+            for (auto &sum : part) sum = _mm512_setzero_ps();
+        const auto step = [&](int64_t i, __m512 (&part)[Tokens]) {
+            const __m512i weights = load(values + i * kColumns, w.columns - i * kColumns);
+            _mm_prefetch(reinterpret_cast<const char *>(values + i * kColumns) + kAhead, _MM_HINT_T0);
+            for (int t = 0; t < Tokens; ++t) part[t] = add_product(part[t], weights, x[t * steps + i]);
+        };
+        int64_t i = 0;
+        for (; i + 4 <= steps; i += 4)
+            for (int64_t part = 0; part < 4; ++part) step(i + part, sums[part]);
+        for (; i < steps; ++i) step(i, sums[0]);
+        for (int t = 0; t < Tokens; ++t)
+            result[t * kRows] = _mm512_reduce_add_ps(
+                _mm512_add_ps(_mm512_add_ps(sums[0][t], sums[1][t]), _mm512_add_ps(sums[2][t], sums[3][t])));
+    }
+};
+
+inline __m512 load_lanes(const float *values, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, values); }
+inline __m512 load_lanes(const uint16_t *values, __mmask16 lanes) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+template <class Scalar>
+inline float dot(const float *x, const Scalar *values, int64_t count) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 lanes = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
+        sum = _mm512_fmadd_ps(load_lanes(x + i, lanes), load_lanes(values + i, lanes), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+// out[h * stride] = dot(x + h * count, values, count) for four h.
+template <class Scalar>
+inline void four_dots(const float *x, const Scalar *values, int64_t count, float *out, int64_t stride) {
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 lanes = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
+        const __m512 v = load_lanes(values + i, lanes);
+        for (int h = 0; h < 4; ++h) sums[h] = _mm512_fmadd_ps(load_lanes(x + h * count + i, lanes), v, sums[h]);
+    }
+    const auto pair = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const __m512 all = pair(pair(sums[0], sums[2]), pair(sums[1], sums[3]));  // in each four lanes: one of each h
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    alignas(16) float four[4];
+    _mm_store_ps(four, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    for (int h = 0; h < 4; ++h) out[h * stride] = four[h];
+}

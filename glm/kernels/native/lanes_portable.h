@@ -1,0 +1,135 @@
+// Vectors as GCC and Clang have them on every processor; activations and sums in fp32.
+#pragma once
+#include <algorithm>
+
+#include "product.h"
+
+#ifdef __AVX2__
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kParts = kRows / kWidth;     // vectors that hold one number for each of 16 rows
+constexpr int kAtOnce = kWidth == 8 ? 4 : 2;  // tokens whose sums fit the registers
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+
+template <class Vector>
+inline Vector load(const void *from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <int Bits, bool Grouped, int>
+struct Integers {
+    using Scalar = float;
+    using Activation = float;
+
+    static int64_t activations(int64_t columns) { return num_groups(columns) * kGroup; }
+
+    static void prepare(const float *x, int64_t columns, float *out) {
+        std::copy(x, x + columns, out);
+        std::fill(out + columns, out + activations(columns), 0.0f);
+    }
+
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const float *x, float (&result)[Tokens][kRows]) {
+        constexpr int at_once = std::min(Tokens, kAtOnce);
+        for (int t = 0; t < Tokens; t += at_once) few<at_once>(w, block, x + t * activations(w.columns), result + t);
+    }
+
+    template <int Tokens>
+    static void few(const Weight &w, int64_t block, const float *x, float (*result)[kRows]) {
+        const int64_t groups = num_groups(w.columns), stride = activations(w.columns);
+        const uint8_t *values = w.block(block);
+        Floats totals[Tokens][kParts] = {};
+        for (int64_t g = 0; g < groups; ++g, x += kGroup, values += 64 * Bits) {
+            Floats sums[Tokens][kParts] = {};
+            for (int i = 0; i < Bits; ++i) {
+                __builtin_prefetch(values + 64 * i + 2048);
+                four_bytes<Tokens>(values + 64 * i, x + 4 * i, stride, sums);
+            }
+            float scales[kRows];
+            if (Grouped)
+                widen_scales(w.group_scales(block, g), scales);
+            else
+                std::fill(scales, scales + kRows, 1.0f);
+            for (int t = 0; t < Tokens; ++t)
+                for (int part = 0; part < kParts; ++part)
+                    totals[t][part] += sums[t][part] * load<Floats>(scales + part * kWidth);
+        }
+        for (int t = 0; t < Tokens; ++t)
+            for (int part = 0; part < kParts; ++part) {
+                if (!Grouped) totals[t][part] *= load<Floats>(w.row_scales(block) + part * kWidth);
+                std::memcpy(result[t] + part * kWidth, &totals[t][part], sizeof(Floats));
+            }
+    }
+
+    // Four bytes of each of 16 rows: four columns, and in int4 those 16 columns on.
+    template <int Tokens>
+    static void four_bytes(const uint8_t *values, const float *x, int64_t stride, Floats (&sums)[Tokens][kParts]) {
+        Words words[kParts];
+        for (int part = 0; part < kParts; ++part) words[part] = load<Words>(values + part * sizeof(Words));
+#pragma GCC unroll 8
+        for (int shift = 0; shift < 32; shift += Bits) {
+            const int column = shift / 8 + (Bits == 4 && shift % 8 ? 16 : 0);
+            for (int part = 0; part < kParts; ++part) {
+                const Ints integers = Ints(words[part] >> shift & (Bits == 4 ? 15 : 255)) - (Bits == 4 ? 8 : 128);
+                const Floats weights = __builtin_convertvector(integers, Floats);
+                for (int t = 0; t < Tokens; ++t) sums[t][part] += weights * x[t * stride + column];
+            }
+        }
+    }
+};
+
+inline Floats widened(const float *values) { return load<Floats>(values); }
+inline Floats widened(const uint16_t *values) {
+    return (Floats)(__builtin_convertvector(load<Shorts>(values), Words) << 16);
+}
+inline float one_widened(float value) { return value; }
+inline float one_widened(uint16_t value) { return bf16_to_float(value); }
+
+// Four vectors of sums side by side.
+template <class Scalar>
+inline float dot(const float *x, const Scalar *values, int64_t count) {
+    Floats sums[4] = {};
+    float sum = 0;
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= count; i += 4 * kWidth)
+        for (int part = 0; part < 4; ++part)
+            sums[part] += widened(values + i + part * kWidth) * load<Floats>(x + i + part * kWidth);
+    for (; i < count; ++i) sum += one_widened(values[i]) * x[i];
+    const Floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int lane = 0; lane < kWidth; ++lane) sum += all[lane];
+    return sum;
+}
+
+// out[h * stride] = dot(x + h * count, values, count) for four h.
+template <class Scalar>
+inline void four_dots(const float *x, const Scalar *values, int64_t count, float *out, int64_t stride) {
+    for (int h = 0; h < 4; ++h) out[h * stride] = dot(x + h * count, values, count);
+}
+
+struct Halves {
+    using Scalar = uint16_t;
+    using Activation = float;
+
+    static int64_t activations(int64_t columns) { return columns; }
+
+    static void prepare(const uint16_t *x, int64_t columns, float *out) {
+        for (int64_t i = 0; i < columns; ++i) out[i] = bf16_to_float(x[i]);
+    }
+
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const float *x, float (&result)[Tokens][kRows]) {
+        for (int64_t r = 0; r < kRows; ++r) {
+            const int64_t row = std::min(block * kRows + r, w.rows - 1);
+            const uint16_t *values = reinterpret_cast<const uint16_t *>(w.values) + row * w.columns;
+            for (int t = 0; t < Tokens; ++t) result[t][r] = dot(x + t * w.columns, values, w.columns);
+        }
+    }
+};

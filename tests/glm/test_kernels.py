@@ -1,0 +1,287 @@
+"""Every native kernel that this machine can run against torch: exact layouts, stated tolerances, no surprises.
+
+No deadlines: the machine may be busy.
+"""
+
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from glm.kernels import native
+from glm.kernels.memory import empty_weight
+from glm.kernels.native import INSTRUCTION_SETS, NativeKernels, best_kernels, load_kernels
+from glm.linear import DenseLinear, NativeLinear, QuantizedLinear, make_linear, pack
+from glm.norm import RMSNorm
+from glm.precision import Precision
+from glm.quantization import QuantizedWeight, pack_int4, quantize
+from glm.rotary import RotaryTable, rotate_neighbours
+
+KERNELS = [kernels for name in INSTRUCTION_SETS if (kernels := load_kernels(name)) is not None]
+FORMATS = ("int8", "int4", "int4 a scale per row", "bf16")
+# Bounds on the error: of exact sums (torch in fp32 has the same), of 16-bit activations, of rounding to bf16.
+EXACT, FAST, HALF = 2e-6, 2e-4, 1e-2
+
+pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels were built here (no C++ compiler?)")
+
+
+for_all_kernels = pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.name)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(kind: str, num_rows: int, num_columns: int) -> torch.Tensor | QuantizedWeight:
+    weight = normal(num_rows, num_columns) / num_columns**0.5
+    if kind == "bf16":
+        return weight.to(torch.bfloat16)
+    if kind != "int4 a scale per row":
+        return quantize(weight, Precision(kind))
+    integers = torch.randint(-8, 8, weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    return QuantizedWeight(pack_int4(integers), weight.abs().amax(1, keepdim=True).to(torch.float16) / 7, 4)
+
+
+def dense(weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
+    return (weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)).double()
+
+
+def error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    """Rms of the error over that of sums of such products with random signs (chance may cancel one to nothing)."""
+    wanted, squares = x.double() @ weight.t(), x.double().square() @ weight.square().t()
+    if bias is not None:
+        wanted, squares = wanted + bias.double(), squares + bias.double().square()
+    return float((found.double() - wanted).norm() / squares.sum().sqrt())
+
+
+def check_product(kernels: NativeKernels, kind: str, num_tokens: int, num_rows: int, num_columns: int) -> None:
+    weight = make(kind, num_rows, num_columns)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    x, bias = normal(num_tokens, num_columns, seed=2).to(dtype), normal(num_rows, seed=3).to(dtype)
+    for b in (None, bias):
+        linear = make_linear(weight, b, kernels)
+        assert isinstance(linear, NativeLinear)
+        found = linear(x)
+        assert (found.shape, found.dtype) == ((num_tokens, num_rows), dtype)
+        assert error(found, x, dense(weight), b) < (HALF if kind == "bf16" else EXACT)
+        if kind != "bf16":
+            fast = kernels.product(x, linear.native, exact=False)
+            assert error(fast, x, dense(weight), b) < FAST
+            blocks = kernels.product_by_blocks(x, linear.native)
+            assert error(blocks, x, dense(weight), b) < HALF
+
+
+@for_all_kernels
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(deadline=None)
+@given(tokens=st.integers(1, 19), rows=st.integers(1, 50), pairs=st.integers(1, 150))
+def test_any_shape(kernels: NativeKernels, kind: str, tokens: int, rows: int, pairs: int) -> None:
+    """The product with the dequantised weight, with and without bias, whatever does not divide into what."""
+    columns = 32 * -(-pairs // 16) if kind == "int4" else 2 * pairs
+    check_product(kernels, kind, tokens, rows, columns)
+
+
+@for_all_kernels
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 4608, 4096), (5, 130, 13696), (16, 64, 4096)])
+def test_real_widths(kernels: NativeKernels, kind: str, tokens: int, rows: int, columns: int) -> None:
+    """Several chunks for several threads; long sums lose nothing."""
+    check_product(kernels, kind, tokens, rows, columns)
+
+
+@for_all_kernels
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_token_is_computed_as_if_alone(kernels: NativeKernels, kind: str) -> None:
+    """Bit for bit, in any company and with any number of threads."""
+    linear = make_linear(make(kind, 90, 416), None, kernels)
+    x = normal(15, 416).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    alone = torch.cat([linear(row) for row in x.split(1)])
+    assert torch.equal(linear(x), alone)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(linear(x), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+@for_all_kernels
+@pytest.mark.parametrize("kind", [k for k in FORMATS if k != "bf16"])
+@settings(deadline=None)
+@given(rows=st.integers(1, 40), pairs=st.integers(1, 80))
+def test_packing_is_exact(kernels: NativeKernels, kind: str, rows: int, pairs: int) -> None:
+    """Rows come back as they went in, all of them or a few, in any order."""
+    weight = make(kind, rows, 32 * -(-pairs // 16) if kind == "int4" else 2 * pairs)
+    assert isinstance(weight, QuantizedWeight)
+    packed = kernels.pack(weight)
+    assert packed is not None
+    assert (packed.num_rows, packed.num_columns, packed.bits) == (rows, weight.num_columns, weight.bits)
+    for selection in (slice(None), torch.tensor([rows - 1, 0, 0])):
+        found, wanted = packed.rows(selection), weight.rows(selection)
+        assert torch.equal(found.values, wanted.values)
+        assert torch.equal(found.scales.float(), wanted.scales.float())
+
+
+@for_all_kernels
+def test_packing_costs_no_memory(kernels: NativeKernels) -> None:
+    """At the widths of real models nothing is padded: integers and fp16 scales take what they took."""
+    weight = make("int4", 64, 4096)
+    assert isinstance(weight, QuantizedWeight)
+    packed = kernels.pack(weight)
+    assert packed is not None
+    assert packed.num_bytes == weight.num_bytes
+
+
+@for_all_kernels
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_extreme_activations(kernels: NativeKernels, size: float) -> None:
+    """Zeros stay zero, tiny and huge values keep their digits."""
+    weight = make("int8", 20, 64)
+    x = normal(2, 64) * size
+    found, wanted = make_linear(weight, None, kernels)(x), x.double() @ dense(weight).t()
+    assert found.isfinite().all()
+    assert (found.double() - wanted).norm() <= EXACT * wanted.norm()
+
+
+@for_all_kernels
+def test_an_outlier_does_not_drown_its_neighbours(kernels: NativeKernels) -> None:
+    """One activation a thousand times as large as all others: they lose no more than the product as a whole."""
+    weight, x = make("int8", 48, 256), normal(1, 256)
+    x[0, 7] = 1000
+    assert error(make_linear(weight, None, kernels)(x), x, dense(weight)) < EXACT
+
+
+@for_all_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_shows(kernels: NativeKernels, bad: float) -> None:
+    """A token with NaN or infinity gives no finite logits, the token beside it is not harmed."""
+    linear, x = make_linear(make("int8", 20, 64), None, kernels), normal(2, 64)
+    x[0, 3] = bad
+    found = linear(x)
+    assert not found[0].isfinite().any()
+    assert found[1].isfinite().all()
+
+
+@for_all_kernels
+def test_unknown_kinds_stay_with_torch(kernels: NativeKernels) -> None:
+    """fp32 and fp16 weights, and int4 in groups of another size."""
+    for weight in (normal(8, 64), normal(8, 64).half()):
+        assert isinstance(make_linear(weight, None, kernels), DenseLinear)
+    odd = quantize(normal(8, 72), Precision.INT4)
+    assert odd.scales.shape[1] == 9
+    assert pack(odd, kernels) is odd
+    assert isinstance(make_linear(odd, None, kernels), QuantizedLinear)
+
+
+def test_without_kernels_torch_computes() -> None:
+    """What a user has where nothing was built: the same classes as before."""
+    assert isinstance(make_linear(make("int8", 8, 64), None, None), QuantizedLinear)
+    assert isinstance(make_linear(make("bf16", 8, 64), None, None), DenseLinear)
+
+
+@for_all_kernels
+def test_no_tokens(kernels: NativeKernels) -> None:
+    """An empty step has an empty result."""
+    assert make_linear(make("int4", 8, 64), None, kernels)(torch.empty(0, 64)).shape == (0, 8)
+
+
+@for_all_kernels
+def test_callers_side_by_side(kernels: NativeKernels) -> None:
+    """Two Python threads at once, each with several threads of its own: one gets the helpers, both are right."""
+    linear, x = make_linear(make("int8", 2048, 512), None, kernels), normal(3, 512)
+    wanted, wrong = linear(x), []
+
+    def repeat() -> None:
+        for _ in range(20):
+            if not torch.equal(linear(x), wanted):
+                wrong.append(1)
+
+    torch.set_num_threads(3)
+    try:
+        callers = [threading.Thread(target=repeat) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    finally:
+        torch.set_num_threads(1)
+    assert not wrong
+
+
+def test_the_best_is_the_first_there_is() -> None:
+    """The choice follows the order of `INSTRUCTION_SETS`."""
+    assert best_kernels() is KERNELS[0]
+    assert native.load_kernels("portable") is KERNELS[-1]
+
+
+@for_all_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(deadline=None)
+@given(tokens=st.integers(1, 6), pairs=st.integers(1, 60))
+def test_norm_and_gate(kernels: NativeKernels, dtype: torch.dtype, tokens: int, pairs: int) -> None:
+    """The same as torch's many passes, to the last digits of the dtype, large and NaN values too."""
+    x, weight = normal(tokens, 2 * pairs).to(dtype), normal(2 * pairs, seed=1).to(dtype)
+    x[0, 0], x[0, -1] = 300, -300
+    bound = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), RMSNorm(weight, 1e-5)(x), **bound)
+    first, second = x.chunk(2, dim=1)
+    torch.testing.assert_close(kernels.gate(x), functional.silu(first) * second, **bound)
+    x[0, 0] = torch.nan
+    assert kernels.gate(x)[0, 0].isnan()
+    assert kernels.rms_norm(x, weight, 1e-5)[0].isnan().all()
+
+
+@for_all_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(deadline=None)
+@given(tokens=st.integers(1, 6), heads=st.integers(1, 5), pairs=st.integers(1, 20), rest=st.integers(0, 8))
+def test_rotation(kernels: NativeKernels, dtype: torch.dtype, tokens: int, heads: int, pairs: int, rest: int) -> None:
+    """Neighbours turn as torch turns them, in the first heads only; what is not rotated is not touched."""
+    x = normal(tokens, heads + 2, 2 * pairs + rest).to(dtype)
+    angles = normal(tokens, 1, 1, pairs, seed=1)
+    table = RotaryTable(angles.cos(), angles.sin())
+    wanted = torch.cat((rotate_neighbours(x[:, :heads], table), x[:, heads:]), dim=1)
+    kernels.rotate(x, heads, table.cos, table.sin)
+    bound = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
+    torch.testing.assert_close(x, wanted, **bound)
+
+
+@for_all_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    shared=st.sampled_from([1, 2, 4, 8]),
+    head_dim=st.sampled_from([2, 8, 24, 128]),
+    length=st.integers(0, 70),
+)
+def test_attention_of_one_token(
+    kernels: NativeKernels, dtype: torch.dtype, groups: int, shared: int, head_dim: int, length: int
+) -> None:
+    """The same as torch's over the cache with the new key and value behind it; beyond, the cache is not touched."""
+    cached = tuple(normal(groups, length + 3, head_dim, seed=seed).to(dtype) for seed in (1, 2))
+    new = normal(groups * shared + 2 * groups, head_dim).to(dtype)
+    query, key, value = new.split([groups * shared, groups, groups])
+    wanted_cache = [tensor.clone() for tensor in cached]
+    for tensor, part in zip(wanted_cache, (key, value), strict=True):
+        tensor[:, length] = part
+    keys, values = (t[:, : length + 1].repeat_interleave(shared, 0).float() for t in wanted_cache)
+    wanted = functional.scaled_dot_product_attention(query.float().unsqueeze(1), keys, values).squeeze(1)
+    out = torch.empty_like(query)
+    kernels.attend(query, key, value, (cached[0], cached[1]), length, out)
+    assert all(torch.equal(a, b) for a, b in zip(cached, wanted_cache, strict=True))
+    bound = {"atol": 2e-6, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
+    torch.testing.assert_close(out, wanted.to(dtype), **bound)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1 << 10, 1 << 10), (1031, 4099)])
+def test_memory_for_weights(shape: tuple[int, int]) -> None:
+    """A tensor like any other, whatever its size; a large one starts on a 2 MiB boundary."""
+    tensor = empty_weight(shape, torch.bfloat16).fill_(1)
+    assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, torch.bfloat16, True)
+    assert float(tensor.sum(dtype=torch.float64)) == shape[0] * shape[1]
+    if sys.platform == "linux" and tensor.numel() * 2 >= 2 << 20:
+        assert tensor.data_ptr() % (2 << 20) == 0
