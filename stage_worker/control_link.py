@@ -191,6 +191,8 @@ class ControlLink:
         return True
 
     def _hand_over(self, command: Assign | Inspect | Release) -> None:
+        if isinstance(command, Assign) and self.status.state == "idle":
+            self.status = Status("loading", command.epoch)  # a Ping may follow before the main thread looks
         try:
             send(self._main, command, flags=zmq.NOBLOCK)
         except zmq.Again:
