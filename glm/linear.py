@@ -17,7 +17,7 @@ from glm.quantization import QuantizedWeight, quantize, unpack_int4
 Weight = torch.Tensor | QuantizedWeight | PackedWeight
 
 # docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one. Beyond the
-# second, in long prompts, speed goes before the last digits: 16-bit activations or, with a matrix unit, bf16.
+# second, in long prompts, speed goes before the last digits where there is a matrix unit: it takes bf16.
 MOST_NATIVE_BF16_TOKENS = 8
 MOST_EXACT_TOKENS = 64
 
@@ -99,11 +99,9 @@ class NativeLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._dense is not None and x.shape[0] > MOST_NATIVE_BF16_TOKENS:
             return self._dense(x)
-        if x.shape[0] <= MOST_EXACT_TOKENS or self._dense is not None:
-            return self._kernels.product(x, self.native)
-        if self._kernels.has_matrix_unit:
+        if x.shape[0] > MOST_EXACT_TOKENS and self._dense is None and self._kernels.has_matrix_unit:
             return self._kernels.product_by_blocks(x, self.native)
-        return self._kernels.product(x, self.native, exact=False)
+        return self._kernels.product(x, self.native)
 
 
 def make_weight(
