@@ -24,7 +24,7 @@ from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 def chat_model(tmp_path: Path) -> ChatModel:
     """Over no pipeline at all."""
     write_checkpoint(tmp_path, CAUSAL)
-    config = dataclasses.replace(load_config(tmp_path), name="/home/somebody/" + "deep/" * 100)
+    config = dataclasses.replace(load_config(tmp_path), name="/models/" + "deep/" * 100)
     cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
     engine: Any = SimpleNamespace(cancel=lambda _: None)
     return ChatModel(cluster, engine, config, tmp_path, None)
@@ -34,7 +34,7 @@ def test_a_description_fits_its_message_however_long_the_models_name_is(chat_mod
     """config.json may hold a path of any length; clients get its beginning."""
     described = chat_model.describe()
     assert encode(described)
-    assert described.model_name.startswith("/home/somebody/deep/")
+    assert described.model_name.startswith("/models/deep/")
 
 
 def test_a_dump_that_cannot_be_written_says_so(
