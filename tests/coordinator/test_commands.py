@@ -189,7 +189,7 @@ def test_a_running_launch_answers_generate_and_chat(model_dir: Path, base: Path)
         assert len(json.loads(out)["ids"]) == 12
         process.terminate()
         process.communicate(timeout=60)
-    code, out, err = glmpipe("generate", "--connect", "--prompt", "Hello")
+    code, out, err = glmpipe("generate", "--connect", endpoint, "--prompt", "Hello")
     assert (code, out) == (1, "")
-    assert err.startswith("glmpipe: no running `glmpipe launch`")
+    assert "the launch has ended" in err
     assert list(base.iterdir()) == []
