@@ -1,6 +1,6 @@
 """Make the demo model: corpus -> tokenizer -> training -> a ChatGLM2-layout checkpoint in `glm/demo_model/`.
 
-    .venv/bin/python scripts/train_demo.py            # everything, about 25 minutes on two quiet cores
+    .venv/bin/python scripts/train_demo.py            # everything; 22 + 11 minutes were seen, two cores shared
     .venv/bin/python scripts/train_demo.py --out DIR  # elsewhere than glm/demo_model
 
 Every random choice is seeded: the corpus and the tokenizer come out the same everywhere, the weights the same on the
