@@ -64,7 +64,7 @@ def launch(
     """
     model = demo_model_dir() if model is None else model
     config = load_config(resolve_description(model, revision))
-    checked_plan = plan_for(plan, config.num_layers)
+    checked_plan = plan_for(plan, config.num_layers, is_quantized=config.quantization_bits is not None)
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
     settings = ClusterSettings(
@@ -92,9 +92,10 @@ def _load_ends(checkpoint: TensorSource, config: ModelConfig, plan: Plan) -> tup
     def placed(precision: str, device: str) -> Any:
         return end_placement(Precision.parse(precision), torch.device(device), config)
 
-    embedding = Embedding.load(checkpoint, config, placed(ends.embedding_precision, ends.embedding_device))
     norm = placed(ends.final_layernorm_precision, ends.final_layernorm_device)
     lm_head = placed(ends.lm_head_precision, ends.lm_head_device)
+    table = placed(ends.embedding_precision, ends.embedding_device)
+    embedding = Embedding.load(checkpoint, config, table, lm_head)
     return embedding, Head.load(checkpoint, config, norm, lm_head, embedding)
 
 

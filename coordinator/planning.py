@@ -24,6 +24,8 @@ from coordinator.plan import (
 from coordinator.plan_file import read_plan_file
 from coordinator.plan_request import Option, PlanRequest, StageRequest, request_of
 
+HEAD_PRECISION = "int8"
+"""lm_head's where all stages are quantised: docs/measurements.md has why not int4."""
 MAX_THREADS = 4096
 MAX_KV_TOKENS = 2**31 - 1
 
@@ -39,10 +41,13 @@ class _Range(NamedTuple):
     origin: str
 
 
-def plan_for(source: PlanSource, num_layers: int, devices: Sequence[str] | None = None) -> Plan:
+def plan_for(
+    source: PlanSource, num_layers: int, devices: Sequence[str] | None = None, *, is_quantized: bool = False
+) -> Plan:
     """The checked plan for a model of `num_layers`, whatever form the wish has.
 
-    `devices` defaults to those of this machine. Raises PlanError with every fault.
+    `devices` defaults to those of this machine; `is_quantized` says that the checkpoint was published with integer
+    weights. Raises PlanError with every fault.
     """
     if source is None:
         request = PlanRequest()
@@ -52,10 +57,10 @@ def plan_for(source: PlanSource, num_layers: int, devices: Sequence[str] | None 
         request = source
     else:
         request = read_plan_file(Path(source))
-    return resolve(request, num_layers, available_devices() if devices is None else devices)
+    return resolve(request, num_layers, available_devices() if devices is None else devices, is_quantized=is_quantized)
 
 
-def resolve(request: PlanRequest, num_layers: int, devices: Sequence[str]) -> Plan:
+def resolve(request: PlanRequest, num_layers: int, devices: Sequence[str], *, is_quantized: bool = False) -> Plan:
     """The plan that a request means for a model of `num_layers` on a machine with `devices`.
 
     Pure. Raises PlanError with all faults, in the order a user wrote things.
@@ -63,7 +68,7 @@ def resolve(request: PlanRequest, num_layers: int, devices: Sequence[str]) -> Pl
     faults = list(request.faults)
     _check_precisions(request, faults)
     stages = _stages(request, num_layers, devices, faults)
-    ends = _ends(request, devices, faults)
+    ends = _ends(request, stages, devices, faults, is_quantized)
     if faults:
         raise PlanError(tuple(dict.fromkeys(faults)))
     return Plan(tuple(sorted(stages, key=lambda stage: stage.layer_start)), ends)
@@ -189,27 +194,29 @@ def _layers(start: int, end: int) -> str:
     return f"layer {end} is" if end - start == 1 else f"layers {layers_text(start, end)} are"
 
 
-def _ends(request: PlanRequest, devices: Sequence[str], faults: list[str]) -> EndsPlan:
+def _ends(
+    request: PlanRequest, stages: Sequence[StagePlan], devices: Sequence[str], faults: list[str], is_quantized: bool
+) -> EndsPlan:
     """Both ends: lm_head beside the embeddings, final_layernorm beside lm_head, unless told otherwise."""
     embedding = _device(request.embeddings, devices, faults) if request.embeddings else "cpu"
     lm_head = _device(request.lm_head, devices, faults) if request.lm_head else embedding
     norm = _device(request.final_layernorm, devices, faults) if request.final_layernorm else lm_head
+    embedding_precision = _end_precision(request, request.ends_precision, embedding, faults)
     head_wish = request.lm_head_precision or request.ends_precision
+    head_precision = _end_precision(request, head_wish, lm_head, faults)
+    if head_wish is None and not is_quantized and _quantizes_head(request, stages, lm_head):
+        head_precision = HEAD_PRECISION
     return EndsPlan(
         embedding_device=embedding or "cpu",
-        embedding_precision=_end_precision(request, request.ends_precision, embedding, faults),
+        embedding_precision=embedding_precision,
         final_layernorm_device=norm or "cpu",
         lm_head_device=lm_head or "cpu",
-        lm_head_precision=_end_precision(request, head_wish, lm_head, faults),
+        lm_head_precision=head_precision,
     )
 
 
 def _end_precision(request: PlanRequest, wish: Option | None, device: str | None, faults: list[str]) -> str:
-    """An end's precision: as wished, else its device's, but not quantised without being asked.
-
-    Quantising lm_head moves every logit, and embeddings are looked up, not multiplied: beside int8 or int4
-    layers the ends have their device's default precision.
-    """
+    """An end's precision: as wished, else its device's, but not quantised without being asked."""
     if wish is not None:
         faults += _precision_faults(wish, device)
         return wish.text.strip().lower()
@@ -217,11 +224,27 @@ def _end_precision(request: PlanRequest, wish: Option | None, device: str | None
     return default_precision(device or "cpu") if precision in QUANTIZED else precision
 
 
+def _quantizes_head(request: PlanRequest, stages: Sequence[StagePlan], device: str | None) -> bool:
+    """Whether lm_head is quantised as all stages are: read for every token, it would be the slowest part of all.
+
+    Not where a float precision was asked for on its device. (And not in a checkpoint that was published quantised: its
+    publisher kept lm_head as it was, and so do we. Embeddings are looked up, not multiplied, and stay as they are.)
+    """
+    asked = _device_wish(request, device or "cpu")
+    return all(stage.precision in QUANTIZED for stage in stages) and (
+        asked is None or asked.text.strip().lower() in QUANTIZED
+    )
+
+
 def _device_precision(request: PlanRequest, device: str | None) -> str:
     if device is None:
         return "fp32"
-    wish = request.gpu_precision if is_gpu(device) else request.cpu_precision
+    wish = _device_wish(request, device)
     return wish.text.strip().lower() if wish else default_precision(device)
+
+
+def _device_wish(request: PlanRequest, device: str) -> Option | None:
+    return request.gpu_precision if is_gpu(device) else request.cpu_precision
 
 
 def _check_precisions(request: PlanRequest, faults: list[str]) -> None:

@@ -7,7 +7,7 @@ from glm.checkpoint import TensorSource
 from glm.config import ModelConfig
 from glm.errors import GlmError
 from glm.layout import embedding_source, final_norm_sources, lm_head_source
-from glm.linear import Weight, make_linear, pack, tensor_bytes
+from glm.linear import Weight, make_linear, owned, pack, tensor_bytes
 from glm.norm import LayerNorm, RMSNorm
 from glm.precision import Precision, compute_dtype
 from glm.weights import Placement, build_vector, build_weight, read_parts
@@ -19,22 +19,35 @@ def end_placement(precision: Precision, device: torch.device, config: ModelConfi
 
 
 class Embedding:
-    """The word embedding, at a precision, on a device."""
+    """The word embedding, at a precision, on a device.
 
-    def __init__(self, table: Weight, placement: Placement) -> None:
+    A float table that only is looked up stays as narrow as it was stored; rows are widened when they are taken out.
+    """
+
+    def __init__(self, table: Weight, placement: Placement, *, is_shared: bool = False) -> None:
         self.table = table
         self.placement = placement
+        self.is_shared = is_shared
 
     @classmethod
-    def load(cls, checkpoint: TensorSource, config: ModelConfig, placement: Placement) -> "Embedding":
-        """Read the table.
+    def load(
+        cls, checkpoint: TensorSource, config: ModelConfig, placement: Placement, lm_head: Placement | None = None
+    ) -> "Embedding":
+        """Read the table. A tied model's serves lm_head too where that is held in the same way.
+
+        Where it is not, lm_head has a copy of its own: quantised, that is read for every token in a fraction of the
+        time, and takes little memory beside the table.
 
         Raises:
             CheckpointError: it is missing or misshapen.
         """
         stored = read_parts(checkpoint, {"table": embedding_source(config)}, config)["table"]
-        table = build_weight(stored, placement)
-        return cls(pack(table, placement.kernels) if config.tied_ends else table, placement)
+        if config.tied_ends and lm_head == placement:
+            return cls(pack(build_weight(stored, placement), placement.kernels), placement, is_shared=True)
+        if isinstance(stored, torch.Tensor) and not placement.precision.is_quantized:
+            is_narrow = torch.promote_types(stored.dtype, placement.dtype) == placement.dtype
+            return cls(owned(stored, stored.dtype if is_narrow else placement.dtype, placement.device), placement)
+        return cls(build_weight(stored, placement), placement)
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +70,7 @@ class Embedding:
             raise GlmError(f"token id {int(wrong[0])} is outside the vocabulary of {self.vocab_size}")
         ids = token_ids.to(self.placement.device)
         if isinstance(self.table, torch.Tensor):
-            return functional.embedding(ids, self.table)
+            return functional.embedding(ids, self.table).to(self.placement.dtype)
         return self.table.rows(ids).dequantize(self.placement.dtype)
 
 
@@ -85,7 +98,7 @@ class Head:
         lm_head: Placement,
         embedding: Embedding | None = None,
     ) -> "Head":
-        """Read both. A tied model's head shares the table of `embedding` where that is held in the same way.
+        """Read both. A tied model's head uses the table of `embedding` where that was loaded for both.
 
         Raises:
             CheckpointError: one is missing or misshapen.
@@ -97,7 +110,7 @@ class Head:
             if config.is_prefix_lm
             else RMSNorm(weight, config.norm_eps, norm.kernels)
         )
-        if config.tied_ends and embedding is not None and embedding.placement == lm_head:
+        if embedding is not None and embedding.is_shared and embedding.placement == lm_head:
             return cls(final_norm, norm, embedding.table, lm_head)
         source = lm_head_source(config)
         if config.tied_ends and source.names[0] not in checkpoint:

@@ -139,7 +139,7 @@ class Model:
         device = device or torch.device("cpu")
         placement = end_placement(precision, device, config)
         layers = LayerStack.load(checkpoint, config, 0, config.num_layers, precision, device)
-        embedding = Embedding.load(checkpoint, config, placement)
+        embedding = Embedding.load(checkpoint, config, placement, placement)
         return cls(embedding, layers, Head.load(checkpoint, config, placement, placement, embedding))
 
     def greedy(self, prompt_ids: Sequence[int], num_new: int) -> list[int]:

@@ -8,7 +8,7 @@ import sys
 from coordinator.commands.options import add_model_options, add_placement_options, plan_request
 from coordinator.commands.session import launched
 from coordinator.errors import UsageError
-from coordinator.plan import is_gpu
+from coordinator.plan import CPU_PRECISIONS, is_gpu
 from coordinator.plan_request import Option, PlanRequest
 from coordinator.planning import MAX_KV_TOKENS
 
@@ -37,7 +37,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--shape", metavar="NAME", choices=tuple(SHAPES), help=f"random weights of a shape: {', '.join(SHAPES)}"
     )
     group.add_argument(
-        "--precision", metavar="P", help="of all layers and lm_head, wherever they are (default: the devices' own)"
+        "--precision",
+        metavar="P",
+        help="of all layers, wherever they are, and of lm_head as chats do it (default: the devices' own)",
     )
     group.add_argument("--prompt-tokens", metavar="N", type=int, default=512, help="of each stream (default 512)")
     group.add_argument("--new-tokens", metavar="N", type=int, default=64, help="timed decode steps (default 64)")
@@ -89,17 +91,18 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _request(options: argparse.Namespace, kv_budget_tokens: int) -> PlanRequest:
-    """The placement that was asked for, with `--precision` for every part of it, and room for the streams' KV."""
+    """The placement that was asked for, with `--precision` for all layers, and room for the streams' KV."""
     request = plan_request(options)
     if request.kv_budget_tokens is None:
         request = dataclasses.replace(request, kv_budget_tokens=min(kv_budget_tokens, MAX_KV_TOKENS))
     if options.precision is None:
         return request
     precision = Option("--precision", options.precision)
-    has_gpu = any(is_gpu(stage.device) for stage in request.stages)
+    devices = [stage.device for stage in request.stages] or ["cpu"]
+    has_gpu, has_cpu = any(map(is_gpu, devices)), not all(map(is_gpu, devices))
+    is_for_cpu = has_cpu or options.precision in CPU_PRECISIONS  # else a mistake only where layers are on the CPU
     return dataclasses.replace(
         request,
-        cpu_precision=precision,
+        cpu_precision=precision if is_for_cpu else None,
         gpu_precision=precision if has_gpu else None,
-        lm_head_precision=request.lm_head_precision or request.ends_precision or precision,
     )

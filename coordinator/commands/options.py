@@ -49,9 +49,13 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         "--ends-precision",
         metavar="P",
         help="of embeddings and lm_head (default: as the layers on their device; where those are quantised, "
-        "fp32 on a CPU and fp16 on a GPU)",
+        "fp32 on a CPU and fp16 on a GPU, but see --lm-head-precision)",
     )
-    group.add_argument("--lm-head-precision", metavar="P", help="of lm_head alone")
+    group.add_argument(
+        "--lm-head-precision",
+        metavar="P",
+        help="of lm_head alone (default: int8 where all layers are int8 or int4, unless published so)",
+    )
     group.add_argument(
         "--threads", metavar="N", type=int, help="per stage (default: all usable cores, as stages take turns)"
     )

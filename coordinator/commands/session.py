@@ -46,7 +46,7 @@ def launched(
     revision = options.revision or request.revision
     config = load_config(resolve_description(model, revision))
     check(config)
-    plan = plan_for(request, config.num_layers)
+    plan = plan_for(request, config.num_layers, is_quantized=config.quantization_bits is not None)
     say(*describe(plan, verbose=options.verbose))
     say(*(f"note: {note}" for note in notes(request, plan)))
     with ExitStack() as stack:

@@ -66,8 +66,33 @@ def test_default_precisions_follow_the_device() -> None:
     plan = resolve(ask("cuda:0=1-3", "cpu=4-6", cpu_precision="int8", embeddings="cuda:0"), 6, TWO_GPUS)
     assert [s.precision for s in plan.stages] == ["fp16", "int8"]
     assert plan.ends == EndsPlan("cuda:0", "fp16", "cuda:0", "cuda:0", "fp16")
-    quantised = resolve(ask(cpu_precision="int4"), 6, CPU)
-    assert quantised.ends.embedding_precision == quantised.ends.lm_head_precision == "fp32"
+
+
+INT8_HEAD = {
+    "int4 on a CPU": (ask(cpu_precision="int4"), "fp32", "int8"),
+    "int8 on a GPU": (ask("cuda:0=1-6", gpu_precision="int8"), "fp32", "int8"),
+    "both": (ask("cuda:0=1-3", "cpu=4-6", gpu_precision="int8", cpu_precision="int4"), "fp32", "int8"),
+    "one float stage": (ask("cuda:0=1-3", "cpu=4-6", gpu_precision="int4"), "fp32", "fp32"),
+    "a float wish for its device": (ask("cuda:0=1-6", gpu_precision="int4", cpu_precision="bf16"), "bf16", "bf16"),
+    "a wish for the ends": (ask(cpu_precision="int4", ends_precision="bf16"), "bf16", "bf16"),
+    "a wish for lm_head": (ask(cpu_precision="int4", lm_head_precision="int4"), "fp32", "int4"),
+}
+
+
+@pytest.mark.parametrize(("request_", "embedding", "lm_head"), INT8_HEAD.values(), ids=INT8_HEAD)
+def test_lm_head_is_int8_where_all_stages_are_quantised(request_: PlanRequest, embedding: str, lm_head: str) -> None:
+    """Unless told otherwise, by a wish for it or for its device; embeddings stay as they are."""
+    ends = resolve(request_, 6, TWO_GPUS).ends
+    assert (ends.embedding_precision, ends.lm_head_precision) == (embedding, lm_head)
+    assert ends.final_layernorm_precision != "int8"
+
+
+def test_a_published_quantised_checkpoint_keeps_its_float_lm_head() -> None:
+    """Its publisher left lm_head alone; only a wish quantises it."""
+    plan = plan_for(ask(cpu_precision="int4"), 6, CPU, is_quantized=True)
+    assert plan.ends.lm_head_precision == "fp32"
+    wished = ask(cpu_precision="int4", lm_head_precision="int8")
+    assert plan_for(wished, 6, CPU, is_quantized=True).ends.lm_head_precision == "int8"
 
 
 def test_the_ends_take_a_device_and_a_precision_of_their_own() -> None:

@@ -8,7 +8,8 @@ import pytest
 from coordinator.chat_model import launch
 from coordinator.engine import Engine
 from coordinator.plan import EndsPlan, Plan, StagePlan
-from coordinator.planning import even_split
+from coordinator.plan_request import Option, PlanRequest
+from coordinator.planning import even_split, resolve
 from coordinator.sequence import Sequence
 from glm.chat_format import ChatMessage, chat_format_for
 from glm.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from glm.model import LayerStack
 from glm.precision import Precision
 from glm.sampling import Sampler, SamplingParams
 from glm.tokenizer import Tokenizer, load_tokenizer
+from glm.weights import Placement
 from stage_worker.stage import Stage
 from tests.in_process import CPU, InProcessPipeline
 
@@ -37,13 +39,21 @@ def tokenizer(config: ModelConfig) -> Tokenizer:
     return load_tokenizer(demo_model_dir(), config)
 
 
+def ends_beside(precision: Precision, config: ModelConfig) -> list[Placement]:
+    """Where a plan puts embeddings, final norm and lm_head when all layers have this precision."""
+    ends = resolve(PlanRequest(cpu_precision=Option("cpu_precision", precision)), config.num_layers, ["cpu"]).ends
+    chosen = (ends.embedding_precision, ends.final_layernorm_precision, ends.lm_head_precision)
+    return [end_placement(Precision.parse(text), CPU, config) for text in chosen]
+
+
 def engine_for(config: ModelConfig, precision: Precision, num_stages: int) -> Engine:
-    """Stages of equal size in this process; the ends in bf16 beside bf16 layers, else in fp32, as plans have it."""
+    """Stages of equal size in this process, the ends at the precisions that plans give them beside such layers."""
     checkpoint = Checkpoint(demo_model_dir())
-    ends = end_placement(precision if precision is Precision.BF16 else Precision.FP32, CPU, config)
+    table, norm, lm_head = ends_beside(precision, config)
     ranges = even_split(config.num_layers, num_stages)
     stages = [Stage(LayerStack.load(checkpoint, config, *layers, precision, CPU), 100_000) for layers in ranges]
-    embedding, head = Embedding.load(checkpoint, config, ends), Head.load(checkpoint, config, ends, ends)
+    embedding = Embedding.load(checkpoint, config, table, lm_head)
+    head = Head.load(checkpoint, config, norm, lm_head, embedding)
     return Engine(embedding, head, InProcessPipeline(stages), 100_000)  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ import torch
 from glm.checkpoint import Checkpoint
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import GlmError
+from glm.layout import embedding_source
 from glm.precision import Precision
 from tests.tiny_checkpoints import NATIVE, PREFIX, write_checkpoint
 
@@ -30,11 +31,26 @@ def test_a_tied_head_shares_the_table(keys: dict[str, object], precision: Precis
     """Held in the same way it is the same memory; held differently it is read from the same weights."""
     config, checkpoint = write_checkpoint(tmp_path, keys), Checkpoint(tmp_path)
     placement, other = end_placement(precision, CPU, config), end_placement(Precision.BF16, CPU, config)
-    embedding = Embedding.load(checkpoint, config, placement)
+    embedding = Embedding.load(checkpoint, config, placement, placement)
     shared = Head.load(checkpoint, config, placement, placement, embedding)
     assert shared._lm_head.weight is embedding.table  # type: ignore[attr-defined]
     apart = Head.load(checkpoint, config, placement, other, embedding)
     assert apart.num_bytes == 2 * config.vocab_size * config.hidden_size
+
+
+@pytest.mark.parametrize("keys", [PREFIX, {**NATIVE, "tie_word_embeddings": True}, NATIVE])
+def test_a_table_that_is_not_shared_stays_as_stored(keys: dict[str, object], tmp_path: Path) -> None:
+    """In half the memory of fp32, its rows the same to the last bit; a quantised head beside it is a copy."""
+    config = write_checkpoint(tmp_path, {**keys, "torch_dtype": "float16"})
+    checkpoint = Checkpoint(tmp_path)
+    wide, narrow = (end_placement(precision, CPU, config) for precision in (Precision.FP32, Precision.INT8))
+    _, stored = next(iter(checkpoint.read(embedding_source(config).shapes)))
+    embedding, ids = Embedding.load(checkpoint, config, wide, narrow), torch.tensor([5, 0, 95])
+    assert embedding.num_bytes == 2 * stored.numel()
+    assert torch.equal(embedding.forward(ids), stored[ids].float())
+    head = Head.load(checkpoint, config, wide, narrow, embedding)
+    assert head.num_bytes < 2 * stored.numel()
+    assert head.forward(torch.ones(1, config.hidden_size)).shape == (1, config.vocab_size)
 
 
 def test_logits_are_fp32_on_the_cpu(tmp_path: Path) -> None:
