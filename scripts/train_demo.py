@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/train_demo.py            # everything; 22 + 11 minutes were seen, two cores shared
     .venv/bin/python scripts/train_demo.py --out DIR  # elsewhere than glm/demo_model
+    .venv/bin/python scripts/train_demo.py --out DIR --plain --conversations 8000  # for benchmarks/quality.py
 
 Every random choice is seeded: the corpus and the tokenizer come out the same everywhere, the weights the same on the
 same machine and torch. The check at the end runs the network that serves, in `glm/`.
@@ -298,6 +299,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--conversations", type=int, default=Schedule().num_conversations)
     parser.add_argument("--only-long", action="store_true", help="go on from the short conversations' checkpoint there")
+    parser.add_argument(
+        "--plain", action="store_true", help="short conversations alone, and weights that were never rounded"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
@@ -305,11 +309,13 @@ def main() -> None:
     tokenizer = spm.SentencePieceProcessor(model_proto=tokenizer_model)
     if not options.only_long:
         weights = new_weights(seed=0)
-        train(tokenizer, Schedule(num_conversations=options.conversations), weights)
+        noise_from = 1.0 if options.plain else Schedule().noise_from
+        train(tokenizer, Schedule(num_conversations=options.conversations, noise_from=noise_from), weights)
         write_checkpoint(options.out, tokenizer_model, weights)
-    weights = read_weights(options.out)
-    train(tokenizer, LONG, weights)
-    write_checkpoint(options.out, tokenizer_model, weights)
+    if not options.plain:
+        weights = read_weights(options.out)
+        train(tokenizer, LONG, weights)
+        write_checkpoint(options.out, tokenizer_model, weights)
     for precision in (Precision.FP32, Precision.INT8, Precision.INT4):
         print(f"{precision}: {score(options.out, precision, 300):.1%} of 300 fresh conversations answered exactly")
 
