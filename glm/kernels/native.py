@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from glm.kernels.memory import empty_weight
-from glm.kernels.packed import GROUP_COLUMNS, PackedWeight, pack_scales, packed_shape
+from glm.kernels.packed import BLOCK_ROWS, GROUP_COLUMNS, PackedWeight, packed_shape
 from glm.quantization import QuantizedWeight
 
 # Best first.
@@ -71,6 +71,7 @@ class NativeKernels:
         pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._product = _function(library.glm_product, pointer, pointer, size, pointer, flag, flag)
         self._pack = _function(library.glm_pack, pointer, size, size, flag, pointer, flag)
+        self._pack_scales = _function(library.glm_pack_scales, pointer, size, size, flag, pointer, flag)
         self._unpack = _function(library.glm_unpack, pointer, size, size, pointer, flag)
         self.has_matrix_unit = bool(library.glm_has_matrix_unit())
         self._read = _function(library.glm_read, pointer, size, flag)
@@ -92,10 +93,12 @@ class NativeKernels:
             return None
         source = weight.values.contiguous()
         values = empty_weight(packed_shape(weight), torch.uint8)
-        size = (weight.num_rows, weight.num_columns)
-        self._pack(source.data_ptr(), *size, weight.bits, values.data_ptr(), torch.get_num_threads())
-        dtype = torch.float16 if num_groups > 1 else torch.float32
-        return PackedWeight(values, pack_scales(scales.to(dtype)), weight.bits, *size)
+        size, threads = (weight.num_rows, weight.num_columns), torch.get_num_threads()
+        self._pack(source.data_ptr(), *size, weight.bits, values.data_ptr(), threads)
+        source = scales.to(torch.float16 if num_groups > 1 else torch.float32).contiguous()
+        packed_scales = empty_weight((values.shape[0], num_groups, BLOCK_ROWS), source.dtype)
+        self._pack_scales(source.data_ptr(), *source.shape, source.itemsize, packed_scales.data_ptr(), threads)
+        return PackedWeight(values, packed_scales, weight.bits, *size)
 
     def prepare(self, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> NativeWeight | None:
         """What `product` takes, pointing at the same memory; None for a kind of weight that it does not know."""

@@ -52,11 +52,3 @@ def packed_shape(weight: QuantizedWeight) -> tuple[int, int, int, int, int]:
     """The shape of `PackedWeight.values`."""
     num_blocks = -(-weight.num_rows // BLOCK_ROWS)
     return num_blocks, -(-weight.num_columns // GROUP_COLUMNS), weight.bits, BLOCK_ROWS, 4
-
-
-def pack_scales(scales: torch.Tensor) -> torch.Tensor:
-    """[rows, groups] -> [blocks, groups, 16], zeros where rows are missing."""
-    num_rows, num_groups = scales.shape
-    padded = scales.new_zeros(-(-num_rows // BLOCK_ROWS) * BLOCK_ROWS, num_groups)
-    padded[:num_rows] = scales
-    return padded.view(-1, BLOCK_ROWS, num_groups).transpose(1, 2).contiguous()

@@ -87,31 +87,6 @@ private:
     Activation *prepared_ = nullptr;
 };
 
-struct Packing {
-    const uint8_t *values;
-    int64_t rows, columns;
-    int bits;
-    uint8_t *out;
-};
-
-template <int Bits>
-void pack_block(void *context, int64_t block) {
-    const Packing &p = *static_cast<const Packing *>(context);
-    const int64_t groups = num_groups(p.columns), row_bytes = p.columns * Bits / 8;
-    const auto integer = [&](int64_t row, int64_t column) -> int {  // plus its offset
-        if (row >= p.rows || column >= p.columns) return Bits == 4 ? 8 : 128;
-        if (Bits == 8) return p.values[row * row_bytes + column] ^ 128;
-        const int byte = p.values[row * row_bytes + column / 2];
-        return (column % 2 ? byte & 15 : byte >> 4) ^ 8;
-    };
-    uint8_t *out = p.out + block * kRows * groups * kGroup * Bits / 8;
-    for (int64_t g = 0; g < groups; ++g)
-        for (int64_t four = 0; four < (Bits == 4 ? 16 : 32); four += 4)
-            for (int64_t r = block * kRows; r < (block + 1) * kRows; ++r)
-                for (int64_t c = g * kGroup + four; c < g * kGroup + four + 4; ++c)
-                    *out++ = uint8_t(Bits == 4 ? integer(r, c) | integer(r, c + 16) << 4 : integer(r, c));
-}
-
 struct Unpacking {
     const Weight *weight;
     int64_t first_block;
@@ -205,12 +180,6 @@ EXPORTED void glm_product(const Weight *w, const void *x, int64_t num_tokens, vo
         integers(Integers<4, true, 2>{}, Integers<4, true, 3>{});
     else
         integers(Integers<4, false, 2>{}, Integers<4, false, 3>{});
-}
-
-// Row-major integers of a QuantizedWeight (int8, or two int4 a byte, even column high) -> the layout in product.h.
-EXPORTED void glm_pack(const uint8_t *values, int64_t rows, int64_t columns, int bits, uint8_t *out, int num_threads) {
-    Packing packing{values, rows, columns, bits, out};
-    run_chunks(bits == 4 ? &pack_block<4> : &pack_block<8>, &packing, num_blocks(rows), num_threads);
 }
 
 // Some rows of an integer weight, from a multiple of 16 on, dequantised: bf16 [num_rows, columns].
