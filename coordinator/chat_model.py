@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -19,16 +19,16 @@ from coordinator.plan import Plan, describe
 from coordinator.planning import PlanSource, plan_for
 from coordinator.sequence import Sequence
 from glm.chat_format import ChatMessage, Role, chat_format_for
-from glm.checkpoint import TensorSource
+from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import TokenizerError
 from glm.generation import generation_defaults
 from glm.hub import resolve_description, resolve_model
+from glm.model_source import made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.precision import Precision
-from glm.random_checkpoint import open_checkpoint
 from glm.sampling import Sampler, SamplingParams
 from glm.tokenizer import Tokenizer, load_tokenizer
 from protocol import client
@@ -63,8 +63,9 @@ def launch(
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError: a worker is not.
     """
     model = demo_model_dir() if model is None else model
-    config = load_config(resolve_description(model, revision))
-    checked_plan = plan_for(plan, config.num_layers, is_quantized=config.quantization_bits is not None)
+    description = resolve_description(model, revision)
+    config = load_config(description)
+    checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)))
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
     settings = ClusterSettings(
@@ -86,7 +87,7 @@ def launch(
         raise
 
 
-def _load_ends(checkpoint: TensorSource, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:
+def _load_ends(checkpoint: ModelSource, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:
     ends = plan.ends
 
     def placed(precision: str, device: str) -> Any:

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from coordinator.commands import bench, chat, compare, dump, generate, launch, worker
+from coordinator.commands import bench, chat, compare, convert, dump, generate, launch, worker
 from coordinator.errors import CoordinatorError
 from coordinator.signals import leaving_on_signals
 from protocol.version import VERSION
@@ -26,7 +26,15 @@ examples:
   glmpipe generate --prompt "你好" --stats          one question, and what the answer cost
   glmpipe COMMAND --help                           everything about a command, with examples
 """
-COMMANDS = {"chat": chat, "generate": generate, "launch": launch, "dump": dump, "compare": compare, "bench": bench}
+COMMANDS = {
+    "chat": chat,
+    "generate": generate,
+    "launch": launch,
+    "convert": convert,
+    "bench": bench,
+    "dump": dump,
+    "compare": compare,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ class StageRequest:
 class PlanRequest:
     """A wished placement. Without stages, all layers go to `num_stages` (or one) CPU stages, evenly.
 
+    `default_precision` and `default_head_precision` are those that the model was converted to, None for any other model.
     `model` and `revision` are what a plan file names, None when it leaves them to the command line.
     `faults` are those already found while reading; `resolve` lists them with its own. `is_complete` is false
     when a stage was too malformed to be kept in `stages`: gaps between the others then mean nothing.
@@ -45,6 +46,8 @@ class PlanRequest:
     lm_head: Option | None = None
     ends_precision: Option | None = None
     lm_head_precision: Option | None = None
+    default_precision: str | None = None
+    default_head_precision: str | None = None
     model: str | None = None
     revision: str | None = None
     faults: tuple[str, ...] = ()

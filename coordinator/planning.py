@@ -4,6 +4,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,12 +43,18 @@ class _Range(NamedTuple):
 
 
 def plan_for(
-    source: PlanSource, num_layers: int, devices: Sequence[str] | None = None, *, is_quantized: bool = False
+    source: PlanSource,
+    num_layers: int,
+    devices: Sequence[str] | None = None,
+    *,
+    is_quantized: bool = False,
+    precision: str | None = None,
+    lm_head_precision: str | None = None,
 ) -> Plan:
     """The checked plan for a model of `num_layers`, whatever form the wish has.
 
     `devices` defaults to those of this machine; `is_quantized` says that the checkpoint was published with integer
-    weights. Raises PlanError with every fault.
+    weights, `precision` and `lm_head_precision` what it was converted to. Raises PlanError with every fault.
     """
     if source is None:
         request = PlanRequest()
@@ -57,6 +64,7 @@ def plan_for(
         request = source
     else:
         request = read_plan_file(Path(source))
+    request = replace(request, default_precision=precision, default_head_precision=lm_head_precision)
     return resolve(request, num_layers, available_devices() if devices is None else devices, is_quantized=is_quantized)
 
 
@@ -205,7 +213,7 @@ def _ends(
     head_wish = request.lm_head_precision or request.ends_precision
     head_precision = _end_precision(request, head_wish, lm_head, faults)
     if head_wish is None and not is_quantized and _quantizes_head(request, stages, lm_head):
-        head_precision = HEAD_PRECISION
+        head_precision = request.default_head_precision or HEAD_PRECISION
     return EndsPlan(
         embedding_device=embedding or "cpu",
         embedding_precision=embedding_precision,
@@ -240,7 +248,7 @@ def _device_precision(request: PlanRequest, device: str | None) -> str:
     if device is None:
         return "fp32"
     wish = _device_wish(request, device)
-    return wish.text.strip().lower() if wish else default_precision(device)
+    return wish.text.strip().lower() if wish else request.default_precision or default_precision(device)
 
 
 def _device_wish(request: PlanRequest, device: str) -> Option | None:

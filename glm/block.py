@@ -10,8 +10,9 @@ from torch.nn import functional
 from glm.attention import Geometry, attend
 from glm.config import ModelConfig
 from glm.norm import LayerNorm, RMSNorm
+from glm.quantization import StoredPart
 from glm.rotary import rotate_halves, rotate_neighbours
-from glm.weights import Placement, StoredPart, build_linear, build_vector
+from glm.weights import Placement, build_linear, build_vector
 
 # ChatGLM-6B's blocks always believe to be 28: the original never tells them its number of layers.
 _PREFIX_ALPHA = math.sqrt(2 * 28)

@@ -10,13 +10,15 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from glm.errors import CheckpointError, LfsPointerError, MissingTensorError, ShardError, TensorShapeError
+from glm.layout import Unit
 from glm.lfs import is_lfs_pointer, lfs_complaint
+from glm.quantization import StoredPart
 
 # (index, single file), the preferred format first.
 _LAYOUTS = (
@@ -40,6 +42,24 @@ class TensorSource(Protocol):
 
     def fingerprint(self) -> str:
         """A short word that tells models apart."""
+
+
+@runtime_checkable
+class UnitSource(Protocol):
+    """What has whole units of the network ready: a `ConvertedCheckpoint`, or a `CachedCheckpoint`."""
+
+    model_dir: Path
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read_unit(self, unit: Unit) -> Mapping[str, StoredPart]:
+        """The unit's parts; they may be read from a file only when asked for, each time."""
+
+    def fingerprint(self) -> str:
+        """A short word that tells models apart."""
+
+
+ModelSource = TensorSource | UnitSource
 
 
 class Checkpoint:
@@ -94,10 +114,16 @@ class Checkpoint:
             size = shard.stat().st_size
             digest.update(f"{shard.name}:{size}:".encode())
             with shard.open("rb") as file:
-                for sample in range(_NUM_SAMPLES):
-                    file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE_BYTES))
+                for sample in samples(file, 0, size):
+                    digest.update(sample)
         return digest.hexdigest()[:16]
+
+
+def samples(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
+    """16 samples of 4 KiB, evenly spread over a stretch of a file, its ends among them."""
+    for sample in range(_NUM_SAMPLES):
+        file.seek(start + max(0, num_bytes - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
+        yield file.read(min(_SAMPLE_BYTES, num_bytes))
 
 
 def _find_shards(model_dir: Path) -> dict[str, Path]:

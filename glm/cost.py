@@ -2,8 +2,12 @@
 
 import math
 
+import torch
+
 from glm.config import ModelConfig
-from glm.layout import layer_sources, lm_head_source
+from glm.layout import Source, Unit, layer_sources, lm_head_source
+from glm.precision import Precision
+from glm.quantization import group_size, scale_dtype
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
@@ -16,6 +20,19 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * pairs
     lm_head = sum(math.prod(shape) for shape in lm_head_source(config).shapes.values())
     return 2 * (num_tokens * per_token + attention + lm_head)
+
+
+def stored_bytes(unit: Unit, precision: Precision | None, dtype: torch.dtype) -> int:
+    """Bytes of a unit with its matrices at a quantised precision, all else (with None everything) in `dtype`."""
+    return sum(_source_bytes(source, precision, dtype) for source in unit.sources.values())
+
+
+def _source_bytes(source: Source, precision: Precision | None, dtype: torch.dtype) -> int:
+    rows, columns = sum(source.num_rows), source.num_columns
+    if columns is None or precision is None or not precision.is_quantized:
+        return rows * (columns or 1) * dtype.itemsize
+    num_groups = columns // group_size(precision.bits, columns)
+    return rows * (columns * precision.bits // 8 + num_groups * scale_dtype(precision.bits).itemsize)
 
 
 def _num_weights(config: ModelConfig, layer: int) -> int:

@@ -3,11 +3,11 @@
 import torch
 from torch.nn import functional
 
-from glm.checkpoint import TensorSource
+from glm.checkpoint import ModelSource
 from glm.config import ModelConfig
 from glm.errors import GlmError
-from glm.layout import embedding_source, final_norm_sources, lm_head_source
-from glm.linear import Weight, make_linear, owned, pack, tensor_bytes
+from glm.layout import Unit, embedding_unit, final_norm_unit, lm_head_unit
+from glm.linear import Weight, make_linear, make_weight, owned, pack, tensor_bytes
 from glm.norm import LayerNorm, RMSNorm
 from glm.precision import Precision, compute_dtype
 from glm.weights import Placement, build_vector, build_weight, read_parts
@@ -16,6 +16,13 @@ from glm.weights import Placement, build_vector, build_weight, read_parts
 def end_placement(precision: Precision, device: torch.device, config: ModelConfig) -> Placement:
     """Where and how one part of an end is held."""
     return Placement(precision, compute_dtype(precision, device, config), device)
+
+
+def stored_lm_head(checkpoint: ModelSource, config: ModelConfig) -> Unit:
+    """What holds the output projection: a tied model may have it only as its embedding."""
+    unit = lm_head_unit(config)
+    is_shared = config.tied_ends and unit.sources["table"].names[0] not in checkpoint
+    return embedding_unit(config) if is_shared else unit
 
 
 class Embedding:
@@ -31,7 +38,7 @@ class Embedding:
 
     @classmethod
     def load(
-        cls, checkpoint: TensorSource, config: ModelConfig, placement: Placement, lm_head: Placement | None = None
+        cls, checkpoint: ModelSource, config: ModelConfig, placement: Placement, lm_head: Placement | None = None
     ) -> "Embedding":
         """Read the table. A tied model's serves lm_head too where that is held in the same way.
 
@@ -41,13 +48,13 @@ class Embedding:
         Raises:
             CheckpointError: it is missing or misshapen.
         """
-        stored = read_parts(checkpoint, {"table": embedding_source(config)}, config)["table"]
+        stored = read_parts(checkpoint, embedding_unit(config), config)["table"]
         if config.tied_ends and lm_head == placement:
             return cls(pack(build_weight(stored, placement), placement.kernels), placement, is_shared=True)
         if isinstance(stored, torch.Tensor) and not placement.precision.is_quantized:
             is_narrow = torch.promote_types(stored.dtype, placement.dtype) == placement.dtype
             return cls(owned(stored, stored.dtype if is_narrow else placement.dtype, placement.device), placement)
-        return cls(build_weight(stored, placement), placement)
+        return cls(make_weight(stored, placement.precision, placement.dtype, placement.device), placement)
 
     @property
     def num_bytes(self) -> int:
@@ -92,7 +99,7 @@ class Head:
     @classmethod
     def load(
         cls,
-        checkpoint: TensorSource,
+        checkpoint: ModelSource,
         config: ModelConfig,
         norm: Placement,
         lm_head: Placement,
@@ -103,7 +110,7 @@ class Head:
         Raises:
             CheckpointError: one is missing or misshapen.
         """
-        parts = read_parts(checkpoint, final_norm_sources(config), config)
+        parts = read_parts(checkpoint, final_norm_unit(config), config)
         weight = build_vector(parts, "weight", norm)
         final_norm = (
             LayerNorm(weight, build_vector(parts, "bias", norm), config.norm_eps)
@@ -112,10 +119,7 @@ class Head:
         )
         if embedding is not None and embedding.is_shared and embedding.placement == lm_head:
             return cls(final_norm, norm, embedding.table, lm_head)
-        source = lm_head_source(config)
-        if config.tied_ends and source.names[0] not in checkpoint:
-            source = embedding_source(config)
-        stored = read_parts(checkpoint, {"lm_head": source}, config)["lm_head"]
+        stored = read_parts(checkpoint, stored_lm_head(checkpoint, config), config)["table"]
         return cls(final_norm, norm, build_weight(stored, lm_head), lm_head)
 
     @property

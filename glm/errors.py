@@ -6,9 +6,12 @@
     ├── PrecisionError            a precision that is unknown, or that this device or shape cannot have
     ├── CheckpointError           the weights are not what config.json promises
     │   ├── LfsPointerError       a Git-LFS pointer file lies where weights should be
+    │   ├── ManifestError         the list of a converted model's files is damaged, of another version or hostile
     │   ├── ShardError            a shard is missing, truncated or unreadable
     │   ├── MissingTensorError    a tensor that the layout needs is in no shard
     │   └── TensorShapeError      a tensor has another shape than config.json implies
+    ├── ConversionError           a model cannot be converted, or not into this directory
+    │   └── DiskSpaceError        the disk is too small for the result
     ├── CacheGapError             a segment starts beyond the cached tokens
     ├── SegmentError              segments that cannot be computed together, or cut a prompt that must stay whole
     ├── TokenizerError            tokenizer files are missing or broken
@@ -43,6 +46,10 @@ class LfsPointerError(CheckpointError):
     """A Git-LFS pointer file lies where weights should be."""
 
 
+class ManifestError(CheckpointError):
+    """The list of a converted model's files is damaged, of another version or hostile."""
+
+
 class ShardError(CheckpointError):
     """A shard is missing, truncated or unreadable."""
 
@@ -53,6 +60,14 @@ class MissingTensorError(CheckpointError):
 
 class TensorShapeError(CheckpointError):
     """A tensor has another shape than config.json implies."""
+
+
+class ConversionError(GlmError):
+    """A model that cannot be converted, or not into this directory."""
+
+
+class DiskSpaceError(ConversionError):
+    """The disk is too small for what is to be written."""
 
 
 class CacheGapError(GlmError):

@@ -12,7 +12,14 @@ from glm.shapes import random_shape
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Exact names where that is possible: what another program has cached of a model should do without a network.
-_WORDS = ("config.json", "generation_config.json", "tokenizer*.json", "*.jinja", "tokenizer.model", "ice_text.model")
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "ice_text.model",
+)
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -69,7 +76,9 @@ def _fetch(name: str, revision: str | None, weights: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot = snapshot_download(name, revision=revision, allow_patterns=[*_WORDS, *weights], ignore_patterns="*/*")
+        snapshot = snapshot_download(
+            name, revision=revision, allow_patterns=[*SMALL_FILES, *weights], ignore_patterns="*/*"
+        )
     except Exception as error:  # the library lets errors of its HTTP client, of the disk and its own through
         raise ModelNotFoundError(_complaint(name, revision, error)) from error
     return Path(snapshot).absolute()

@@ -4,6 +4,7 @@ A `Source` is one matrix or vector of the network and the names it is stored und
 projections are fused here). Quantised linears have `NAME_scale` beside a packed `NAME`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glm.config import ModelConfig
@@ -22,6 +23,14 @@ class Source:
         """Shape by name, as stored in a float checkpoint."""
         tail = () if self.num_columns is None else (self.num_columns,)
         return {name: (rows, *tail) for name, rows in zip(self.names, self.num_rows, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parts of the network that are read, held and stored together, by the names that blocks and ends know them by."""
+
+    name: str
+    sources: Mapping[str, Source]
 
 
 _LAYER_PREFIX = {
@@ -111,3 +120,29 @@ def final_norm_sources(config: ModelConfig) -> dict[str, Source]:
     base = _END_NAMES[config.family][1]
     kinds = ("weight", "bias") if config.is_prefix_lm else ("weight",)
     return {kind: Source((f"{base}.{kind}",), (config.hidden_size,)) for kind in kinds}
+
+
+def layer_unit(config: ModelConfig, layer: int) -> Unit:
+    """One layer, counted from 0; its name counts from 1."""
+    return Unit(f"layer-{layer + 1:05}", layer_sources(config, layer))
+
+
+def embedding_unit(config: ModelConfig) -> Unit:
+    """The word embedding, its part `table`."""
+    return Unit("embedding", {"table": embedding_source(config)})
+
+
+def final_norm_unit(config: ModelConfig) -> Unit:
+    """The final norm."""
+    return Unit("final_layernorm", final_norm_sources(config))
+
+
+def lm_head_unit(config: ModelConfig) -> Unit:
+    """The output projection, its part `table`; tied models may leave it out."""
+    return Unit("lm_head", {"table": lm_head_source(config)})
+
+
+def all_units(config: ModelConfig) -> tuple[Unit, ...]:
+    """Everything a model is made of, in the order of the network."""
+    layers = (layer_unit(config, layer) for layer in range(config.num_layers))
+    return (embedding_unit(config), *layers, final_norm_unit(config), lm_head_unit(config))

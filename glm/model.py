@@ -6,12 +6,12 @@ import torch
 
 from glm.attention import Segment, make_geometry
 from glm.block import Block, make_block
-from glm.checkpoint import TensorSource
+from glm.checkpoint import ModelSource
 from glm.config import ModelConfig
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import SegmentError
 from glm.kv_cache import SequenceCache
-from glm.layout import layer_sources
+from glm.layout import layer_unit
 from glm.positions import prompt_layout
 from glm.precision import Precision, compute_dtype
 from glm.weights import Placement, read_parts
@@ -33,7 +33,7 @@ class LayerStack:
     @classmethod
     def load(
         cls,
-        checkpoint: TensorSource,
+        checkpoint: ModelSource,
         config: ModelConfig,
         start: int,
         end: int,
@@ -51,7 +51,7 @@ class LayerStack:
         placement = Placement(precision, compute_dtype(precision, device, config), device)
         blocks: list[Block] = []
         for layer in range(start, end):
-            parts = read_parts(checkpoint, layer_sources(config, layer), config)
+            parts = read_parts(checkpoint, layer_unit(config, layer), config)
             blocks.append(make_block(parts, config, placement))
             if progress is not None:
                 progress(len(blocks), end - start, sum(block.num_bytes for block in blocks))
@@ -130,7 +130,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        checkpoint: TensorSource,
+        checkpoint: ModelSource,
         config: ModelConfig,
         precision: Precision = Precision.FP32,
         device: torch.device | None = None,

@@ -59,6 +59,10 @@ class QuantizedWeight:
         return row_blocks(self.num_rows, self.num_columns)
 
 
+StoredPart = torch.Tensor | QuantizedWeight
+"""One matrix or vector of the network as a file holds it."""
+
+
 def row_blocks(num_rows: int, num_columns: int) -> list[slice]:
     """Row ranges of a matrix that hold about a million elements each: fast, and little beside the matrix."""
     step = max(1, _BLOCK_ELEMENTS // num_columns)
@@ -81,6 +85,11 @@ def group_size(bits: int, num_columns: int) -> int:
     return num_columns if bits == 8 else math.gcd(num_columns, INT4_GROUP_SIZE)
 
 
+def scale_dtype(bits: int) -> torch.dtype:
+    """Of the scales that `quantize` makes."""
+    return torch.float16 if bits == 4 else torch.float32
+
+
 def quantize(
     weight: torch.Tensor | QuantizedWeight, precision: Precision, device: torch.device | None = None
 ) -> QuantizedWeight:
@@ -99,8 +108,7 @@ def quantize(
     if bits == 4 and group < 2:
         raise PrecisionError(f"int4 needs an even number of input features, not {num_columns}; use int8")
     values = torch.empty(num_rows, num_columns * bits // 8, dtype=torch.int8, device=device)
-    scale_dtype = torch.float16 if bits == 4 else torch.float32
-    scales = torch.empty(num_rows, num_columns // group, dtype=scale_dtype, device=device)
+    scales = torch.empty(num_rows, num_columns // group, dtype=scale_dtype(bits), device=device)
     for block in row_blocks(num_rows, num_columns):
         grouped = float_rows(weight, block, torch.float32).to(device).view(-1, num_columns // group, group)
         scales[block] = int4_scales(grouped) if bits == 4 else grouped.abs().amax(-1) / 127

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from glm.checkpoint import Checkpoint, TensorSource
 from glm.config import ModelConfig, load_config
 from glm.errors import MissingTensorError, TensorShapeError
 from glm.layout import stored_shapes
@@ -71,15 +70,6 @@ class RandomCheckpoint:
         num_used = (num_rows - 1) * step + num_columns
         start = zlib.crc32(name.encode()) % (_POOL_SIZE - num_used + 1)
         return self._pool.as_strided((num_rows, num_columns), (step, 1), start).view(shape)
-
-
-def open_checkpoint(model_dir: Path) -> TensorSource:
-    """The weights of a model directory, or of `random:SHAPE`.
-
-    Raises:
-        CheckpointError: or the subclass that says what is wrong with which file. ModelNotFoundError: not a shape.
-    """
-    return Checkpoint(model_dir) if random_shape(model_dir) is None else RandomCheckpoint(model_dir)
 
 
 def _make_pool(config: ModelConfig) -> torch.Tensor:

@@ -5,16 +5,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from glm.checkpoint import TensorSource
+from glm.checkpoint import ModelSource, TensorSource, UnitSource
 from glm.config import ModelConfig
 from glm.errors import CheckpointError
 from glm.kernels.native import NativeKernels, best_kernels
-from glm.layout import Source
-from glm.linear import Linear, make_linear, make_weight, owned
+from glm.layout import Source, Unit
+from glm.linear import Linear, Weight, make_linear, make_weight, owned, pack
 from glm.precision import Precision
-from glm.quantization import QuantizedWeight
-
-StoredPart = torch.Tensor | QuantizedWeight
+from glm.quantization import QuantizedWeight, StoredPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +34,14 @@ class Placement:
         return self.kernels if self.kernels is not None and self.kernels.can_step(example) else None
 
 
-def read_parts(checkpoint: TensorSource, sources: Mapping[str, Source], config: ModelConfig) -> dict[str, StoredPart]:
+def read_parts(checkpoint: ModelSource, unit: Unit, config: ModelConfig) -> Mapping[str, StoredPart]:
     """Read the parts as stored; fused ones are concatenated, published quantised ones keep their packing.
 
-    Float parts may be views of a mapped file.
+    Parts may be views of a mapped file.
     """
+    if isinstance(checkpoint, UnitSource):
+        return checkpoint.read_unit(unit)
+    sources = unit.sources
     shapes: dict[str, tuple[int, ...]] = {}
     for source in sources.values():
         shapes |= _stored_shapes(checkpoint, source, config)
@@ -75,8 +76,12 @@ def _assemble(source: Source, tensors: Mapping[str, torch.Tensor], config: Model
     return stored[0] if len(stored) == 1 else torch.cat(stored)
 
 
-def build_weight(stored: StoredPart, placement: Placement) -> StoredPart:
-    """A weight at the placement's precision, owning its memory."""
+def build_weight(stored: StoredPart, placement: Placement) -> Weight:
+    """A weight at the placement's precision, owning its memory; packed at once where that is all it takes."""
+    if isinstance(stored, QuantizedWeight) and stored.bits == placement.precision.bits:
+        packed = pack(stored, placement.kernels if placement.device.type == "cpu" else None)
+        if packed is not stored:
+            return packed
     return make_weight(stored, placement.precision, placement.dtype, placement.device)
 
 

@@ -8,8 +8,8 @@ import torch
 from glm.config import load_config
 from glm.errors import GlmError
 from glm.model import LayerStack
+from glm.model_source import open_checkpoint
 from glm.precision import Precision
-from glm.random_checkpoint import open_checkpoint
 from protocol.control import Assign
 from stage_worker.errors import AbandonedError, LoadError
 from stage_worker.memory import is_out_of_memory

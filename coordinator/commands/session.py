@@ -41,12 +41,14 @@ def launched(
     from glm.config import load_config
     from glm.demo import demo_model_dir
     from glm.hub import resolve_description
+    from glm.model_source import made_for
 
     model = options.model or request.model or demo_model_dir()
     revision = options.revision or request.revision
-    config = load_config(resolve_description(model, revision))
+    description = resolve_description(model, revision)
+    config = load_config(description)
     check(config)
-    plan = plan_for(request, config.num_layers, is_quantized=config.quantization_bits is not None)
+    plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)))
     say(*describe(plan, verbose=options.verbose))
     say(*(f"note: {note}" for note in notes(request, plan)))
     with ExitStack() as stack:

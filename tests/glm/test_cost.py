@@ -10,7 +10,7 @@ from glm.attention import Segment
 from glm.config import load_config
 from glm.cost import prefill_flops
 from glm.model import Model
-from glm.random_checkpoint import open_checkpoint
+from glm.model_source import open_checkpoint
 
 
 def test_the_6b_shape_by_hand() -> None:

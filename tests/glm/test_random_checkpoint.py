@@ -14,8 +14,9 @@ from glm.errors import MissingTensorError, ModelNotFoundError, TensorShapeError
 from glm.hub import resolve_model
 from glm.layout import layer_sources, stored_shapes
 from glm.model import LayerStack, Model
+from glm.model_source import open_checkpoint
 from glm.precision import Precision
-from glm.random_checkpoint import RandomCheckpoint, open_checkpoint
+from glm.random_checkpoint import RandomCheckpoint
 from glm.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,7 @@ from glm.attention import Segment
 from glm.config import load_config
 from glm.model import LayerStack
 from glm.precision import Precision
-from glm.random_checkpoint import open_checkpoint
+from glm.model_source import open_checkpoint
 def peak_bytes():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))

@@ -1,0 +1,181 @@
+"""Quantise a model once and for all: into a directory that any split loads at about the speed of reading it."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm.checkpoint import ModelSource
+from glm.config import ModelConfig, load_config
+from glm.converted import MANIFEST, FileFacts, Manifest, file_name, is_converted
+from glm.cost import stored_bytes
+from glm.ends import stored_lm_head
+from glm.errors import ConversionError, DiskSpaceError
+from glm.hub import SMALL_FILES
+from glm.layout import Unit, all_units
+from glm.linear import make_weight
+from glm.model_source import open_checkpoint
+from glm.part_file import sync_directory, write_parts
+from glm.precision import Precision
+from glm.quantization import QuantizedWeight, StoredPart
+from glm.shapes import SHAPES, random_shape
+from glm.weights import read_parts
+
+UNFINISHED = "unfinished-conversion"
+_COPIED = (*SMALL_FILES, "*LICENSE*")
+_SPARE_BYTES = 64 << 20  # tokenizer, headers, what the file system itself takes
+
+ConvertProgress = Callable[[str, int, int], None]
+"""Called with a unit's name before it is written, and the bytes written and to be written in all."""
+
+
+def convert(
+    model_dir: Path,
+    out: Path,
+    precision: Precision,
+    lm_head_precision: Precision | None,
+    progress: ConvertProgress = lambda *_: None,
+) -> Manifest:
+    """Write the model at a quantised precision; the embedding, and lm_head with None for it, stay as published.
+
+    `out` is a directory to be made, an empty one, or one that an interrupted conversion left, which is started again.
+    It is no model before everything is in it.
+
+    Raises:
+        ConversionError: the model is converted already, or `out` is in use.
+        DiskSpaceError: with how much is needed and available; nothing was written, or what was is removed.
+        GlmError: the model itself is not usable.
+    """
+    if is_converted(model_dir):
+        raise ConversionError(f"{model_dir} is a converted model already: convert the one it was made from")
+    config, checkpoint = load_config(model_dir), open_checkpoint(model_dir)
+    wanted = {unit.name: precision for unit in all_units(config)} | {"lm_head": lm_head_precision, "embedding": None}
+    dtype = getattr(torch, config.stored_dtype)
+    sizes = {unit.name: stored_bytes(unit, wanted[unit.name], dtype) for unit in all_units(config)}
+    with _claimed(out, sum(sizes.values()) + _SPARE_BYTES):
+        files, done = {}, 0
+        for unit in all_units(config):
+            progress(unit.name, done, sum(sizes.values()))
+            written = write_parts(out / file_name(unit.name), unit, _parts(checkpoint, unit, config, wanted[unit.name]))
+            files[unit.name] = FileFacts(written.num_bytes, written.sha256)
+            done += sizes[unit.name]
+        progress("", done, done)
+        raw = _copy_small_files(model_dir, out)
+        name, fingerprint = config.name or model_dir.name, checkpoint.fingerprint()
+        manifest = Manifest(name, fingerprint, precision, lm_head_precision, raw, files)
+        _write_text(out / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def quantized(parts: Mapping[str, StoredPart], precision: Precision, device: torch.device) -> dict[str, StoredPart]:
+    """The parts with all matrices at a quantised precision, on `device`; a published one keeps its integers."""
+    return {
+        name: make_weight(part, precision, torch.float32, device)
+        if isinstance(part, QuantizedWeight) or part.dim() == 2
+        else part
+        for name, part in parts.items()
+    }
+
+
+def _parts(
+    checkpoint: ModelSource, unit: Unit, config: ModelConfig, precision: Precision | None
+) -> Mapping[str, StoredPart]:
+    stored = stored_lm_head(checkpoint, config) if unit.name == "lm_head" else unit
+    parts = read_parts(checkpoint, stored, config)
+    return parts if precision is None else quantized(parts, precision, torch.device("cpu"))
+
+
+@contextmanager
+def _claimed(out: Path, needed_bytes: int) -> Iterator[None]:
+    """Keep `out` to ourselves, marked as unfinished; if the block raises, what was written is removed."""
+    _check_directory(out)
+    _check_space(out, needed_bytes)
+    is_new, marker = not out.exists(), out / UNFINISHED
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with marker.open("a") as handle:
+            _lock(handle.fileno(), out)
+            try:
+                _empty(out)
+                yield
+                sync_directory(out)
+            except BaseException:
+                _empty(out)
+                marker.unlink()
+                if is_new:
+                    out.rmdir()
+                raise
+            marker.unlink()
+    except OSError as error:
+        kind = DiskSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ConversionError
+        raise kind(
+            f"{error.filename or out}: {error.strerror or error}; what there was of the conversion is removed: make "
+            "room, check the permissions, or name another directory"
+        ) from error
+
+
+def _check_directory(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConversionError(f"{out} is a file: name a directory to be made")
+    if not out.exists() or (out / UNFINISHED).is_file():
+        return
+    found = sorted(path.name for path in out.iterdir())
+    if found:
+        raise ConversionError(f"{out} is not empty, it holds {found[0]}: name a new directory, or empty this one")
+
+
+def _check_space(out: Path, needed_bytes: int) -> None:
+    place = next(place for place in (out, *out.absolute().parents) if place.exists())
+    free_bytes = shutil.disk_usage(place).free
+    if place == out:
+        free_bytes += sum(path.stat().st_size for path in out.iterdir())
+    if free_bytes < needed_bytes:
+        raise DiskSpaceError(
+            f"{out} needs {needed_bytes / 1e9:.2f} GB, the disk of {place} has {free_bytes / 1e9:.2f} GB free: make "
+            "room, choose a lower precision or name a directory on another disk"
+        )
+
+
+def _lock(handle: int, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConversionError(
+            f"{out} is being written by another conversion: wait for it or name another one"
+        ) from None
+
+
+def _empty(out: Path) -> None:
+    """Remove what an unfinished conversion left, except its marker."""
+    for path in out.iterdir():
+        if path.name != UNFINISHED:
+            path.unlink()
+
+
+def _copy_small_files(model_dir: Path, out: Path) -> dict[str, Any]:
+    """config.json and what else belongs to a model beside its weights; returns the config."""
+    shape = random_shape(model_dir)
+    if shape is not None:
+        _write_text(out / "config.json", json.dumps(SHAPES[shape], indent=1))
+    else:
+        for pattern in _COPIED:
+            for path in filter(Path.is_file, model_dir.glob(pattern)):
+                shutil.copyfile(path, out / path.name)
+    raw: dict[str, Any] = json.loads((out / "config.json").read_bytes())
+    return raw
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

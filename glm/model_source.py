@@ -1,0 +1,47 @@
+"""What the parts of a model are loaded from, whatever kind of model was named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm.checkpoint import Checkpoint, ModelSource
+from glm.config import load_config
+from glm.converted import ConvertedCheckpoint, is_converted, read_manifest
+from glm.random_checkpoint import RandomCheckpoint
+from glm.shapes import random_shape
+
+
+def open_checkpoint(model_dir: Path) -> ModelSource:
+    """The weights of a model directory, as published or converted, or of `random:SHAPE`.
+
+    Raises:
+        CheckpointError: or the subclass that says what is wrong with which file. ModelNotFoundError: not a shape.
+    """
+    if random_shape(model_dir) is not None:
+        return RandomCheckpoint(model_dir)
+    return ConvertedCheckpoint(model_dir) if is_converted(model_dir) else Checkpoint(model_dir)
+
+
+@dataclass(frozen=True, slots=True)
+class MadeFor:
+    """What a model's weights are like on disk, as a plan wants to know: see `coordinator.planning.plan_for`.
+
+    `is_quantized` says that lm_head is to be left as it is stored.
+    """
+
+    is_quantized: bool = False
+    precision: str | None = None
+    lm_head_precision: str | None = None
+
+
+def made_for(model_dir: Path) -> MadeFor:
+    """Published quantised, converted, or neither.
+
+    Raises:
+        ConfigError: config.json is not usable. ManifestError: the directory says that it is converted, and not how.
+    """
+    is_published = load_config(model_dir).quantization_bits is not None
+    if random_shape(model_dir) is not None or not is_converted(model_dir):
+        return MadeFor(is_published)
+    manifest = read_manifest(model_dir)
+    head = manifest.lm_head_precision
+    return MadeFor(head is None, manifest.precision.value, head.value if head else None)
