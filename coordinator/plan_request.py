@@ -29,7 +29,7 @@ class StageRequest:
 class PlanRequest:
     """A wished placement. Without stages, all layers go to `num_stages` (or one) CPU stages, evenly.
 
-    `default_precision` and `default_head_precision` are those that the model was converted to, None for any other model.
+    `default_precision` and `default_head_precision` are what the model was converted to, None for any other.
     `model` and `revision` are what a plan file names, None when it leaves them to the command line.
     `faults` are those already found while reading; `resolve` lists them with its own. `is_complete` is false
     when a stage was too malformed to be kept in `stages`: gaps between the others then mean nothing.

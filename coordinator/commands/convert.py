@@ -40,8 +40,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-head-precision",
         metavar="P",
-        help=f"int8, int4, or {_PUBLISHED} to leave it as it is (default: {HEAD_PRECISION}, but as it is in a model that "
-        "was published quantised); the embedding stays as it is",
+        help=f"int8, int4, or {_PUBLISHED} to leave it as it is (default: {HEAD_PRECISION}; {_PUBLISHED} where the "
+        "model was published quantised); the embedding stays as it is",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="default: all usable cores")
     parser.add_argument("--check", action="store_true", help="MODEL is a converted one: compare all its checksums")

@@ -21,7 +21,7 @@ from glm.converted import MANIFEST, ConvertedCheckpoint
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import CheckpointError, ConversionError, DiskSpaceError, GlmError, ManifestError, ShardError
 from glm.model import LayerStack, Model
-from glm.model_source import converted_precision, open_checkpoint
+from glm.model_source import MadeFor, made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.precision import Precision
 from glm.tokenizer import load_tokenizer
@@ -117,7 +117,7 @@ def test_the_directory_is_a_whole_model(source: Path, tmp_path: Path) -> None:
     assert {name: facts["bytes"] for name, facts in manifest["files"].items()} == {
         name: (out / name).stat().st_size for name in layers | ends
     }
-    assert converted_precision(out) is Precision.INT4
+    assert made_for(out) == MadeFor(True, "int4", None)
     assert calls[0][:2] == ("embedding", 0)
     assert calls[-1][1] == calls[-1][2]
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
