@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from coordinator.commands import bench, chat, compare, convert, dump, generate, launch, worker
+from coordinator.commands import bench, chat, compare, convert, doctor, dump, generate, launch, worker
 from coordinator.errors import CoordinatorError
 from coordinator.signals import leaving_on_signals
 from protocol.version import VERSION
@@ -34,6 +34,7 @@ COMMANDS = {
     "bench": bench,
     "dump": dump,
     "compare": compare,
+    "doctor": doctor,
 }
 
 

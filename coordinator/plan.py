@@ -91,6 +91,13 @@ def default_precision(device: str) -> str:
     return "fp16" if is_gpu(device) else "fp32"
 
 
+def wants_native_kernels(plan: Plan) -> bool:
+    """Whether a part on a CPU has weights that the native kernels were made for."""
+    held = [(stage.device, stage.precision) for stage in plan.stages]
+    held.append((plan.ends.lm_head_device, plan.ends.lm_head_precision))
+    return any(not is_gpu(device) and precision != "fp32" for device, precision in held)
+
+
 def available_devices() -> tuple[str, ...]:
     """The devices of this machine, `cpu` first. Imports torch, so ask only when about to launch."""
     import torch

@@ -18,6 +18,11 @@ def worker_command() -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "stage_worker")
 
 
+def facts_command() -> tuple[str, ...]:
+    """The command that prints what a worker finds on this host, and leaves."""
+    return (sys.executable, "-P", "-m", "stage_worker.facts")
+
+
 def worker_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for `worker_command`: `stage_worker` is found wherever this package was found."""
     result = {**environment, "PYTHONUNBUFFERED": "1"}

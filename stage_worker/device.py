@@ -33,12 +33,19 @@ def parse_device(text: str) -> torch.device:
     match = re.fullmatch(r"cuda:(\d{1,4})", text)
     if match is None:
         raise DeviceError(f"device {text!r} is unknown: use cpu or cuda:N; {_existing()}")
-    if not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
+    reason = why_no_gpu()
+    if reason is not None:
         raise DeviceError(f"{text} cannot be used, {reason}; {_existing()}")
     if int(match[1]) >= torch.cuda.device_count():
         raise DeviceError(f"{text} does not exist; {_existing()}")
     return torch.device(text)
+
+
+def why_no_gpu() -> str | None:
+    """Why torch has no GPU here; None where it has."""
+    if torch.cuda.is_available():
+        return None
+    return "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
 
 
 def device_facts(device: torch.device) -> DeviceFacts:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import zmq
 
+from glm.kernels.diagnosis import native_state
 from protocol.control import Join
 from protocol.endpoints import ipc_path
 from protocol.errors import EndpointError
@@ -103,6 +104,6 @@ def _join(options: WorkerOptions, data_endpoint: str) -> Join:
         memory_total_bytes=facts.memory_total_bytes,
         memory_free_bytes=facts.memory_free_bytes,
         num_threads=torch.get_num_threads(),
-        kernels=("torch",),
+        kernels=(device.type == "cpu" and native_state().usable) or ("torch",),
         data_endpoint=data_endpoint,
     )

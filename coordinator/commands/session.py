@@ -62,7 +62,20 @@ def launched(
                 record_hidden_states=record_hidden_states,
             )
             stack.enter_context(chat_model)
+        say(*_kernel_lines(chat_model))
         yield chat_model
+
+
+def _kernel_lines(chat_model: ChatModel) -> list[str]:
+    """What computes lm_head (each stage has said so itself); why that is slower on a CPU than it could be, if it is."""
+    from coordinator.plan import wants_native_kernels
+    from glm.kernels.diagnosis import native_state
+
+    lines = [f"lm_head computes with {chat_model.engine.head.kernel_path}"]
+    complaint = native_state().complaint
+    if complaint is not None and wants_native_kernels(chat_model.cluster.plan):
+        lines.append(f"note: {complaint}")
+    return lines
 
 
 def chosen_sampling(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:

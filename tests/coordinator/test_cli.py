@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import COMMANDS, main, make_parser
+from coordinator.commands import doctor
 from coordinator.commands.options import plan_request, sampling_overrides
 from coordinator.commands.session import _only_warnings
 from coordinator.errors import CoordinatorError, PlanError, StageLost, UsageError
@@ -66,6 +67,27 @@ def test_help_lists_the_commands_and_version_is_the_packages() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for command in (*COMMANDS, "worker"):
         assert f"\n    {command} " in done.stdout
+
+
+def test_doctor_says_what_is_here() -> None:
+    """Versions, threads, and what a worker process finds: memory, kernels, GPUs or why there are none."""
+    done = glmpipe("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names[:5] == ["glmpipe", "packages", "threads", "cpu", "kernels:"]
+    assert "GB of memory" in lines[3]
+    assert any(name.startswith("cuda") for name in names)
+
+
+def test_doctor_says_why_no_worker_can_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker that fails at once is told with its last words."""
+    words = "import sys; sys.exit('torch is broken')"
+    monkeypatch.setattr(doctor, "facts_command", lambda: (sys.executable, "-c", words))
+    assert main(["doctor"]) == 1
+    assert "exit code 1): torch is broken" in capsys.readouterr().err
 
 
 def test_worker_is_the_stage_worker() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.errors import PlanError
-from coordinator.plan import EndsPlan, Plan, StagePlan, describe, parse_device
+from coordinator.plan import EndsPlan, Plan, StagePlan, describe, parse_device, wants_native_kernels
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 from coordinator.planning import even_split, notes, plan_for, resolve
 
@@ -103,6 +103,20 @@ def test_the_ends_take_a_device_and_a_precision_of_their_own() -> None:
     ends = resolve(apart, 6, TWO_GPUS).ends
     assert ends == EndsPlan("cpu", "int8", "cpu", "cuda:0", "int8")
     assert ends.final_layernorm_precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("request_", "is_wanted"),
+    [
+        (ask(), False),
+        (ask(cpu_precision="bf16"), True),
+        (ask("cuda:0=1-6"), False),
+        (ask(lm_head_precision="int8"), True),
+    ],
+)
+def test_native_kernels_are_for_narrow_weights_on_a_cpu(request_: PlanRequest, is_wanted: bool) -> None:
+    """Of a stage or of lm_head; only then their absence is worth a word."""
+    assert wants_native_kernels(resolve(request_, 6, TWO_GPUS)) == is_wanted
 
 
 FAULTS = {
