@@ -84,7 +84,7 @@ class CausalBlock:
 
         def norm(name: str) -> RMSNorm:
             weight = build_vector(parts, f"{name}.weight", placement)
-            return RMSNorm(weight, config.norm_eps, placement.kernels)
+            return RMSNorm(weight, config.norm_eps, self._kernels)
 
         def optional_norm(name: str) -> RMSNorm | None:
             return norm(name) if f"{name}.weight" in parts else None

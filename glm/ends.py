@@ -9,13 +9,13 @@ from glm.errors import GlmError
 from glm.layout import Unit, embedding_unit, final_norm_unit, lm_head_unit
 from glm.linear import Weight, make_linear, make_weight, owned, pack, tensor_bytes
 from glm.norm import LayerNorm, RMSNorm
-from glm.precision import Precision, compute_dtype
-from glm.weights import Placement, build_vector, build_weight, read_parts
+from glm.precision import Precision
+from glm.weights import Placement, build_vector, build_weight, place, read_parts
 
 
 def end_placement(precision: Precision, device: torch.device, config: ModelConfig) -> Placement:
     """Where and how one part of an end is held."""
-    return Placement(precision, compute_dtype(precision, device, config), device)
+    return place(precision, device, config)
 
 
 def stored_lm_head(checkpoint: ModelSource, config: ModelConfig) -> Unit:
@@ -115,7 +115,7 @@ class Head:
         final_norm = (
             LayerNorm(weight, build_vector(parts, "bias", norm), config.norm_eps)
             if config.is_prefix_lm
-            else RMSNorm(weight, config.norm_eps, norm.kernels)
+            else RMSNorm(weight, config.norm_eps, norm.step_kernels)
         )
         if embedding is not None and embedding.is_shared and embedding.placement == lm_head:
             return cls(final_norm, norm, embedding.table, lm_head)

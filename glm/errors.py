@@ -12,6 +12,8 @@
     │   └── TensorShapeError      a tensor has another shape than config.json implies
     ├── ConversionError           a model cannot be converted, or not into this directory
     │   └── DiskSpaceError        the disk is too small for the result
+=======
+    ├── MissingKernelsError       faster arithmetic cannot be had here; torch's is used instead
     ├── CacheGapError             a segment starts beyond the cached tokens
     ├── SegmentError              segments that cannot be computed together, or cut a prompt that must stay whole
     ├── TokenizerError            tokenizer files are missing or broken
@@ -20,6 +22,8 @@
 
 Every message names the culprit, the number and the remedy, and is meant to be shown as it is.
 """
+
+import textwrap
 
 
 class GlmError(Exception):
@@ -68,6 +72,13 @@ class ConversionError(GlmError):
 
 class DiskSpaceError(ConversionError):
     """The disk is too small for what is to be written."""
+
+
+class MissingKernelsError(GlmError):
+    """Faster arithmetic cannot be had here: what is missing, and the remedy. Torch's is used instead."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{textwrap.shorten(what, 140)}: {remedy}")
 
 
 class CacheGapError(GlmError):

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from glm.kernels.cuda.kernels import MOST_FUSED_TOKENS, CudaKernels, CudaWeight, MissingKernels
 from glm.kernels.memory import empty_weight
 from glm.kernels.native import NativeKernels, NativeWeight
 from glm.kernels.packed import PackedWeight
@@ -15,6 +16,7 @@ from glm.precision import Precision
 from glm.quantization import QuantizedWeight, quantize, unpack_int4
 
 Weight = torch.Tensor | QuantizedWeight | PackedWeight
+Kernels = NativeKernels | CudaKernels | MissingKernels | None
 
 # docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one. Beyond the
 # second, in long prompts, speed goes before the last digits where there is a matrix unit: it takes bf16.
@@ -57,11 +59,12 @@ class DenseLinear:
 
 
 class QuantizedLinear:
-    """Integer weights, dequantised a cache-sized block of rows at a time."""
+    """Integer weights, dequantised a cache-sized block of rows at a time; `note` says why nothing faster does it."""
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, note: str = "") -> None:
         self.weight = weight
         self.bias = bias
+        self._note = f" ({note})" if note else ""
         self._blocks = weight.row_blocks()
 
     @property
@@ -70,7 +73,7 @@ class QuantizedLinear:
 
     @property
     def path(self) -> str:
-        return "torch dequantise + matmul"
+        return f"torch dequantise + matmul{self._note}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], self.weight.num_rows)
@@ -104,6 +107,26 @@ class NativeLinear:
         return self._kernels.product(x, self.native)
 
 
+class CudaLinear:
+    """Integer weights on a card: read once for few tokens, dequantised for torch's matmul for many."""
+
+    def __init__(self, weight: CudaWeight, kernels: CudaKernels) -> None:
+        self.weight = weight
+        self._kernels = kernels
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.num_bytes
+
+    @property
+    def path(self) -> str:
+        return f"CUDA kernels, {_name(self._kernels.dtype)}"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        fused = x.shape[0] <= MOST_FUSED_TOKENS
+        return (self._kernels.product if fused else self._kernels.product_by_blocks)(x, self.weight)
+
+
 def make_weight(
     stored: torch.Tensor | QuantizedWeight, precision: Precision, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | QuantizedWeight:
@@ -125,21 +148,33 @@ def make_weight(
     return owned(stored, dtype, device)
 
 
-def pack(weight: Weight, kernels: NativeKernels | None) -> Weight:
-    """A quantised weight in the layout of the kernels, where they know its kind; any other as it is."""
-    packed = kernels.pack(weight) if kernels is not None and isinstance(weight, QuantizedWeight) else None
+def pack(weight: Weight, kernels: Kernels) -> Weight:
+    """A quantised weight in the layout of the kernels, where they have one of their own; any other as it is."""
+    if not isinstance(kernels, NativeKernels) or not isinstance(weight, QuantizedWeight):
+        return weight
+    packed = kernels.pack(weight)
     return weight if packed is None else packed
 
 
-def make_linear(weight: Weight, bias: torch.Tensor | None, kernels: NativeKernels | None) -> Linear:
+def make_linear(weight: Weight, bias: torch.Tensor | None, kernels: Kernels) -> Linear:
     """The linear layer for a weight as `make_weight` or `pack` returns it, with `kernels` where they know its kind."""
     weight = pack(weight, kernels)
-    if kernels is not None and not isinstance(weight, QuantizedWeight):
+    if isinstance(weight, QuantizedWeight):
+        return _quantized_linear(weight, bias, kernels)
+    if isinstance(kernels, NativeKernels):
         native = kernels.prepare(weight, bias)
         if native is not None:
             return NativeLinear(weight, native, kernels)
     assert not isinstance(weight, PackedWeight), "packed weights need kernels"
-    return QuantizedLinear(weight, bias) if isinstance(weight, QuantizedWeight) else DenseLinear(weight, bias)
+    return DenseLinear(weight, bias)
+
+
+def _quantized_linear(weight: QuantizedWeight, bias: torch.Tensor | None, kernels: Kernels) -> Linear:
+    if isinstance(kernels, CudaKernels):
+        prepared = kernels.prepare(weight, bias)
+        if prepared is not None:
+            return CudaLinear(prepared, kernels)
+    return QuantizedLinear(weight, bias, kernels.reason if isinstance(kernels, MissingKernels) else "")
 
 
 def _name(dtype: torch.dtype) -> str:

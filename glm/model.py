@@ -13,8 +13,8 @@ from glm.errors import SegmentError
 from glm.kv_cache import SequenceCache
 from glm.layout import layer_unit
 from glm.positions import prompt_layout
-from glm.precision import Precision, compute_dtype
-from glm.weights import Placement, read_parts
+from glm.precision import Precision
+from glm.weights import Placement, place, read_parts
 
 LoadProgress = Callable[[int, int, int], None]
 LayerObserver = Callable[[int, torch.Tensor], None]
@@ -48,7 +48,7 @@ class LayerStack:
         Raises:
             CheckpointError: a tensor is missing or misshapen, a shard is damaged.
         """
-        placement = Placement(precision, compute_dtype(precision, device, config), device)
+        placement = place(precision, device, config)
         blocks: list[Block] = []
         for layer in range(start, end):
             parts = read_parts(checkpoint, layer_unit(config, layer), config)
@@ -106,7 +106,7 @@ class LayerStack:
         hidden = hidden.to(self.placement.device, self.placement.dtype)
         if not segments:
             return hidden
-        geometry = make_geometry(segments, self.config, self.placement.device, self.placement.step_kernels)
+        geometry = make_geometry(segments, self.config, self.placement.device, self.placement.attention_kernels)
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
         for index, block in enumerate(self.blocks):

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from glm.kernels.native import NativeKernels
+from glm.kernels.step import StepKernels
 
 
 class LayerNorm:
@@ -20,7 +20,7 @@ class LayerNorm:
 class RMSNorm:
     """Later families: mean of squares, weight only; eps inside the root."""
 
-    def __init__(self, weight: torch.Tensor, eps: float, kernels: NativeKernels | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, kernels: StepKernels | None = None) -> None:
         self.weight, self.eps = weight, eps
         self._kernels = kernels if kernels is not None and kernels.can_step(weight) else None
 

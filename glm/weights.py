@@ -1,17 +1,19 @@
 """From named tensors on disk to the parts a block or an end is made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from glm.checkpoint import ModelSource, TensorSource, UnitSource
 from glm.config import ModelConfig
 from glm.errors import CheckpointError
+from glm.kernels.cuda.kernels import CudaKernels, cuda_kernels
 from glm.kernels.native import NativeKernels, best_kernels
+from glm.kernels.step import StepKernels
 from glm.layout import Source, Unit
-from glm.linear import Linear, Weight, make_linear, make_weight, owned, pack
-from glm.precision import Precision
+from glm.linear import Kernels, Linear, Weight, make_linear, make_weight, owned, pack
+from glm.precision import Precision, compute_dtype
 from glm.quantization import QuantizedWeight, StoredPart
 
 
@@ -19,19 +21,32 @@ from glm.quantization import QuantizedWeight, StoredPart
 class Placement:
     """Where and how a part is held: `dtype` is that of activations, and of what is never quantised (norms, biases).
 
-    `kernels` compute where the device is the CPU and they know the kind of weight; torch does where there are none.
+    `kernels` compute where they know the kind of weight; torch does where there are none.
     """
 
     precision: Precision
     dtype: torch.dtype
     device: torch.device
-    kernels: NativeKernels | None = field(default_factory=best_kernels)
+    kernels: Kernels
 
     @property
-    def step_kernels(self) -> NativeKernels | None:
+    def step_kernels(self) -> StepKernels | None:
         """The kernels if they do more than linear layers with tensors so placed."""
-        example = torch.empty(0, dtype=self.dtype, device=self.device)
-        return self.kernels if self.kernels is not None and self.kernels.can_step(example) else None
+        if not isinstance(self.kernels, NativeKernels | CudaKernels):
+            return None
+        return self.kernels if self.kernels.can_step(torch.empty(0, dtype=self.dtype, device=self.device)) else None
+
+    @property
+    def attention_kernels(self) -> NativeKernels | None:
+        """The kernels if they attend with tensors so placed, too."""
+        kernels = self.step_kernels
+        return kernels if isinstance(kernels, NativeKernels) else None
+
+
+def place(precision: Precision, device: torch.device, config: ModelConfig) -> Placement:
+    """A placement that computes as fast as it can there."""
+    dtype = compute_dtype(precision, device, config)
+    return Placement(precision, dtype, device, cuda_kernels(device, dtype) if device.type == "cuda" else best_kernels())
 
 
 def read_parts(checkpoint: ModelSource, unit: Unit, config: ModelConfig) -> Mapping[str, StoredPart]:
