@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -11,21 +11,36 @@ from glm.attention import Geometry, attend
 from glm.config import ModelConfig
 from glm.norm import LayerNorm, RMSNorm
 from glm.quantization import StoredPart
-from glm.rotary import rotate_halves, rotate_neighbours
+from glm.rotary import RotaryTable, rotate_halves, rotate_neighbours
 from glm.weights import Placement, build_linear, build_vector
 
 # ChatGLM-6B's blocks always believe to be 28: the original never tells them its number of layers.
 _PREFIX_ALPHA = math.sqrt(2 * 28)
 
 
+class Opened(NamedTuple):
+    """A layer as far as its attention: what is added later, and what attention takes, rotated."""
+
+    residual: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
 class Block(Protocol):
-    """What a range of layers is made of."""
+    """What a range of layers is made of: a call opens the layer, attends and closes it."""
 
     num_bytes: int
     kernel_path: str
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; `layer` counts from the start of the range."""
+
+    def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
+        """[num_tokens, hidden_size] -> what attention needs."""
+
+    def close(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """What attention gave, [num_tokens, num_heads * head_dim] -> [num_tokens, hidden_size]."""
 
 
 class _Linears:
@@ -59,11 +74,17 @@ class PrefixBlock:
         self.kernel_path = self.linears.kernel_path
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
+        residual, *attended = self.open(hidden, geometry.rotary)
+        return self.close(residual, attend(geometry, layer, *attended))
+
+    def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
         normed = self.input_norm(hidden)
         fused = self.linears.query_key_value(normed)
         query, key, value = fused.view(fused.shape[0], self.config.num_heads, 3, -1).unbind(2)
-        query, key = rotate_halves(query, geometry.rotary), rotate_halves(key, geometry.rotary)
-        hidden = _PREFIX_ALPHA * normed + self.linears.dense(attend(geometry, layer, query, key, value))
+        return Opened(normed, rotate_halves(query, rotary), rotate_halves(key, rotary), value)
+
+    def close(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        hidden = _PREFIX_ALPHA * residual + self.linears.dense(context)
         normed = self.post_norm(hidden)
         activated = functional.gelu(self.linears.up(normed), approximate="tanh")
         return _PREFIX_ALPHA * normed + self.linears.down(activated)
@@ -96,8 +117,22 @@ class CausalBlock:
         self.kernel_path = self.linears.kernel_path
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
-        attended = self._attention(self.input_norm(hidden), geometry, layer)
-        hidden = hidden + (self.attention_out_norm(attended) if self.attention_out_norm else attended)
+        residual, *attended = self.open(hidden, geometry.rotary)
+        return self.close(residual, attend(geometry, layer, *attended))
+
+    def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
+        config = self.config
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        fused = self.linears.query_key_value(self.input_norm(hidden)).view(hidden.shape[0], -1, config.head_dim)
+        if self._kernels is not None:
+            self._kernels.rotate(fused, config.num_heads + config.num_kv_heads, rotary.cos, rotary.sin)
+            return Opened(hidden, *fused.split(sizes, dim=1))
+        query, key, value = fused.split(sizes, dim=1)
+        return Opened(hidden, rotate_neighbours(query, rotary), rotate_neighbours(key, rotary), value)
+
+    def close(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        attended = self.linears.dense(context)
+        hidden = residual + (self.attention_out_norm(attended) if self.attention_out_norm else attended)
         expanded = self.linears.down(self._gate(self.linears.up(self.post_norm(hidden))))
         return hidden + (self.mlp_out_norm(expanded) if self.mlp_out_norm else expanded)
 
@@ -106,19 +141,6 @@ class CausalBlock:
             return self._kernels.gate(x)
         gate, up = x.chunk(2, dim=-1)
         return functional.silu(gate) * up
-
-    def _attention(self, normed: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
-        config = self.config
-        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        fused = self.linears.query_key_value(normed).view(normed.shape[0], -1, config.head_dim)
-        if self._kernels is not None:
-            table = geometry.rotary
-            self._kernels.rotate(fused, config.num_heads + config.num_kv_heads, table.cos, table.sin)
-            query, key, value = fused.split(sizes, dim=1)
-        else:
-            query, key, value = fused.split(sizes, dim=1)
-            query, key = rotate_neighbours(query, geometry.rotary), rotate_neighbours(key, geometry.rotary)
-        return self.linears.dense(attend(geometry, layer, query, key, value))
 
 
 def make_block(parts: Mapping[str, StoredPart], config: ModelConfig, placement: Placement) -> Block:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from glm.attention import Segment, make_geometry
+from glm.attention import Geometry, Segment, make_geometry
 from glm.block import Block, make_block
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig
+from glm.decode_graphs import DecodeGraphs, graphs_if_wanted
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import SegmentError
 from glm.kv_cache import SequenceCache
@@ -23,12 +24,20 @@ LayerObserver = Callable[[int, torch.Tensor], None]
 class LayerStack:
     """The blocks of the layers [start, end) at one precision on one device."""
 
-    def __init__(self, blocks: Sequence[Block], config: ModelConfig, start: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        config: ModelConfig,
+        start: int,
+        placement: Placement,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.blocks = list(blocks)
         self.config = config
         self.start = start
         self.end = start + len(self.blocks)
         self.placement = placement
+        self._graphs = graphs
 
     @classmethod
     def load(
@@ -55,7 +64,7 @@ class LayerStack:
             blocks.append(make_block(parts, config, placement))
             if progress is not None:
                 progress(len(blocks), end - start, sum(block.num_bytes for block in blocks))
-        return cls(blocks, config, start, placement)
+        return cls(blocks, config, start, placement, graphs_if_wanted(blocks, config, placement))
 
     @property
     def weight_bytes(self) -> int:
@@ -65,7 +74,8 @@ class LayerStack:
     @property
     def kernel_path(self) -> str:
         """Which arithmetic the linear layers take, for people."""
-        return self.blocks[0].kernel_path
+        path = self.blocks[0].kernel_path
+        return path if self._graphs is None else f"{path}; {self._graphs.note or 'CUDA graphs'}"
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -109,12 +119,19 @@ class LayerStack:
         geometry = make_geometry(segments, self.config, self.placement.device, self.placement.attention_kernels)
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
+        if self._graphs is not None and observer is None and self._graphs.prepare(num_tokens):
+            hidden = self._graphs.forward(hidden, geometry)
+        else:
+            hidden = self._through_blocks(hidden, geometry, observer)
+        for segment in segments:
+            segment.cache.commit(segment.num_tokens)
+        return hidden
+
+    def _through_blocks(self, hidden: torch.Tensor, geometry: Geometry, observer: LayerObserver | None) -> torch.Tensor:
         for index, block in enumerate(self.blocks):
             hidden = block(hidden, geometry, index)
             if observer is not None:
                 observer(self.start + index, hidden)
-        for segment in segments:
-            segment.cache.commit(segment.num_tokens)
         return hidden
 
 

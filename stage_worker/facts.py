@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from glm.kernels.cuda.kernels import CudaKernels, MissingKernels, cuda_kernels
 from glm.kernels.diagnosis import native_state
 from stage_worker.device import DeviceFacts, device_facts, why_no_gpu
 from stage_worker.errors import DeviceError
@@ -27,8 +28,15 @@ def fact_lines() -> Iterator[str]:
         try:
             major, minor = torch.cuda.get_device_capability(device)
             yield _line(str(device), f"{_described(device_facts(device))}, sm_{major}{minor}")
+            yield _line("", _cuda_state(cuda_kernels(device, torch.float16)))
         except (DeviceError, RuntimeError) as error:
             yield _line(str(device), f"note: {error}")
+
+
+def _cuda_state(kernels: CudaKernels | MissingKernels) -> str:
+    if isinstance(kernels, CudaKernels):
+        return "kernels: CUDA"
+    return f"note: CUDA kernels for int8 and int4 are missing, torch computes instead, slower; {kernels.reason}"
 
 
 def _described(facts: DeviceFacts) -> str:
