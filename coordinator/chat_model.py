@@ -26,11 +26,13 @@ from glm.ends import Embedding, Head, end_placement
 from glm.errors import TokenizerError
 from glm.generation import generation_defaults
 from glm.hub import resolve_description, resolve_model
+from glm.layer_cache import with_cache
 from glm.model_source import made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.precision import Precision
 from glm.sampling import Sampler, SamplingParams
 from glm.tokenizer import Tokenizer, load_tokenizer
+from glm.weights import Placement
 from protocol import client
 from protocol.limits import MAX_NAME, clip_text
 
@@ -90,14 +92,17 @@ def launch(
 def _load_ends(checkpoint: ModelSource, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:
     ends = plan.ends
 
-    def placed(precision: str, device: str) -> Any:
+    def placed(precision: str, device: str) -> Placement:
         return end_placement(Precision.parse(precision), torch.device(device), config)
+
+    def source(placement: Placement) -> ModelSource:
+        return with_cache(checkpoint, config, placement.precision, placement.device)
 
     norm = placed(ends.final_layernorm_precision, ends.final_layernorm_device)
     lm_head = placed(ends.lm_head_precision, ends.lm_head_device)
     table = placed(ends.embedding_precision, ends.embedding_device)
-    embedding = Embedding.load(checkpoint, config, table, lm_head)
-    return embedding, Head.load(checkpoint, config, norm, lm_head, embedding)
+    embedding = Embedding.load(source(table), config, table, lm_head)
+    return embedding, Head.load(source(lm_head), config, norm, lm_head, embedding)
 
 
 class ChatModel:

@@ -7,6 +7,7 @@
     ├── LaunchError               a worker could not be started, died before joining, or could not load
     ├── StageLost                 a worker that was serving died or fell silent
     ├── GenerationError           one request failed; the pipeline lives on
+    ├── CacheError                the cache of quantised layers cannot be read or pruned
     ├── DumpError                 what the pipeline computed cannot be written
     └── ConnectError              no running launch was found, or it does not answer
 
@@ -55,6 +56,10 @@ class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as t
 
 class GenerationError(CoordinatorError):
     """One request failed; the pipeline lives on."""
+
+
+class CacheError(CoordinatorError):
+    """The cache of quantised layers cannot be read or pruned."""
 
 
 class DumpError(CoordinatorError):

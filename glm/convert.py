@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,13 +19,12 @@ from glm.ends import stored_lm_head
 from glm.errors import ConversionError, DiskSpaceError
 from glm.hub import SMALL_FILES
 from glm.layout import Unit, all_units
-from glm.linear import make_weight
 from glm.model_source import open_checkpoint
-from glm.part_file import sync_directory, write_parts
+from glm.part_file import sync_directory, write_parts, write_text
 from glm.precision import Precision
-from glm.quantization import QuantizedWeight, StoredPart
+from glm.quantization import StoredPart
 from glm.shapes import SHAPES, random_shape
-from glm.weights import read_parts
+from glm.weights import quantized, read_parts
 
 UNFINISHED = "unfinished-conversion"
 _COPIED = (*SMALL_FILES, "*LICENSE*")
@@ -70,18 +68,8 @@ def convert(
         raw = _copy_small_files(model_dir, out)
         name, fingerprint = config.name or model_dir.name, checkpoint.fingerprint()
         manifest = Manifest(name, fingerprint, precision, lm_head_precision, raw, files)
-        _write_text(out / MANIFEST, manifest.to_json())
+        write_text(out / MANIFEST, manifest.to_json())
     return manifest
-
-
-def quantized(parts: Mapping[str, StoredPart], precision: Precision, device: torch.device) -> dict[str, StoredPart]:
-    """The parts with all matrices at a quantised precision, on `device`; a published one keeps its integers."""
-    return {
-        name: make_weight(part, precision, torch.float32, device)
-        if isinstance(part, QuantizedWeight) or part.dim() == 2
-        else part
-        for name, part in parts.items()
-    }
 
 
 def _parts(
@@ -163,19 +151,10 @@ def _copy_small_files(model_dir: Path, out: Path) -> dict[str, Any]:
     """config.json and what else belongs to a model beside its weights; returns the config."""
     shape = random_shape(model_dir)
     if shape is not None:
-        _write_text(out / "config.json", json.dumps(SHAPES[shape], indent=1))
+        write_text(out / "config.json", json.dumps(SHAPES[shape], indent=1))
     else:
         for pattern in _COPIED:
             for path in filter(Path.is_file, model_dir.glob(pattern)):
                 shutil.copyfile(path, out / path.name)
     raw: dict[str, Any] = json.loads((out / "config.json").read_bytes())
     return raw
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -55,7 +55,7 @@ def write_parts(path: Path, unit: Unit, parts: Mapping[str, StoredPart]) -> Writ
         OSError: no space, no permission; nothing is left of the file.
     """
     tensors = _tensors(unit, parts)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("x+b") as file:
             written = _write(file, tensors)
@@ -67,6 +67,24 @@ def write_parts(path: Path, unit: Unit, parts: Mapping[str, StoredPart]) -> Writ
         raise
     sync_directory(path.parent)
     return written
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all. Raises OSError."""
+    temporary = _temporary(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def sync_directory(directory: Path) -> None:

@@ -91,6 +91,16 @@ def _assemble(source: Source, tensors: Mapping[str, torch.Tensor], config: Model
     return stored[0] if len(stored) == 1 else torch.cat(stored)
 
 
+def quantized(parts: Mapping[str, StoredPart], precision: Precision, device: torch.device) -> dict[str, StoredPart]:
+    """The parts with all matrices at a quantised precision, on `device`; a published one keeps its integers."""
+    return {
+        name: make_weight(part, precision, torch.float32, device)
+        if isinstance(part, QuantizedWeight) or part.dim() == 2
+        else part
+        for name, part in parts.items()
+    }
+
+
 def build_weight(stored: StoredPart, placement: Placement) -> Weight:
     """A weight at the placement's precision, owning its memory; packed at once where that is all it takes."""
     if isinstance(stored, QuantizedWeight) and stored.bits == placement.precision.bits:

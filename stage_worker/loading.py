@@ -7,11 +7,13 @@ import torch
 
 from glm.config import load_config
 from glm.errors import GlmError
+from glm.layer_cache import CachedCheckpoint, with_cache
 from glm.model import LayerStack
 from glm.model_source import open_checkpoint
 from glm.precision import Precision
 from protocol.control import Assign
 from stage_worker.errors import AbandonedError, LoadError
+from stage_worker.log import logger
 from stage_worker.memory import is_out_of_memory
 from stage_worker.stage import Stage
 
@@ -58,4 +60,18 @@ def _load_layers(assign: Assign, device: torch.device, progress: LoadProgress) -
             f"{model_dir} is not the checkpoint the coordinator sees (fingerprint {fingerprint}, wanted "
             f"{assign.fingerprint}): put the same files in both places",
         )
-    return LayerStack.load(checkpoint, config, assign.layer_start, assign.layer_end, precision, device, progress)
+    source = with_cache(checkpoint, config, precision, device)
+    layers = LayerStack.load(source, config, assign.layer_start, assign.layer_end, precision, device, progress)
+    if isinstance(source, CachedCheckpoint):
+        _tell_about_cache(source, assign.layer_end - assign.layer_start)
+    return layers
+
+
+def _tell_about_cache(source: CachedCheckpoint, num_layers: int) -> None:
+    logger.info("%d of %d layers were found quantised in %s", source.num_found, num_layers, source.directory)
+    if source.complaint is not None:
+        logger.warning(
+            "quantised layers were not kept for the next time: %s; make room, name another disk with --cache-dir, or "
+            "say --no-cache",
+            source.complaint,
+        )

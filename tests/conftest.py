@@ -1,9 +1,13 @@
 """Fixtures every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# What a test quantises belongs in no user's cache. Tests of the cache name one of their own.
+os.environ["GLMPIPE_CACHE"] = "off"
 
 # Tiny models gain nothing from threads, and with one each, several worker processes keep out of each other's way.
 torch.set_num_threads(1)

@@ -79,8 +79,10 @@ def _check(options: argparse.Namespace) -> int:
     given = [name for name in ("precision", "out", "lm_head_precision", "revision") if getattr(options, name)]
     if given:
         raise UsageError(f"--check only reads, so --{given[0].replace('_', '-')} would do nothing; drop it")
-    from glm.converted import ConvertedCheckpoint
+    from glm.converted import ConvertedCheckpoint, is_converted
 
+    if not is_converted(Path(options.model)):
+        raise UsageError(f"{options.model} is not a converted model: --check has nothing to compare it with")
     checkpoint = ConvertedCheckpoint(Path(options.model))
     with progress_on(sys.stderr) as report:
         checkpoint.check(report)

@@ -1,6 +1,7 @@
 """Options that several commands share, and what they mean. Nothing is checked here that `planning` or `glm` checks."""
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,16 @@ SAMPLING = (
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--revision`, `-v`."""
+    """`--model`, `--revision`, the cache, `-v`."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="DIR|ID", help="a model directory or hub id (default: the demo model inside)")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
+    group.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where quantised layers are kept (default ~/.cache/glmpipe; see glmpipe cache)",
+    )
+    group.add_argument("--no-cache", action="store_true", help="keep no quantised layers, and look for none")
     group.add_argument("-v", "--verbose", action="store_true", help="every layer's place, and the workers' own lines")
 
 
@@ -149,9 +156,21 @@ def plan_request(options: argparse.Namespace) -> PlanRequest:
     )
 
 
+def choose_cache(options: argparse.Namespace) -> None:
+    """Let the cache options hold for this process and the workers that it starts. Raises UsageError."""
+    if options.cache_dir is not None and options.no_cache:
+        raise UsageError(f"--cache-dir {options.cache_dir} and --no-cache are both given; drop one of them")
+    if options.cache_dir is not None:
+        os.environ |= {"GLMPIPE_CACHE_DIR": options.cache_dir, "GLMPIPE_CACHE": "on"}
+    if options.no_cache:
+        os.environ["GLMPIPE_CACHE"] = "off"
+
+
 def refuse_with_connect(options: argparse.Namespace) -> None:
     """A running launch has its model and placement already. Raises UsageError if any was given beside `--connect`."""
-    given = [name for name in (*PLACEMENT, "plan", "model", "revision") if getattr(options, name) is not None]
+    given = [
+        name for name in (*PLACEMENT, "plan", "model", "revision", "cache_dir") if getattr(options, name) is not None
+    ]
     if given:
         names = ", ".join(map(_flag, given))
         raise UsageError(f"--connect uses a launch with a model and a placement of its own; drop {names}")

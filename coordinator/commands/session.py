@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from coordinator.commands.options import plan_request, sampling_overrides
+from coordinator.commands.options import choose_cache, plan_request, sampling_overrides
+from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from coordinator.chat_model import ChatModel
+    from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
     from glm.config import ModelConfig
     from protocol.client import SamplingParams
@@ -35,12 +39,13 @@ def launched(
     otherwise only warnings do, and the last lines in an error if there is one.
     """
     request = plan_request(options) if request is None else request
+    choose_cache(options)
     from coordinator.chat_model import launch
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
     from glm.config import load_config
     from glm.demo import demo_model_dir
-    from glm.hub import resolve_description
+    from glm.hub import resolve_description, resolve_model
     from glm.model_source import made_for
 
     model = options.model or request.model or demo_model_dir()
@@ -51,6 +56,7 @@ def launched(
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)))
     say(*describe(plan, verbose=options.verbose))
     say(*(f"note: {note}" for note in notes(request, plan)))
+    say(*_cache_notes(resolve_model(model, revision), config, plan))
     with ExitStack() as stack:
         with load_view(plan) as view:
             chat_model = launch(
@@ -76,6 +82,24 @@ def _kernel_lines(chat_model: ChatModel) -> list[str]:
     if complaint is not None and wants_native_kernels(chat_model.cluster.plan):
         lines.append(f"note: {complaint}")
     return lines
+
+
+def _cache_notes(model_dir: Path, config: ModelConfig, plan: Plan) -> tuple[str, ...]:
+    """A line where layers are going to be quantised and kept that were not before."""
+    from glm.layer_cache import cache_dir, is_to_be_kept
+    from glm.model_source import open_checkpoint
+    from glm.precision import Precision
+
+    cache = cache_dir()
+    precisions = {Precision(stage.precision) for stage in plan.stages if stage.precision in QUANTIZED}
+    if cache is None or not precisions:
+        return ()
+    checkpoint = open_checkpoint(model_dir)
+    if not any(is_to_be_kept(checkpoint, config, precision, cache) for precision in precisions):
+        return ()
+    return (
+        f"note: quantised layers are kept in {cache} for the next time (see `glmpipe cache`; --no-cache keeps none)",
+    )
 
 
 def chosen_sampling(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
