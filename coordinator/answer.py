@@ -107,11 +107,12 @@ class Answer:
             prompt_tokens=self.sequence.num_prompt,
             prefill_s=first_s - self._started_at_s,
             new_tokens=len(self.sequence.new_ids),
+            guarded_tokens=self.sequence.sampler.num_guarded,
             decode_s=now_s - first_s,
             total_s=now_s - self._started_at_s,
             stages=tuple(
                 StageStats(
-                    index,
+                    number,
                     stage.device,
                     stage.layers_text,
                     stage.precision,
@@ -119,6 +120,6 @@ class Answer:
                     share.wire_s,
                     share.kv_tokens,
                 )
-                for index, (stage, share) in enumerate(zip(self._plan.stages, self._shares, strict=True))
+                for number, (stage, share) in enumerate(zip(self._plan.stages, self._shares, strict=True), start=1)
             ),
         )

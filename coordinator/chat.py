@@ -11,7 +11,7 @@ from coordinator.chat_commands import ChatState, run_command
 from coordinator.chat_console import Console, open_console
 from coordinator.conversation import ChatBackend
 from coordinator.errors import GenerationError
-from coordinator.report import report_lines
+from coordinator.report import report_lines, warnings
 from glm.errors import GlmError
 from protocol.client import Finished, SamplingParams
 
@@ -99,8 +99,9 @@ class Chat:
         note = why_it_ended(finished, self._state)
         if note:
             self._console.note(note)
-        if self._state.show_stats:
-            self._console.note(*report_lines(finished.stats))
+        lines = report_lines(finished.stats) if self._state.show_stats else warnings(finished.stats)
+        if lines:
+            self._console.note(*lines)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -141,7 +141,7 @@ COMMANDS = {
     "help": Command("/help", "this list", _help),
     "clear": Command("clear, /clear", "forget the conversation and start afresh", _clear),
     "stop": Command("stop, /stop", "leave the chat", _stop),
-    "plan": Command("/plan", "which layers are where, at which precision", _plan),
+    "plan": Command("/plan", "which stage has which layers, where, at which precision", _plan),
     "stats": Command("/stats [on|off]", "what the last answer cost; on: after every answer", _stats),
     "save": Command("/save FILE", "write the conversation to a file (.json: as JSON)", _save),
     "set": Command("/set [NAME=VALUE ...]", "show or change sampling: /set temperature=0.3; /set default", _set),

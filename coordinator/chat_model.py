@@ -15,7 +15,7 @@ from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
 from coordinator.engine import EPOCH, Engine
 from coordinator.errors import GenerationError
 from coordinator.launcher import LogSink
-from coordinator.plan import Plan, describe
+from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
 from coordinator.sequence import Sequence
 from glm.chat_format import ChatMessage, Role, chat_format_for
@@ -146,7 +146,7 @@ class ChatModel:
             model_name=clip_text(self.config.name or self.model_dir.name, MAX_NAME),
             family=self.config.family,
             max_context=self.config.max_context,
-            plan_lines=describe(self.cluster.plan),
+            plan_lines=describe_stages(self.cluster.plan),
             defaults=_to_wire(self.defaults.sampling),
         )
 

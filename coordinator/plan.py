@@ -121,6 +121,17 @@ def describe(plan: Plan, *, verbose: bool = False) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def describe_stages(plan: Plan) -> tuple[str, ...]:
+    """A line for each stage, by its number, and each part of the ends: `stage 1, layers 1-12 -> int8 -> cuda:1`."""
+    first, *_, norm, lm_head = describe(plan)
+    stages = [
+        _line(f"stage {number}, {part}", stage.precision, stage.device)
+        for number, stage in enumerate(plan.stages, start=1)
+        for part in _parts(stage, one_by_one=False)
+    ]
+    return (first, *stages, norm, lm_head)
+
+
 def _parts(stage: StagePlan, one_by_one: bool) -> list[str]:
     if one_by_one or stage.layer_end - stage.layer_start == 1:
         return [f"layer {layer + 1}" for layer in range(stage.layer_start, stage.layer_end)]

@@ -6,7 +6,7 @@ _COLUMNS = ("stage", "device", "layers", "precision", "compute", "share", "wire"
 
 
 def report_lines(stats: GenerationStats) -> tuple[str, ...]:
-    """Prompt, answer and total with their speed, then a table of the stages.
+    """Prompt, answer and total with their speed, then a table of the stages, then warnings.
 
     The first new token comes out of the prefill, so decoding is timed over the others. `share` is the part of the
     whole time that a stage computed; what is missing to 100 % went into the ends, sampling, and the wire.
@@ -15,7 +15,7 @@ def report_lines(stats: GenerationStats) -> tuple[str, ...]:
     for stage in stats.stages:
         table.append(
             (
-                str(stage.stage_index + 1),
+                str(stage.stage_number),
                 stage.device,
                 stage.layers,
                 stage.precision,
@@ -31,6 +31,17 @@ def report_lines(stats: GenerationStats) -> tuple[str, ...]:
         _line("total", stats.prompt_tokens + stats.new_tokens, stats.total_s, average_tokens_per_s(stats))
         + " (new tokens over the whole time)",
         *_aligned(table),
+        *warnings(stats),
+    )
+
+
+def warnings(stats: GenerationStats) -> tuple[str, ...]:
+    """What a user should hear of even without asking what the answer cost."""
+    if not stats.guarded_tokens:
+        return ()
+    return (
+        f"warning: the scores of {stats.guarded_tokens} of {stats.new_tokens} tokens were not finite, so that a fixed "
+        "token stands in their places: the arithmetic overflows, or weights are damaged; try bf16 or fp32",
     )
 
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 
-from glm.chat_format import ChatMessage
 from glm.config import ModelConfig
 from glm.decoding import StreamReplacer
 
@@ -47,23 +46,6 @@ class AnswerStream:
         """What was held back; the answer ends here."""
         text = "" if self._replace is None else self._replace.flush()
         return text if self._widen is None else self._widen.push(text) + self._widen.flush()
-
-
-def parse_answer(text: str) -> list[ChatMessage]:
-    """The messages of a ChatGLM3 or GLM-4 answer, for the history of the conversation.
-
-    `text` is the answer without its end token but with other special tokens shown. The first line of each part is
-    metadata, the name of a tool when it is not blank; without a line break all is content.
-    """
-    messages = []
-    for part in text.split("<|assistant|>"):
-        metadata, newline, content = part.partition("\n")
-        if not newline:
-            metadata, content = "", part
-        if not metadata.strip():
-            content = content.strip()
-        messages.append(ChatMessage("assistant", content, metadata))
-    return messages
 
 
 def _widen(text: str) -> str:

@@ -42,13 +42,6 @@ class ChatFormat(Protocol):
         """
         ...
 
-    def encode_next(self, messages: Sequence[ChatMessage]) -> list[int] | None:
-        """Ids of the last message alone, to follow a KV cache that holds all before it, the last answer included.
-
-        None where the model or its format does not allow that.
-        """
-        ...
-
 
 def chat_format_for(tokenizer: Tokenizer) -> ChatFormat:
     """The chat format of a model's dialect.
@@ -91,15 +84,6 @@ class RoundsFormat:
         ]
         return self.tokenizer.encode_prompt("".join(rounds) + self._question(len(answers), questions[-1]))
 
-    def encode_next(self, messages: Sequence[ChatMessage]) -> list[int] | None:
-        questions, answers = self._rounds(messages)
-        if self.tokenizer.dialect == "chatglm":
-            return None
-        if not answers:
-            return self.encode(messages)
-        ids = self.tokenizer.encode(self.newlines + self._question(len(answers), questions[-1]))
-        return ids[1:]  # the first one marks the beginning of a text, which this is not
-
     def _question(self, index: int, question: str) -> str:
         gap = self.newlines
         return f"[Round {index + self.first_round}]{gap}问：{question}{gap}答："
@@ -135,12 +119,6 @@ class RoleBlocksFormat:
             ids.extend(self._block(message))
         return [*ids, self._tokenizer.special["<|assistant|>"]]
 
-    def encode_next(self, messages: Sequence[ChatMessage]) -> list[int] | None:
-        _check_last(messages)
-        if len(messages) == 1:
-            return self.encode(messages)
-        return [*self._block(messages[-1]), self._tokenizer.special["<|assistant|>"]]
-
     def _block(self, message: ChatMessage) -> list[int]:
         role_id = self._tokenizer.special.get(f"<|{message.role}|>")
         if role_id is None:
@@ -161,10 +139,6 @@ class PlainFormat:
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         _check_last(messages)
         return self.tokenizer.encode_prompt("\n".join(message.content for message in messages))
-
-    def encode_next(self, messages: Sequence[ChatMessage]) -> list[int] | None:
-        _check_last(messages)
-        return None
 
 
 class ToolsWriter(Protocol):

@@ -46,10 +46,6 @@ class TemplateFormat:
                 ids.append(special_id)
         return ids
 
-    def encode_next(self, messages: Sequence[ChatMessage]) -> list[int] | None:
-        del messages
-        return None
-
     def _render(self, messages: Sequence[ChatMessage]) -> str:
         if not messages:
             raise ChatFormatError("the conversation is empty: it needs at least the user's message")

@@ -10,7 +10,6 @@ from protocol.limits import (
     Count,
     FloatRange,
     Id,
-    Index,
     MaxLength,
     Name,
     PositiveCount,
@@ -91,9 +90,9 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StageStats:
-    """One stage's share of an answer; `layers` is 1-based and inclusive, as users read it: `1-12`."""
+    """One stage's share of an answer, as users read it: stages count from 1, `layers` are 1-based inclusive, `1-12`."""
 
-    stage_index: Index
+    stage_number: PositiveCount
     device: Name
     layers: Name
     precision: Name
@@ -104,11 +103,15 @@ class StageStats:
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """What an answer cost."""
+    """What an answer cost.
+
+    Each of `guarded_tokens` stands in for one that could not be chosen, as scores were NaN or infinite.
+    """
 
     prompt_tokens: Count
     prefill_s: Seconds
     new_tokens: Count
+    guarded_tokens: Count
     decode_s: Seconds
     total_s: Seconds
     stages: Annotated[tuple[StageStats, ...], MaxLength(MAX_STAGES)]

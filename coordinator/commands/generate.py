@@ -81,7 +81,7 @@ def opened(options: argparse.Namespace) -> Iterator[ChatBackend]:
 
 
 def _conclude(finished: Finished, options: argparse.Namespace) -> None:
-    from coordinator.report import report_lines
+    from coordinator.report import report_lines, warnings
 
     if options.json:
         result = {
@@ -95,5 +95,4 @@ def _conclude(finished: Finished, options: argparse.Namespace) -> None:
         print("" if finished.text else ",".join(map(str, finished.token_ids)), flush=True)
         if finished.finish_reason == "context_full":
             say("note: the model's context is full, the answer ends here")
-    if options.stats:
-        say(*report_lines(finished.stats))
+    say(*(report_lines(finished.stats) if options.stats else warnings(finished.stats)))

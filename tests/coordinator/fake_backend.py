@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from coordinator.chat import run_chat
 from coordinator.errors import GenerationError
@@ -30,13 +31,14 @@ DEFAULTS = SamplingParams(
     ignore_eos=False,
     greedy=False,
 )
-STATS = GenerationStats(50, 0.5, 21, 2.0, 2.5, (StageStats(0, "cpu", "1-6", "fp32", 1.0, 0.125, 70),))
+STATS = GenerationStats(50, 0.5, 21, 0, 2.0, 2.5, (StageStats(1, "cpu", "1-6", "fp32", 1.0, 0.125, 70),))
 
 
 class FakeBackend:
     """Answers a question with what `answers` says, else with the number of turns and the question itself.
 
-    The question `count` counts slowly until it is cancelled; a finish reason as a question ends the answer so.
+    The question `count` counts slowly until it is cancelled; a finish reason as a question ends the answer so, and
+    `broken` tells of scores that were no numbers.
     """
 
     def __init__(self, answers: dict[str, str] | None = None) -> None:
@@ -63,7 +65,7 @@ class FakeBackend:
                 break
         if question in FinishReason.__args__:
             reason = question
-        yield Finished(0, reason, text, (1,), STATS)
+        yield Finished(0, reason, text, (1,), replace(STATS, guarded_tokens=2 if question == "broken" else 0))
 
     def cancel(self) -> None:
         self.was_cancelled.set()

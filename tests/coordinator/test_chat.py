@@ -38,6 +38,13 @@ def test_a_pipe_gets_answers_and_nothing_else() -> None:
     assert (chat.notes, chat.code) == ("", 0)
 
 
+def test_a_broken_model_is_told_once_with_and_without_a_report() -> None:
+    """Scores that were no numbers are worth a line after the answer, whether statistics are shown or not."""
+    for show_stats in (False, True):
+        chat = Piped("fine\nbroken\n", show_stats=show_stats)
+        assert chat.notes.count("warning: the scores of 2 of 21 tokens were not finite") == 1
+
+
 def test_the_conversation_grows_with_each_answer() -> None:
     """The backend gets all turns before a question."""
     chat = Piped("a\nb\n")

@@ -75,3 +75,15 @@ def test_answers_that_are_read_in_turns_lose_nothing(shared_dir: Path) -> None:
                 wholes[index] = event.token_ids
     assert wholes == [row.greedy_ids[:7]] * 2
     assert [tuple(ids) for ids in told] == wholes
+
+
+def test_an_answer_counts_the_scores_that_were_no_numbers(shared_dir: Path) -> None:
+    """lm_head gives NaN: the answer is the fixed token each time, and its statistics say how often."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+    engine.head = SimpleNamespace(forward=lambda hidden: torch.full((len(hidden), config.vocab_size), torch.nan))  # type: ignore[assignment]
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    model = ChatModel(cluster, engine, config, golden.checkpoint_dir, None)
+    finished = model.generate([5, 6, 7], max_new_tokens=4)
+    assert set(finished.token_ids) == {model.defaults.guard_id}
+    assert (finished.stats.guarded_tokens, finished.stats.new_tokens) == (4, 4)

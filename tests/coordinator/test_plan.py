@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.errors import PlanError
-from coordinator.plan import EndsPlan, Plan, StagePlan, describe, parse_device, wants_native_kernels
+from coordinator.plan import EndsPlan, Plan, StagePlan, describe, describe_stages, parse_device, wants_native_kernels
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 from coordinator.planning import even_split, notes, plan_for, resolve
 
@@ -270,3 +270,16 @@ def test_a_small_model_is_described_layer_by_layer() -> None:
     lines = describe(resolve(ask("cpu=1-3", "cpu=4-6", cpu_precision="bf16"), 6, CPU))
     assert lines[1] == "layer 1 -> bf16 -> cpu"
     assert len(lines) == 9
+
+
+def test_stages_are_described_by_their_numbers() -> None:
+    """As the reports name them, from 1, however few layers there are; two on one device can be told apart."""
+    lines = describe_stages(resolve(ask("cpu=1-3", "cpu=4", "cuda:0=5-6"), 6, TWO_GPUS))
+    assert lines == (
+        "embeddings -> fp32 -> cpu",
+        "stage 1, layers 1-3 -> fp32 -> cpu",
+        "stage 2, layer 4 -> fp32 -> cpu",
+        "stage 3, layers 5-6 -> fp16 -> cuda:0",
+        "final_layernorm -> fp32 -> cpu",
+        "lm_head -> fp32 -> cpu",
+    )

@@ -1,17 +1,20 @@
 """The report of an answer: every number the user was promised, and speeds that are divided rightly."""
 
-from coordinator.report import average_tokens_per_s, report_lines
+from dataclasses import replace
+
+from coordinator.report import average_tokens_per_s, report_lines, warnings
 from protocol.client import GenerationStats, StageStats
 
 STATS = GenerationStats(
     prompt_tokens=50,
     prefill_s=0.5,
     new_tokens=21,
+    guarded_tokens=0,
     decode_s=2.0,
     total_s=2.5,
     stages=(
-        StageStats(0, "cuda:0", "1-12", "int8", compute_s=1.0, wire_s=0.125, kv_tokens=70),
-        StageStats(1, "cpu", "13", "fp32", compute_s=0.25, wire_s=0.5, kv_tokens=70),
+        StageStats(1, "cuda:0", "1-12", "int8", compute_s=1.0, wire_s=0.125, kv_tokens=70),
+        StageStats(2, "cpu", "13", "fp32", compute_s=0.25, wire_s=0.5, kv_tokens=70),
     ),
 )
 
@@ -36,5 +39,14 @@ def test_each_stage_has_a_row_with_its_share_of_the_wall_time() -> None:
 
 def test_an_answer_that_took_no_time_is_reported_all_the_same() -> None:
     """One token from the prefill leaves nothing to divide by."""
-    lines = report_lines(GenerationStats(3, 0.0, 1, 0.0, 0.0, ()))
+    lines = report_lines(GenerationStats(3, 0.0, 1, 0, 0.0, 0.0, ()))
     assert "0.0 tokens/s" in lines[1]
+
+
+def test_scores_that_were_no_numbers_are_told() -> None:
+    """A broken model is not taken for a silly one: how many tokens stand in for others, and what to try."""
+    assert warnings(STATS) == ()
+    broken = replace(STATS, guarded_tokens=3)
+    (warning,) = warnings(broken)
+    assert "scores of 3 of 21 tokens were not finite" in warning and "try bf16 or fp32" in warning
+    assert report_lines(broken) == (*report_lines(STATS), warning)

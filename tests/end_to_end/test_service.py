@@ -142,7 +142,7 @@ def test_describe_says_what_runs(new_peer: Callable[[], Peer]) -> None:
     description = peer.hear()
     assert isinstance(description, client.Description)
     assert description.family == "chatglm2"
-    assert "layer 3 -> fp32 -> cpu" in description.plan_lines
+    assert "stage 2, layers 3-4 -> fp32 -> cpu" in description.plan_lines
 
 
 def test_a_client_that_vanishes_is_not_served_on(new_peer: Callable[[], Peer], chat_model: ChatModel) -> None:

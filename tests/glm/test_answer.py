@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm.answer import AnswerStream, clean_answer, parse_answer
+from glm.answer import AnswerStream, clean_answer
 from tests.glm.test_tokenizer_published import cases_of
 from tests.tiny_tokenizers import tiny_config
 
@@ -16,20 +16,6 @@ def test_published_clean_up(shared_dir: object) -> None:
     for model, family in (("chatglm-6b", "chatglm"), ("chatglm2-6b", "chatglm2")):
         for case in cases_of(model)["process_response"]:
             assert clean_answer(tiny_config(family), case["raw"]) == case["processed"]
-
-
-def test_published_answers_with_metadata(shared_dir: object) -> None:
-    """ChatGLM3's answers become messages; the content of the last one, cleaned up, is what was shown."""
-    del shared_dir
-    for case in cases_of("chatglm3-6b")["process_response"]:
-        messages = parse_answer(case["raw"])
-        assert [
-            {"role": message.role, "metadata": message.metadata, "content": message.content} for message in messages
-        ] == case["appended"]
-        if isinstance(case["content"], str):
-            assert clean_answer(tiny_config("chatglm2"), messages[-1].content) == case["content"]
-        else:
-            assert case["content"] == {"name": messages[-1].metadata, "content": messages[-1].content}
 
 
 def test_other_layouts_are_only_stripped() -> None:

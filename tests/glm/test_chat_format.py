@@ -47,13 +47,12 @@ def message_of(case: dict[str, Any]) -> ChatMessage:
 @pytest.mark.usefixtures("shared_dir")
 @pytest.mark.parametrize("model", ["chatglm-6b", "chatglm2-6b"])
 def test_rounds_are_the_published_ones(model: str) -> None:
-    """ChatGLM-6B and ChatGLM2-6B: whole prompts, their text, and what follows a kept cache."""
+    """ChatGLM-6B and ChatGLM2-6B: whole prompts and their text."""
     tokenizer = load(model)
     chat_format = chat_format_for(tokenizer)
     for case in cases_of(model)["chat"]:
         messages = pairs(case["history"], case["query"])
         assert chat_format.encode(messages) == case["ids"] == tokenizer.encode_prompt(case["prompt"])
-        assert chat_format.encode_next(messages) == case.get("appended_ids_when_cache_is_kept")
 
 
 @pytest.mark.usefixtures("shared_dir")
@@ -67,24 +66,10 @@ def test_chatglm3_blocks_are_the_published_ones() -> None:
 
 @pytest.mark.usefixtures("shared_dir")
 def test_glm4_blocks_are_the_published_ones() -> None:
-    """As ChatGLM3's, with GLM-4's own tool description, whole and after a kept cache."""
+    """As ChatGLM3's, with GLM-4's own tool description."""
     chat_format, cases = chat_format_for(load("glm-4-9b-chat")), cases_of("glm-4-9b-chat")
     for case in cases["chat"] + cases["chat_tools_revision_dependent"]:
         assert chat_format.encode([message_of(message) for message in case["messages"]]) == case["ids"]
-    for case in cases["chat_appended_when_cache_is_kept"]:
-        [message] = map(message_of, case["messages"])
-        assert chat_format.encode_next([HELLO, ChatMessage("assistant", "好"), message]) == case["ids"]
-
-
-@pytest.mark.usefixtures("shared_dir")
-@pytest.mark.parametrize("model", ["chatglm3-6b", "glm-4-9b-chat"])
-def test_what_follows_a_kept_cache_is_the_end_of_the_whole(model: str) -> None:
-    """The ids of the last message continue those of all before it."""
-    chat_format = chat_format_for(load(model))
-    messages = [HELLO, ChatMessage("assistant", "你好👋！"), ChatMessage("user", "再见")]
-    whole, following = chat_format.encode(messages), chat_format.encode_next(messages)
-    assert following is not None and whole[-len(following) :] == following
-    assert chat_format.encode_next([HELLO]) == chat_format.encode([HELLO])
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +193,8 @@ def test_conversations_without_a_place_are_refused(
 ) -> None:
     """ChatGLM2 knows question and answer only; the error says which message does not fit."""
     chat_format = chat_format_for(load_tokenizer(chatglm2_dir, tiny_config("chatglm2")))
-    for encode in (chat_format.encode, chat_format.encode_next):
-        with pytest.raises(ChatFormatError, match=message):
-            encode(messages)
+    with pytest.raises(ChatFormatError, match=message):
+        chat_format.encode(messages)
 
 
 def test_role_blocks_refuse_what_they_do_not_know(chatglm2_dir: Path) -> None:

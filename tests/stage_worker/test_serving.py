@@ -150,7 +150,7 @@ def test_garbage_is_dropped_and_serving_goes_on(chain: Chain) -> None:
     """Random and hostile frames on both sockets leave one line each; steps and pings are answered as ever."""
     coordinator, first, _ = chain
     lines_before = len(first.log.splitlines())
-    header = {"p": "glmpipe", "v": 1, "t": "Step", "b": {}, "x": []}
+    header = {"p": "glmpipe", "v": 2, "t": "Step", "b": {}, "x": []}
     junk: list[list[bytes]] = [
         [b""],
         [b"\x00" * 100],
