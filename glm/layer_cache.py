@@ -1,8 +1,8 @@
 """Quantised units that were made before: files in a cache directory, by model and scheme, of use to every split.
 
-`$GLMPIPE_CACHE_DIR`, else `glmpipe` in `$XDG_CACHE_HOME` (`~/.cache`), has a directory for each model and scheme.
-`GLMPIPE_CACHE=off` keeps nothing and looks for nothing. Files are whole or absent, and any number of workers may write
-the same one: the last one stays, and all are alike.
+The cache directory has a directory for each model and scheme; where it is switched off, nothing is kept and nothing is
+looked for. Files are whole or absent, and any number of workers may write the same one: the last one stays, and all are
+alike.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from glm.cache_dir import cache_dir
 from glm.checkpoint import Checkpoint, ModelSource
 from glm.config import ModelConfig
 from glm.converted import file_name, scheme
@@ -28,8 +29,6 @@ from glm.precision import Precision
 from glm.quantization import StoredPart
 from glm.weights import quantized, read_parts
 
-DIRECTORY_VARIABLE = "GLMPIPE_CACHE_DIR"
-SWITCH_VARIABLE = "GLMPIPE_CACHE"
 LEAST_UNIT_BYTES = 4 << 20
 """What is smaller is quantised sooner than found."""
 _ABOUT = "about.json"
@@ -47,15 +46,6 @@ class Entry:
     num_units: int
     num_bytes: int
     used_at_s: float
-
-
-def cache_dir(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Where units are kept; None where the cache is switched off."""
-    if environment.get(SWITCH_VARIABLE, "on").lower() in ("off", "0", "no", "false"):
-        return None
-    if chosen := environment.get(DIRECTORY_VARIABLE):
-        return Path(chosen).expanduser().absolute()
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "glmpipe"
 
 
 def is_cacheable(checkpoint: ModelSource, config: ModelConfig, precision: Precision) -> bool:

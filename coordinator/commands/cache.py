@@ -39,7 +39,8 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show or prune."""
-    from glm.layer_cache import cache_dir, entries
+    from glm.cache_dir import cache_dir
+    from glm.layer_cache import entries
 
     limits = [name for name in ("older_than", "max_size") if getattr(options, name) is not None]
     if options.action == "show" and (options.all or limits):

@@ -86,7 +86,8 @@ def _kernel_lines(chat_model: ChatModel) -> list[str]:
 
 def _cache_notes(model_dir: Path, config: ModelConfig, plan: Plan) -> tuple[str, ...]:
     """A line where layers are going to be quantised and kept that were not before."""
-    from glm.layer_cache import cache_dir, is_to_be_kept
+    from glm.cache_dir import cache_dir
+    from glm.layer_cache import is_to_be_kept
     from glm.model_source import open_checkpoint
     from glm.precision import Precision
 

@@ -14,10 +14,11 @@ import torch
 
 from glm import layer_cache
 from glm.attention import Segment
+from glm.cache_dir import cache_dir
 from glm.checkpoint import Checkpoint
 from glm.config import load_config
 from glm.ends import Head, end_placement
-from glm.layer_cache import CachedCheckpoint, cache_dir, entries, is_to_be_kept, prune, with_cache
+from glm.layer_cache import CachedCheckpoint, entries, is_to_be_kept, prune, with_cache
 from glm.model import LayerStack
 from glm.model_source import open_checkpoint
 from glm.precision import Precision

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from glm.cache_dir import cache_dir
 from glm.errors import MissingKernelsError
 
 _SOURCE = Path(__file__).with_name("kernels.cu")
@@ -45,14 +46,12 @@ def kept(name: str, make: Callable[[], bytes]) -> bytes:
 
 
 def cache_directory() -> Path | None:
-    """`glmpipe/cuda` in the user's cache directory; None for a user who has none."""
-    stated = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(stated).is_absolute():
-        return Path(stated) / "glmpipe" / "cuda"
+    """`cuda` in the cache directory; None where there is none, and for a user without a home."""
     try:
-        return Path.home() / ".cache" / "glmpipe" / "cuda"
+        cache = cache_dir()
     except RuntimeError:
         return None
+    return None if cache is None else cache / "cuda"
 
 
 def compile_source(nvrtc: Any, source: str, options: tuple[str, ...]) -> bytes:

@@ -65,7 +65,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Fakes:
 @pytest.fixture
 def fakes(built: Fakes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
     """A card of sm_61, as far as torch and the libraries can tell."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("GLMPIPE_CACHE", "on")
+    monkeypatch.setenv("GLMPIPE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(libraries, "_DRIVER", str(built.folder / "libcuda-fake.so.1"))
     monkeypatch.setattr(libraries, "library_folders", lambda: [built.folder])
     monkeypatch.setattr(torch.version, "cuda", "12.9")
@@ -114,7 +115,7 @@ def test_compiled_once(fakes: Fakes, tmp_path: Path) -> None:
     for _ in range(2):
         assert isinstance(load(), CudaKernels)
         assert fakes.num_compiled == before + 1
-    (kept,) = (tmp_path / "glmpipe" / "cuda").iterdir()
+    (kept,) = (tmp_path / "cuda").iterdir()
     whole = kept.read_bytes()
     for damaged in (b"", whole[:-1], whole[:32], whole[:40] + b"?" + whole[41:]):
         kept.write_bytes(damaged)
@@ -135,7 +136,7 @@ def test_another_card_another_source(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     changed.write_text("// other")
     monkeypatch.setattr(cubins, "_SOURCE", changed)
     load()
-    assert len(list((tmp_path / "glmpipe" / "cuda").iterdir())) == 3
+    assert len(list((tmp_path / "cuda").iterdir())) == 3
 
 
 @needs_layer
@@ -143,18 +144,19 @@ def test_another_card_another_source(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Costs a compilation at every load, and nothing else."""
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("GLMPIPE_CACHE_DIR", str(tmp_path / "file"))
     assert isinstance(load(), CudaKernels)
 
 
 def test_many_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All get the whole contents, one file stays and no other."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("GLMPIPE_CACHE", "on")
+    monkeypatch.setenv("GLMPIPE_CACHE_DIR", str(tmp_path))
     contents = bytes(range(256)) * 4096
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: cubins.kept("one.cubin", lambda: contents), range(64)))
     assert all(one == contents for one in found)
-    assert [path.name for path in (tmp_path / "glmpipe" / "cuda").iterdir()] == ["one.cubin"]
+    assert [path.name for path in (tmp_path / "cuda").iterdir()] == ["one.cubin"]
 
 
 def said(make: object) -> str:
