@@ -8,7 +8,7 @@ from collections.abc import Sequence as AbstractSequence
 import torch
 
 from coordinator.answer import Answer
-from coordinator.bench_report import NUM_UNTIMED_STEPS, BenchReport, Phase, Workload, summarise
+from coordinator.bench_report import NUM_UNTIMED_STEPS, BenchReport, Measured, Phase, Workload, summarise
 from coordinator.chat_model import ChatModel
 from coordinator.errors import UsageError
 from coordinator.memory import resident_bytes
@@ -34,8 +34,8 @@ def check_workload(workload: Workload, config: ModelConfig) -> None:
         raise UsageError(f"--prompt-tokens {workload.num_prompt_tokens}: a prompt of this family has 3 at least")
 
 
-def run_bench(chat_model: ChatModel, workload: Workload, report: Reporter) -> BenchReport:
-    """Warm up, measure the machine, prefill every stream, decode all together, measure the machine again.
+def run_bench(chat_model: ChatModel, workload: Workload, report: Reporter, warm: bool = False) -> BenchReport:
+    """Warm up (unless that was done before: `warm`), measure the machine, the workload, and the machine again.
 
     The machine is measured with the threads that torch has in this process; the caller sets as many as the stages have.
 
@@ -44,29 +44,28 @@ def run_bench(chat_model: ChatModel, workload: Workload, report: Reporter) -> Be
     """
     check_workload(workload, chat_model.config)
     devices = _devices(chat_model.cluster.plan)
-    _warm_up(chat_model, workload, report)
+    if not warm:
+        warm_up(chat_model, workload, report)
     before = _rooflines(devices, report)
-    answers = [_begin(chat_model, workload, stream) for stream in range(workload.num_streams)]
-    first_token_s, prefill = _prefill(chat_model, answers, report)
-    _steps(chat_model, answers, NUM_UNTIMED_STEPS, lambda _: None)
-    decode = _steps(
-        chat_model, answers, workload.num_new_tokens, lambda done: report("decode", done, workload.num_new_tokens)
-    )
-    health = chat_model.cluster.health()
-    resident = resident_bytes()
-    for answer in answers:
-        chat_model.engine.cancel(answer.sequence)
+    measured = measure(chat_model, workload, report)
     after = _rooflines(devices, report)
-    return summarise(
-        chat_model,
-        workload,
-        prefill,
-        decode,
-        first_token_s=first_token_s,
-        health=health,
-        resident_bytes=resident,
-        rooflines={device: better(before[device], after[device]) for device in devices},
-    )
+    rooflines = {device: better(before[device], after[device]) for device in devices}
+    return summarise(chat_model, measured, rooflines)
+
+
+def measure(chat_model: ChatModel, workload: Workload, report: Reporter) -> Measured:
+    """Prefill every stream, one after the other, then decode all together. Raises as `run_bench` does."""
+    answers = [_begin(chat_model, workload, stream) for stream in range(workload.num_streams)]
+    try:
+        first_token_s, prefill = _prefill(chat_model, answers, report)
+        _steps(chat_model, answers, NUM_UNTIMED_STEPS, lambda _: None)
+        decode = _steps(
+            chat_model, answers, workload.num_new_tokens, lambda done: report("decode", done, workload.num_new_tokens)
+        )
+        return Measured(workload, first_token_s, prefill, decode, chat_model.cluster.health(), resident_bytes())
+    finally:
+        for answer in answers:
+            chat_model.engine.cancel(answer.sequence)
 
 
 def _devices(plan: Plan) -> tuple[str, ...]:
@@ -82,7 +81,7 @@ def _rooflines(devices: AbstractSequence[str], report: Reporter) -> dict[str, Ro
     return found
 
 
-def _warm_up(chat_model: ChatModel, workload: Workload, report: Reporter) -> None:
+def warm_up(chat_model: ChatModel, workload: Workload, report: Reporter) -> None:
     """A prompt of the same length and two steps: what is allocated, packed and compiled at first use is then there."""
     report("warm-up", 0, 2)
     answer = _begin(chat_model, workload, stream=workload.num_streams)

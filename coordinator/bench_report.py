@@ -1,7 +1,6 @@
 """What a measured workload says about speed: pure arithmetic over times, bytes and the machine's limits."""
 
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,33 @@ class Phase:
 
     wall_s: float
     timings: tuple[StepTiming, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one run of a workload took; `health` is the stages' at its end, `resident_bytes` the coordinator's."""
+
+    workload: Workload
+    first_token_s: float
+    prefill: Phase
+    decode: Phase
+    health: tuple[Pong, ...]
+    resident_bytes: int
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens of all streams over the time until the last of them had its first token."""
+        return self.workload.num_streams * self.workload.num_prompt_tokens / self.prefill.wall_s
+
+    @property
+    def decode_step_s(self) -> float:
+        """Of all streams together."""
+        return self.decode.wall_s / len(self.decode.timings)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """All streams together."""
+        return self.workload.num_streams / self.decode_step_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +125,16 @@ class BenchReport:
         return first, first + self.new_tokens
 
 
-def summarise(
-    chat_model: ChatModel,
-    workload: Workload,
-    prefill: Phase,
-    decode: Phase,
-    *,
-    first_token_s: float,
-    health: AbstractSequence[Pong],
-    resident_bytes: int,
-    rooflines: Mapping[str, Roofline],
-) -> BenchReport:
+def summarise(chat_model: ChatModel, measured: Measured, rooflines: Mapping[str, Roofline]) -> BenchReport:
     """Everything that is reported, from what was measured; `rooflines` by device."""
-    plan, ready = chat_model.cluster.plan, chat_model.cluster.ready
-    stages = tuple(_stage(chat_model, index, pong, prefill, decode) for index, pong in enumerate(health))
-    ends = _ends(chat_model, prefill, decode, resident_bytes)
+    plan, ready, workload = chat_model.cluster.plan, chat_model.cluster.ready, measured.workload
+    stages = tuple(_stage(chat_model, index, measured) for index in range(len(plan.stages)))
+    ends = _ends(chat_model, measured)
     step_bytes = sum(part.weight_bytes for part in (*stages, ends))
     bandwidth = step_bytes / sum(
         part.weight_bytes / rooflines[part.device].read_bandwidth_bytes_per_s for part in (*stages, ends)
     )
     flops = matmul_flops(plan, rooflines)
-    step_s = decode.wall_s / len(decode.timings)
     num_operations = workload.num_streams * prefill_flops(chat_model.config, workload.num_prompt_tokens)
     return BenchReport(
         model=chat_model.config.name or chat_model.model_dir.name,
@@ -130,12 +145,12 @@ def summarise(
         threads=torch.get_num_threads(),
         torch_version=str(torch.__version__),
         load_s=max(message.load_s for message in ready),
-        prefill_tokens_per_s=workload.num_streams * workload.num_prompt_tokens / prefill.wall_s,
-        decode_tokens_per_s=workload.num_streams / step_s,
-        time_to_first_token_s=first_token_s,
-        decode_step_s=step_s,
-        decode_efficiency=step_bytes / step_s / bandwidth,
-        prefill_efficiency=num_operations / prefill.wall_s / flops,
+        prefill_tokens_per_s=measured.prefill_tokens_per_s,
+        decode_tokens_per_s=measured.decode_tokens_per_s,
+        time_to_first_token_s=measured.first_token_s,
+        decode_step_s=measured.decode_step_s,
+        decode_efficiency=step_bytes / measured.decode_step_s / bandwidth,
+        prefill_efficiency=num_operations / measured.prefill.wall_s / flops,
         read_bandwidth_bytes_per_s=bandwidth,
         matmul_flops_per_s=flops,
         matmul_dtype="/".join(dict.fromkeys(roofline.matmul_dtype for roofline in rooflines.values())),
@@ -151,46 +166,43 @@ def matmul_flops(plan: Plan, rooflines: Mapping[str, Roofline]) -> float:
     return plan.num_layers / spent
 
 
-def _stage(chat_model: ChatModel, index: int, pong: Pong, prefill: Phase, decode: Phase) -> PartReport:
+def _stage(chat_model: ChatModel, index: int, measured: Measured) -> PartReport:
     stage, ready = chat_model.cluster.plan.stages[index], chat_model.cluster.ready[index]
     return _part(
-        prefill,
-        decode,
+        measured,
         lambda timing: timing.stages[index],
         device=stage.device,
         layers=stage.layers_text,
         precision=stage.precision,
-        resident_bytes=pong.resident_bytes,
+        resident_bytes=measured.health[index].resident_bytes,
         weight_bytes=ready.weight_bytes,
         kernel_path=ready.kernel_path,
     )
 
 
-def _ends(chat_model: ChatModel, prefill: Phase, decode: Phase, resident_bytes: int) -> PartReport:
+def _ends(chat_model: ChatModel, measured: Measured) -> PartReport:
     ends, head = chat_model.cluster.plan.ends, chat_model.engine.head
     return _part(
-        prefill,
-        decode,
+        measured,
         lambda timing: timing.ends,
         device=ends.lm_head_device,
         layers="ends",
         precision=ends.lm_head_precision,
-        resident_bytes=resident_bytes,
+        resident_bytes=measured.resident_bytes,
         weight_bytes=head.num_bytes,
         kernel_path=head.kernel_path,
     )
 
 
-def _part(
-    prefill: Phase, decode: Phase, share: Callable[[StepTiming], StageShare | EndsShare], **what: Any
-) -> PartReport:
+def _part(measured: Measured, share: Callable[[StepTiming], StageShare | EndsShare], **what: Any) -> PartReport:
     """A part's report from its share of every step."""
-    compute_s = [sum(share(timing).compute_s for timing in phase.timings) for phase in (prefill, decode)]
-    wire_s = [sum(share(timing).wire_s for timing in phase.timings) for phase in (prefill, decode)]
+    phases = (measured.prefill, measured.decode)
+    compute_s = [sum(share(timing).compute_s for timing in phase.timings) for phase in phases]
+    wire_s = [sum(share(timing).wire_s for timing in phase.timings) for phase in phases]
     return PartReport(
         compute_s=sum(compute_s),
         wire_s=sum(wire_s),
-        busy_share=sum(compute_s) / (prefill.wall_s + decode.wall_s),
+        busy_share=sum(compute_s) / sum(phase.wall_s for phase in phases),
         decode_compute_s=compute_s[1],
         decode_wire_s=wire_s[1],
         **what,
