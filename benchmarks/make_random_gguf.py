@@ -13,7 +13,6 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -153,12 +152,12 @@ def _pool(kind: Kind) -> memoryview:
     generator = torch.Generator().manual_seed(1)
     if kind.scale_at is None:
         numbers = torch.randn(POOL_BLOCKS * 32, generator=generator).mul_(SPREAD).to(torch.bfloat16)
-        return memoryview(numbers.view(torch.uint8).numpy())
+        return numbers.view(torch.uint8).numpy().data
     count = POOL_BLOCKS * 32 // kind.size
     blocks = torch.randint(0, 256, (count, kind.block_bytes), dtype=torch.uint8, generator=generator)
     scale = torch.tensor([kind.scale], dtype=torch.float16).view(torch.uint8)
     blocks[:, kind.scale_at : kind.scale_at + 2] = scale
-    return memoryview(blocks.flatten().numpy())
+    return blocks.flatten().numpy().data
 
 
 def _data(tensor: Tensor, pools: dict[str, memoryview], index: int) -> Iterator[bytes | memoryview]:
