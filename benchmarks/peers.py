@@ -30,7 +30,7 @@ from coordinator.bench_report import Workload
 from coordinator.chat_model import ChatModel, launch
 from coordinator.plan_request import Option, PlanRequest
 
-SINGLE = Workload(num_prompt_tokens=512, num_new_tokens=32, num_streams=1)
+SINGLE = Workload(num_prompt_tokens=512, num_new_tokens=64, num_streams=1)
 STREAMS = Workload(num_prompt_tokens=64, num_new_tokens=24, num_streams=8)
 CONTENTION = Workload(num_prompt_tokens=16, num_new_tokens=16, num_streams=1)
 MODEL = "random:chatglm2-6b"

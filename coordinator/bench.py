@@ -13,11 +13,12 @@ from coordinator.chat_model import ChatModel
 from coordinator.errors import UsageError
 from coordinator.memory import resident_bytes
 from coordinator.plan import Plan
-from coordinator.roofline import Roofline, better, measure_roofline
+from coordinator.roofline import MemoryReader, Roofline, matmul_flops_per_s
 from coordinator.timing import StepTiming
 from glm.config import ModelConfig
 from protocol.client import SamplingParams, TokenPrompt
 
+STEPS_A_READING = 2
 Reporter = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and of how much."""
 
@@ -35,7 +36,7 @@ def check_workload(workload: Workload, config: ModelConfig) -> None:
 
 
 def run_bench(chat_model: ChatModel, workload: Workload, report: Reporter, warm: bool = False) -> BenchReport:
-    """Warm up (unless that was done before: `warm`), measure the machine, the workload, and the machine again.
+    """Warm up (unless that was done before: `warm`), then measure the workload, and the machine around and in it.
 
     The machine is measured with the threads that torch has in this process; the caller sets as many as the stages have.
 
@@ -46,23 +47,29 @@ def run_bench(chat_model: ChatModel, workload: Workload, report: Reporter, warm:
     devices = _devices(chat_model.cluster.plan)
     if not warm:
         warm_up(chat_model, workload, report)
-    before = _rooflines(devices, report)
-    measured = measure(chat_model, workload, report)
-    after = _rooflines(devices, report)
-    rooflines = {device: better(before[device], after[device]) for device in devices}
-    return summarise(chat_model, measured, rooflines)
+    before = _matmuls(devices, report)
+    measured = measure(chat_model, workload, report, devices)
+    after = _matmuls(devices, report)
+    best = {device: max(before[device], after[device]) for device in devices}  # disturbances only ever slow it down
+    return summarise(chat_model, measured, {d: Roofline(measured.read_bandwidths[d], *best[d]) for d in devices})
 
 
-def measure(chat_model: ChatModel, workload: Workload, report: Reporter) -> Measured:
-    """Prefill every stream, one after the other, then decode all together. Raises as `run_bench` does."""
+def measure(
+    chat_model: ChatModel, workload: Workload, report: Reporter, devices: AbstractSequence[str] = ()
+) -> Measured:
+    """Prefill every stream, one after the other, then decode all together, reading the devices' memory in between.
+
+    Raises as `run_bench` does.
+    """
     answers = [_begin(chat_model, workload, stream) for stream in range(workload.num_streams)]
     try:
         first_token_s, prefill = _prefill(chat_model, answers, report)
-        _steps(chat_model, answers, NUM_UNTIMED_STEPS, lambda _: None)
-        decode = _steps(
-            chat_model, answers, workload.num_new_tokens, lambda done: report("decode", done, workload.num_new_tokens)
-        )
-        return Measured(workload, first_token_s, prefill, decode, chat_model.cluster.health(), resident_bytes())
+        _decode(chat_model, answers, NUM_UNTIMED_STEPS)
+        health, resident = chat_model.cluster.health(), resident_bytes()
+        readers = {device: MemoryReader(torch.device(device)) for device in devices}
+        decode = _decode(chat_model, answers, workload.num_new_tokens, report, tuple(readers.values()))
+        bandwidths = {device: reader.bandwidth_bytes_per_s for device, reader in readers.items()}
+        return Measured(workload, first_token_s, prefill, decode, health, resident, bandwidths)
     finally:
         for answer in answers:
             chat_model.engine.cancel(answer.sequence)
@@ -73,11 +80,11 @@ def _devices(plan: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(stage.device for stage in plan.stages), plan.ends.lm_head_device]))
 
 
-def _rooflines(devices: AbstractSequence[str], report: Reporter) -> dict[str, Roofline]:
+def _matmuls(devices: AbstractSequence[str], report: Reporter) -> dict[str, tuple[float, str]]:
     found = {}
     for index, device in enumerate(devices):
         report("what the machine can do at best", index, len(devices))
-        found[device] = measure_roofline(torch.device(device))
+        found[device] = matmul_flops_per_s(torch.device(device))
     return found
 
 
@@ -88,7 +95,7 @@ def warm_up(chat_model: ChatModel, workload: Workload, report: Reporter) -> None
     try:
         _prefill(chat_model, [answer], lambda *_: None)
         report("warm-up", 1, 2)
-        _steps(chat_model, [answer], min(2, workload.num_new_tokens), lambda _: None)
+        _decode(chat_model, [answer], min(2, workload.num_new_tokens))
     finally:
         chat_model.engine.cancel(answer.sequence)
 
@@ -129,16 +136,24 @@ def _prefill(chat_model: ChatModel, answers: AbstractSequence[Answer], report: R
     return first_token_s, Phase(time.monotonic() - started_s, tuple(timings))
 
 
-def _steps(
-    chat_model: ChatModel, answers: AbstractSequence[Answer], num_steps: int, report: Callable[[int], None]
+def _decode(
+    chat_model: ChatModel,
+    answers: AbstractSequence[Answer],
+    num_steps: int,
+    report: Reporter = lambda *_: None,
+    readers: AbstractSequence[MemoryReader] = (),
 ) -> Phase:
-    """So many steps of all streams together."""
-    timings = []
-    started_s = time.monotonic()
+    """So many steps of all streams together; what is read in between does not count."""
+    timings, wall_s = [], 0.0
     for step in range(num_steps):
-        report(step)
+        report("decode", step, num_steps)
+        if step % STEPS_A_READING == 0:
+            for reader in readers:
+                reader.read()
+        started_s = time.monotonic()
         timings.append(_step(chat_model, answers))
-    return Phase(time.monotonic() - started_s, tuple(timings))
+        wall_s += time.monotonic() - started_s
+    return Phase(wall_s, tuple(timings))
 
 
 def _step(chat_model: ChatModel, answers: AbstractSequence[Answer]) -> StepTiming:

@@ -33,7 +33,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Consecutive steps and the seconds from the first's beginning to the last's end."""
+    """Consecutive steps and the seconds that they took together."""
 
     wall_s: float
     timings: tuple[StepTiming, ...]
@@ -41,7 +41,11 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one run of a workload took; `health` is the stages' at its end, `resident_bytes` the coordinator's."""
+    """What one run of a workload took.
+
+    `health` is the stages' after the prefill, `resident_bytes` the coordinator's; `read_bandwidths` are those of the
+    devices that were asked for, between the decode steps.
+    """
 
     workload: Workload
     first_token_s: float
@@ -49,6 +53,7 @@ class Measured:
     decode: Phase
     health: tuple[Pong, ...]
     resident_bytes: int
+    read_bandwidths: Mapping[str, float]
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -92,7 +97,8 @@ class PartReport:
 class BenchReport:
     """The outcome, with the names of `glmpipe bench --json`.
 
-    `decode_efficiency`: bytes of weights a decode step reads, times steps a second, over the read bandwidth.
+    `decode_efficiency`: bytes of weights a decode step reads, times steps a second, over the read bandwidth between
+    the steps.
     `prefill_efficiency`: operations a second of the prefill over those of a large matmul. Where parts are on several
     devices, bandwidth and matmul are what those devices reach when they take turns with their parts.
     """

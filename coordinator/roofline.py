@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from glm.kernels.memory import empty_weight
+
 _BUFFER_BYTES = 512 << 20
 _MATRIX_SIZE = 4096
 _PROBE_SIZE = 512
 _BUDGET_S = 1.0
+_SETTLE_S = 0.02  # torch's threads look for more work for a while before they sleep, on cores that a stage needs
 _MIN_RUNS = 3
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -23,47 +26,53 @@ class Roofline:
     matmul_dtype: str
 
 
-def measure_roofline(device: torch.device) -> Roofline:
-    """Both limits of a device; on a CPU those of as many threads as torch uses in this process.
+class MemoryReader:
+    """Measures a device's read bandwidth at several moments; on a CPU that of as many threads as torch uses here.
 
-    Takes some seconds, and 512 MiB.
+    Memory shared with others may give twice as much in one second as in the next, so that the bandwidth of another
+    moment says nothing about a step. Holds 512 MiB on the device, much more than any cache.
     """
-    flops, dtype = matmul_flops_per_s(device)
-    return Roofline(read_bandwidth(device), flops, dtype)
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        size = [_BUFFER_BYTES // 4]
+        is_cpu = device.type == "cpu"  # there it lies as weights do: small pages are read a fifth slower
+        buffer = empty_weight(size, torch.float32) if is_cpu else torch.empty(size, device=device)
+        self._halves = buffer.fill_(1).chunk(2)
+        self._seconds: list[float] = []
+        _best_s(self._halves[0].sum, device, budget_s=0.0)
 
-def better(one: Roofline, other: Roofline) -> Roofline:
-    """The higher of each limit: what is measured at another moment may have been disturbed, never helped."""
-    matmul = max(one, other, key=lambda roofline: roofline.matmul_flops_per_s)
-    bandwidth = max(one.read_bandwidth_bytes_per_s, other.read_bandwidth_bytes_per_s)
-    return Roofline(bandwidth, matmul.matmul_flops_per_s, matmul.matmul_dtype)
+    def read(self) -> None:
+        """Read both halves; the quicker counts."""
+        self._seconds.append(min(_timed_s(half.sum, self._device) for half in self._halves))
+        if self._device.type == "cpu":
+            time.sleep(_SETTLE_S)
 
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second of reading through a buffer much larger than any cache, the best of several passes."""
-    buffer = torch.ones(_BUFFER_BYTES // 4, dtype=torch.float32, device=device)
-    return _BUFFER_BYTES / _best_s(buffer.sum, device)
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Over all moments: as many bytes each, in the time of all together."""
+        return len(self._seconds) * _BUFFER_BYTES / 2 / sum(self._seconds)
 
 
 def matmul_flops_per_s(device: torch.device) -> tuple[float, str]:
     """Operations a second of a 4096-cubed matmul in fp32 or bf16, whichever a small one shows to be faster."""
-    dtype = min(_DTYPES, key=lambda candidate: _matmul_s(_PROBE_SIZE, candidate, device))
-    seconds = _matmul_s(_MATRIX_SIZE, dtype, device)
+    dtype = min(_DTYPES, key=lambda candidate: _matmul_s(_PROBE_SIZE, candidate, device, budget_s=_BUDGET_S / 4))
+    seconds = _matmul_s(_MATRIX_SIZE, dtype, device, _BUDGET_S)
     return 2 * _MATRIX_SIZE**3 / seconds, str(dtype).removeprefix("torch.")
 
 
 @torch.inference_mode()
-def _matmul_s(size: int, dtype: torch.dtype, device: torch.device) -> float:
+def _matmul_s(size: int, dtype: torch.dtype, device: torch.device, budget_s: float) -> float:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    return _best_s(lambda: torch.mm(left, right, out=out), device)
+    return _best_s(lambda: torch.mm(left, right, out=out), device, budget_s)
 
 
-def _best_s(run: Callable[[], object], device: torch.device) -> float:
-    """The fastest of several runs, after one that does not count; about a second's worth of them."""
+def _best_s(run: Callable[[], object], device: torch.device, budget_s: float) -> float:
+    """The fastest of several runs, after one that does not count; about `budget_s` of them."""
     _timed_s(run, device)
     found = [_timed_s(run, device)]
-    while len(found) < _MIN_RUNS or sum(found) < _BUDGET_S:
+    while len(found) < _MIN_RUNS or sum(found) < budget_s:
         found.append(_timed_s(run, device))
     return min(found)
 
