@@ -9,7 +9,6 @@ time of a layer that is so small that nothing but this is left of it, over that 
 """
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -69,8 +68,7 @@ def timed_kernels() -> Iterator[Clock]:
     """All functions of the native library in use, timed, until the block is left."""
     kernels, clock = best_kernels(), Clock()
     assert kernels is not None
-    kind = type(ctypes.CDLL(None).getpid)
-    plain = {name: value for name, value in vars(kernels).items() if isinstance(value, kind.__base__ or kind)}
+    plain = {name: value for name, value in vars(kernels).items() if hasattr(value, "argtypes")}
     for name, function in plain.items():
         setattr(kernels, name, clock.around(function))
     try:
