@@ -23,8 +23,8 @@ from glm.attention import Segment
 from glm.config import load_config
 from glm.kernels.native import best_kernels
 from glm.model import LayerStack
+from glm.model_source import open_checkpoint
 from glm.precision import Precision
-from glm.random_checkpoint import open_checkpoint
 
 UNTIMED_STEPS = 5
 
