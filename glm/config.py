@@ -1,13 +1,12 @@
 """One frozen dataclass for all dialects of config.json that GLM models were published with."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from glm.errors import ConfigError
-from glm.lfs import is_lfs_pointer, lfs_complaint
+from glm.json_file import read_json_object
 from glm.shapes import SHAPES, random_shape
 
 Family = Literal["chatglm", "chatglm2", "glm", "glm4"]
@@ -76,16 +75,7 @@ def load_config(model_dir: Path) -> ModelConfig:
     path = model_dir / "config.json"
     if not path.is_file():
         raise ConfigError(f"{model_dir} has no config.json: is this a model directory?")
-    try:
-        if is_lfs_pointer(path):
-            raise ConfigError(lfs_complaint(path))
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}): download it again") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object: download it again")
+    raw = read_json_object(path, ConfigError)
     return parse_config(raw, source=str(path), name=directory_name(model_dir))
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from glm.config import ModelConfig, directory_name
 from glm.errors import TokenizerError
+from glm.json_file import read_json_object
 
 Dialect = Literal["chatglm", "chatglm2", "chatglm3", "codegeex2", "glm4", "template"]
 
@@ -71,16 +72,7 @@ def read_tokenizer_config(model_dir: Path) -> Mapping[str, Any]:
     Raises:
         TokenizerError: the file is there but no JSON object.
     """
-    path = model_dir / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise TokenizerError(f"{path} is not readable JSON ({error}): download it again") from error
-    if not isinstance(settings, dict):
-        raise TokenizerError(f"{path} holds a {type(settings).__name__}, not a JSON object: download it again")
-    return settings
+    return read_json_object(model_dir / "tokenizer_config.json", TokenizerError)
 
 
 def is_tiktoken_file(path: Path) -> bool:

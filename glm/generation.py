@@ -1,6 +1,5 @@
 """What a model generates with when nobody says otherwise: its published defaults and its end ids."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from glm.config import ModelConfig
 from glm.dialect import Dialect, detect_dialect
 from glm.errors import ConfigError, SamplingError
+from glm.json_file import read_json_object
 from glm.sampling_params import SamplingParams
 from glm.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def _guard_id(config: ModelConfig, dialect: Dialect) -> int:
 
 def _transformers_defaults(config: ModelConfig, model_dir: Path) -> GenerationDefaults:
     path = model_dir / "generation_config.json"
-    raw = _read_json(path)
+    raw = read_json_object(path, ConfigError)
     eos = raw.get("eos_token_id", list(config.eos_ids))
     end_ids = eos if isinstance(eos, list) else [eos]
     if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < config.vocab_size for i in end_ids):
@@ -105,15 +105,3 @@ def _sampling_of(raw: Mapping[str, Any], path: Path) -> SamplingParams:
         return SamplingParams(**given, greedy=raw.get("do_sample", True) is False)
     except SamplingError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}): download it again") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object: download it again")
-    return raw
