@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 
 from coordinator.answer import Answer
+from coordinator.closing import Closing
 from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
 from coordinator.engine import EPOCH, Engine
 from coordinator.errors import GenerationError
@@ -105,7 +105,7 @@ def _load_ends(checkpoint: ModelSource, config: ModelConfig, plan: Plan) -> tupl
     return embedding, Head.load(source(lm_head), config, norm, lm_head, embedding)
 
 
-class ChatModel:
+class ChatModel(Closing):
     """Chat and generation through a running pipeline. A context manager; use it from one thread.
 
     Only `cancel` may be called from another thread or a signal handler.
@@ -265,14 +265,6 @@ class ChatModel:
     def close(self) -> None:
         """Stop the workers and leave nothing behind. Safe to call twice."""
         self.cluster.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The token ids a prompt becomes.

@@ -6,12 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from coordinator.closing import Closing
 from coordinator.conversation import Prompt
 from coordinator.errors import ConnectError, CoordinatorError, GenerationError, StageLost
 from coordinator.runtime_dir import find_running
@@ -82,7 +82,7 @@ def _as_exception(error: Error) -> CoordinatorError:
     return StageLost(error.text) if error.code == StageLost.__name__ else GenerationError(error.text)
 
 
-class RemoteBackend:
+class RemoteBackend(Closing):
     """A `ChatBackend` that is a running launch. A context manager; made by `connect`."""
 
     def __init__(self, endpoint: str) -> None:
@@ -152,14 +152,6 @@ class RemoteBackend:
             self._monitor.close(linger=0)
             self._socket.close()
         self._context.term()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _answers(self, request_id: int) -> Iterator[Delta | Finished | Error]:
         """What the launch sends for one request, up to its end; a cancel is passed on once, when it is asked for."""

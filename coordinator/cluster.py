@@ -5,12 +5,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 import zmq
 
+from coordinator.closing import Closing
 from coordinator.control import ControlPlane, Reply, expect
 from coordinator.errors import LaunchError, StageLost
 from coordinator.launcher import Launcher, LogSink
@@ -52,7 +51,7 @@ class ClusterSettings:
     record_hidden_states: bool = False
 
 
-class Cluster:
+class Cluster(Closing):
     """One worker per stage, and the pipeline through them. A context manager: nothing is left when it closes."""
 
     def __init__(
@@ -133,14 +132,6 @@ class Cluster:
     def close(self) -> None:
         """Stop and reap the workers, close the sockets, remove the runtime directory. Safe to call twice."""
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _bring_up(self, stack: ExitStack, on_log: LogSink | None) -> None:
         self.runtime_dir = stack.enter_context(RuntimeDir())

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import zmq
 
+from coordinator.closing import Closing
 from coordinator.errors import LaunchError, StageLost
 from protocol.control import Failed, Join, Leaving, Ping, Pong, Progress, Refused, Welcome
 from protocol.errors import ProtocolError
@@ -57,7 +57,7 @@ class _Shared:
     futures: dict[int, Future[Reply]] = field(default_factory=dict)
 
 
-class ControlPlane:
+class ControlPlane(Closing):
     """Joined workers by id. A context manager; `close` ends the thread and its socket.
 
     Only the ids in `expected` may join, each once, and only with this version of glmpipe.
@@ -153,14 +153,6 @@ class ControlPlane:
             self._thread.join()
         self._wake_sender.close()
         self._wake_receiver.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):

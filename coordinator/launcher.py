@@ -15,9 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import IO, Self
 
+from coordinator.closing import Closing
 from coordinator.errors import LaunchError
 from coordinator.plan import StagePlan
 from coordinator.signals import signals_deferred
@@ -61,8 +61,8 @@ class WorkerExit:
         return f"{text}; its last lines:" + "".join(f"\n  | {line}" for line in self.last_lines)
 
 
-class Launcher:
-    """One worker process per stage of a plan. A context manager: `start` on the way in, `stop` on the way out.
+class Launcher(Closing):
+    """One worker process per stage of a plan. A context manager: `start` on the way in, `close` on the way out.
 
     `endpoint` is the coordinator's control endpoint. `on_log` receives the workers' prefixed lines, stderr by
     default. `command` is what starts a worker; the worker's options are appended.
@@ -98,10 +98,10 @@ class Launcher:
                 for index in range(len(self._stages)):
                     self._workers.append(self._spawn(index, read_end))
         except OSError as error:
-            self.stop()
+            self.close()
             raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None
         except BaseException:
-            self.stop()
+            self.close()
             raise
         finally:
             os.close(read_end)
@@ -117,7 +117,7 @@ class Launcher:
         if dead is not None:
             raise LaunchError(dead.describe("before it joined"))
 
-    def stop(self, grace_s: float = 2.0) -> None:
+    def close(self, grace_s: float = 2.0) -> None:
         """Ask all workers to leave, kill those that have not after `grace_s`, and reap every one.
 
         Safe to call at any time, from `finally` clauses and twice. Interrupted (Ctrl-C again), it kills at once.
@@ -139,14 +139,6 @@ class Launcher:
     def __enter__(self) -> Self:
         self.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def _spawn(self, index: int, lifeline: int) -> "_Worker":
         stage = self._stages[index]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
+from coordinator.closing import Closing
 from coordinator.plan import Plan, StagePlan
 
 if TYPE_CHECKING:
@@ -17,23 +17,16 @@ PLAIN_INTERVAL_S = 3.0
 """Without a terminal, a loading stage is mentioned at most this often."""
 
 
-class LoadView(Protocol):
+class LoadView(Closing):
     """Where load progress and the workers' lines go. A context manager around the loading."""
 
     def update(self, progress: StageProgress) -> None:
         """Show a stage's progress."""
+        raise NotImplementedError
 
     def log(self, line: str) -> None:
         """Show a worker's line; works after the loading, too."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+        raise NotImplementedError
 
 
 def load_view(plan: Plan, stream: TextIO | None = None) -> LoadView:
@@ -42,7 +35,7 @@ def load_view(plan: Plan, stream: TextIO | None = None) -> LoadView:
     return BarView(plan, stream) if stream.isatty() else PlainView(plan, stream)
 
 
-class PlainView:
+class PlainView(LoadView):
     """Lines: when a stage is ready, and every few seconds while one is loading."""
 
     def __init__(self, plan: Plan, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -63,19 +56,11 @@ class PlainView:
     def log(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         pass
 
 
-class BarView:
+class BarView(LoadView):
     """One bar per stage, with layers and bytes. The workers' lines scroll above the bars."""
 
     def __init__(self, plan: Plan, stream: TextIO) -> None:
@@ -116,12 +101,7 @@ class BarView:
         self._is_live = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._is_live = False
         self._progress.stop()
 

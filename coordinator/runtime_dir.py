@@ -19,9 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from coordinator.closing import Closing
 from coordinator.errors import LaunchError
 
 CLIENT_SOCKET = "client"
@@ -44,7 +43,7 @@ class RunningLaunch:
     endpoint: str
 
 
-class RuntimeDir:
+class RuntimeDir(Closing):
     """A fresh private directory for the sockets of one launch. A context manager; `close` removes it.
 
     Raises LaunchError when no base directory is writable and short enough for a Unix socket's path.
@@ -74,17 +73,6 @@ class RuntimeDir:
         self._is_open = False
         atexit.unregister(self.close)
         os.close(self._lock)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def find_running() -> tuple[RunningLaunch, ...]:

@@ -79,8 +79,8 @@ def test_stopping_leaves_no_process_and_can_be_repeated() -> None:
     running = launcher("waits", log)
     running.start()
     started = pids(log.until("ready", times=2))
-    running.stop()
-    running.stop()
+    running.close()
+    running.close()
     assert len(started) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in started)
 
@@ -91,7 +91,7 @@ def test_a_worker_that_ignores_sigterm_is_killed() -> None:
     running = launcher("stubborn", log)
     running.start()
     started = pids(log.until("ready", times=2))
-    running.stop(grace_s=0.1)
+    running.close(grace_s=0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in started)
 
 
