@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from coordinator.commands.options import add_model_options, add_placement_options
-from coordinator.commands.prompts import add_prompt_options, read_prompt
+from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
 from coordinator.commands.session import launched, say
 from coordinator.errors import UsageError
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     """Launch, feed the prompt, write the file."""
     prompt = read_prompt(options)
     _check_writable(options.out)
-    with launched(options, record_hidden_states=True) as chat_model:
+    with launched(options, record_hidden_states=True, check=lambda config: check_ids(prompt, config)) as chat_model:
         from coordinator.dump import dump
 
         tensors = dump(chat_model, chat_model.prompt_ids(prompt), options.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -16,11 +16,12 @@ from coordinator.commands.options import (
     add_sampling_options,
     refuse_with_connect,
 )
-from coordinator.commands.prompts import add_prompt_options, read_prompt
+from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
 from coordinator.commands.session import check_sampling, chosen_sampling, launched, say
 
 if TYPE_CHECKING:
     from coordinator.conversation import ChatBackend
+    from glm.config import ModelConfig
     from protocol.client import Finished
 
 HELP = "answer one prompt and leave"
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
     prompt = read_prompt(options)
     check_sampling(options)
-    with opened(options) as backend:
+    with opened(options, lambda config: check_ids(prompt, config)) as backend:
         sampling = chosen_sampling(options, backend.describe().defaults)
         finished: Finished | None = None
         for event in backend.stream(prompt, sampling):
@@ -67,10 +68,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def opened(options: argparse.Namespace) -> Iterator[ChatBackend]:
-    """The running launch that `--connect` means, or a model launched for this command."""
+def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = lambda _: None) -> Iterator[ChatBackend]:
+    """The running launch that `--connect` means, or a model launched for this command, if `check` raises nothing."""
     if options.connect is None:
-        with launched(options) as chat_model:
+        with launched(options, check=check) as chat_model:
             yield chat_model
         return
     refuse_with_connect(options)

@@ -11,6 +11,7 @@ from coordinator.commands.options import token_ids
 from coordinator.errors import UsageError
 
 if TYPE_CHECKING:
+    from glm.config import ModelConfig
     from protocol.client import ChatPrompt, TextPrompt, TokenPrompt
 
 
@@ -38,6 +39,21 @@ def read_prompt(options: argparse.Namespace) -> ChatPrompt | TextPrompt | TokenP
     if not text.strip():
         raise UsageError("the prompt is empty; ask something, or continue plain text with --raw")
     return ChatPrompt((ChatTurn("user", "", text),))
+
+
+def check_ids(prompt: ChatPrompt | TextPrompt | TokenPrompt, config: ModelConfig) -> None:
+    """Before anything is loaded: raises UsageError for token ids that the model does not have, or too many of them."""
+    from protocol.client import TokenPrompt
+
+    if not isinstance(prompt, TokenPrompt):
+        return
+    wrong = [token_id for token_id in prompt.token_ids if token_id >= config.vocab_size]
+    if wrong:
+        raise UsageError(
+            f"--ids: {wrong[0]} is outside the vocabulary, the model's ids are 0 to {config.vocab_size - 1}"
+        )
+    if len(prompt.token_ids) >= config.max_context:
+        raise UsageError(f"--ids: {len(prompt.token_ids)} tokens leave no room in the model's {config.max_context}")
 
 
 def _read(name: str) -> str:

@@ -188,6 +188,20 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [("5,96,7", "96 is outside the vocabulary, the model's ids are 0 to 95"), ("5," * 256, "256 tokens")],
+)
+@pytest.mark.parametrize("command", ["generate", "dump"])
+def test_ids_that_the_model_does_not_have_are_refused_before_loading(
+    command: str, ids: str, said: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model without any weights, so that loading would fail otherwise."""
+    out = ["--out", str(tmp_path / "x.safetensors")] if command == "dump" else []
+    assert main([command, "--ids", ids, "--model", str(model_dir), *out]) == 2
+    assert f"glmpipe: --ids: {said}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["{}", "{}/absent/x"])
 def test_a_dump_that_cannot_be_written_is_refused_before_loading(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
