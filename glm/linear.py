@@ -112,7 +112,7 @@ class CudaLinear:
 
     def __init__(self, weight: CudaWeight, kernels: CudaKernels) -> None:
         self.weight = weight
-        self._kernels = kernels
+        self.kernels = kernels
 
     @property
     def num_bytes(self) -> int:
@@ -120,11 +120,11 @@ class CudaLinear:
 
     @property
     def path(self) -> str:
-        return f"CUDA kernels, {_name(self._kernels.dtype)}"
+        return f"CUDA kernels, {_name(self.kernels.dtype)}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         fused = x.shape[0] <= MOST_FUSED_TOKENS
-        return (self._kernels.product if fused else self._kernels.product_by_blocks)(x, self.weight)
+        return (self.kernels.product if fused else self.kernels.product_by_blocks)(x, self.weight)
 
 
 def make_weight(

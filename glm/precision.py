@@ -44,6 +44,12 @@ _FLOAT_DTYPES = {
 }
 
 
+def sum_in_fp32() -> None:
+    """From now on torch's matmuls on a GPU add up 16-bit products in fp32."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def compute_dtype(precision: Precision, device: torch.device, config: ModelConfig) -> torch.dtype:
     """The dtype activations have where weights have this precision.
 

@@ -13,7 +13,7 @@ from glm.kernels.native import NativeKernels, best_kernels
 from glm.kernels.step import StepKernels
 from glm.layout import Source, Unit
 from glm.linear import Kernels, Linear, Weight, make_linear, make_weight, owned, pack
-from glm.precision import Precision, compute_dtype
+from glm.precision import Precision, compute_dtype, sum_in_fp32
 from glm.quantization import QuantizedWeight, StoredPart
 
 
@@ -46,7 +46,10 @@ class Placement:
 def place(precision: Precision, device: torch.device, config: ModelConfig) -> Placement:
     """A placement that computes as fast as it can there."""
     dtype = compute_dtype(precision, device, config)
-    return Placement(precision, dtype, device, cuda_kernels(device, dtype) if device.type == "cuda" else best_kernels())
+    if device.type != "cuda":
+        return Placement(precision, dtype, device, best_kernels())
+    sum_in_fp32()
+    return Placement(precision, dtype, device, cuda_kernels(device, dtype))
 
 
 def read_parts(checkpoint: ModelSource, unit: Unit, config: ModelConfig) -> Mapping[str, StoredPart]:
