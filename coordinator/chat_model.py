@@ -15,6 +15,7 @@ from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
 from coordinator.engine import EPOCH, Engine
 from coordinator.errors import GenerationError
 from coordinator.launcher import LogSink
+from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
 from coordinator.sequence import Sequence
@@ -40,7 +41,7 @@ History = list[dict[str, str]]
 StreamEvent = client.Delta | client.Finished
 Prompt = client.ChatPrompt | client.TextPrompt | client.TokenPrompt
 KV_BUDGET_CONTEXTS = 4
-"""Full contexts that a stage's KV cache may hold together where the plan states no budget of its own."""
+"""Full contexts that a stage's KV cache may hold together, if memory allows, where the plan states no budget."""
 
 
 def launch(
@@ -51,7 +52,9 @@ def launch(
     chat_format: str | None = None,
     on_progress: ProgressSink | None = None,
     on_log: LogSink | None = None,
+    on_note: NoteSink | None = None,
     record_hidden_states: bool = False,
+    check_memory: bool = True,
 ) -> "ChatModel":
     """Start the workers of a plan and load a model into them.
 
@@ -60,9 +63,12 @@ def launch(
         plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
         chat_format: overrides the chat format found from the model's files.
         on_progress, on_log: receive load progress, and the workers' log lines.
+        on_note: receives what the memory of each device is going to hold, before anything loads.
+        check_memory: refuse a plan that does not fit.
 
     Raises:
-        GlmError: the model is not usable. PlanError: the plan is not. LaunchError: a worker is not.
+        GlmError: the model is not usable. PlanError: the plan is not. LaunchError: a worker is not; of these
+        NotEnoughMemory: the plan does not fit.
     """
     model = demo_model_dir() if model is None else model
     description = resolve_description(model, revision)
@@ -79,9 +85,13 @@ def launch(
     )
     cluster = Cluster(checked_plan, settings, on_progress=on_progress, on_log=on_log)
     try:
-        embedding, head = _load_ends(checkpoint, config, checked_plan)
+        budget = fitting_kv_budget(
+            checked_plan, config, cluster.join(), settings.default_kv_budget_tokens, on_note, refuse=check_memory
+        )
+        cluster.assign(budget)
+        embedding, head = _load_ends(checkpoint, config, checked_plan)  # while the workers load
         cluster.load()
-        budgets = [s.kv_budget_tokens or settings.default_kv_budget_tokens for s in checked_plan.stages]
+        budgets = [stage.kv_budget_tokens or budget for stage in checked_plan.stages]
         engine = Engine(embedding, head, cluster.pipeline, min(budgets))
         return ChatModel(cluster, engine, config, model_dir, chat_format)
     except BaseException:

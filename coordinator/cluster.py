@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
-from protocol.control import Assign, Inspect, Inspected, InspectedPart, Ping, Pong, Progress, Ready
+from protocol.control import Assign, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready
 from protocol.sockets import Socket
 from protocol.torch_bridge import from_raw
 
@@ -69,6 +69,8 @@ class Cluster(Closing):
         """
         self.plan = plan
         self.ready: tuple[Ready, ...] = ()
+        self._joins: tuple[Join, ...] = ()
+        self._assigned: list[Future[Reply]] = []
         self._settings = settings
         self._on_progress = on_progress
         with ExitStack() as stack:
@@ -76,21 +78,41 @@ class Cluster(Closing):
                 self._bring_up(stack, on_log)
             self._resources = stack.pop_all()
 
+    def join(self) -> tuple[Join, ...]:
+        """Wait until every stage has a worker; what each worker said it has.
+
+        Raises:
+            LaunchError: a worker died, or did not join in time.
+        """
+        if not self._joins:
+            joins = self._control.wait_for_joins(JOIN_DEADLINE_S, self._launcher.check)
+            self._joins = tuple(joins[worker_id] for worker_id in self._worker_ids)
+        return self._joins
+
+    def assign(self, default_kv_budget_tokens: int | None = None) -> None:
+        """Let all workers begin to load, side by side; `load` waits for them.
+
+        `default_kv_budget_tokens` replaces the settings' one. Raises LaunchError as `join`.
+        """
+        endpoints = [join.data_endpoint for join in self.join()]
+        following = [*endpoints[1:], self.pipeline.return_endpoint]
+        if default_kv_budget_tokens is not None:
+            self._settings = replace(self._settings, default_kv_budget_tokens=default_kv_budget_tokens)
+        self._assigned = [
+            self._control.begin(worker_id, self._assignment(index, following[index]))
+            for index, worker_id in enumerate(self._worker_ids)
+        ]
+
     def load(self) -> tuple[Ready, ...]:
-        """Wait for the workers, give each its layers, wait until all serve.
+        """Wait for the workers, give each its layers if that was not done, wait until all serve.
 
         Raises:
             LaunchError: a worker died, did not join in time, or cannot hold its layers.
         """
-        joins = self._control.wait_for_joins(JOIN_DEADLINE_S, self._launcher.check)
-        endpoints = [joins[worker_id].data_endpoint for worker_id in self._worker_ids]
-        following = [*endpoints[1:], self.pipeline.return_endpoint]
-        futures = [
-            self._control.begin(worker_id, self._assignment(index, following[index]))
-            for index, worker_id in enumerate(self._worker_ids)
-        ]
-        self.ready = self._wait_until_ready(futures)
-        self.pipeline.connect(endpoints[0])
+        if not self._assigned:
+            self.assign()
+        self.ready = self._wait_until_ready(self._assigned)
+        self.pipeline.connect(self._joins[0].data_endpoint)
         return self.ready
 
     def check(self) -> None:

@@ -5,6 +5,7 @@
     │   ├── PlanError             the plan has faults; all of them are listed
     │   └── CompareError          a file to compare is missing or unreadable
     ├── LaunchError               a worker could not be started, died before joining, or could not load
+    │   └── NotEnoughMemory       the plan does not fit; nothing was loaded
     ├── StageLost                 a worker that was serving died or fell silent
     ├── GenerationError           one request failed; the pipeline lives on
     ├── CacheError                the cache of quantised layers cannot be read or pruned
@@ -48,6 +49,10 @@ class CompareError(UsageError):
 
 class LaunchError(CoordinatorError):
     """A worker could not be started, died before joining, or could not load."""
+
+
+class NotEnoughMemory(LaunchError):  # noqa: N818 - named for what is the matter
+    """The plan does not fit into the memory of its devices; nothing was loaded."""
 
 
 class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as the design does

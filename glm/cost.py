@@ -27,6 +27,24 @@ def stored_bytes(unit: Unit, precision: Precision | None, dtype: torch.dtype) ->
     return sum(_source_bytes(source, precision, dtype) for source in unit.sources.values())
 
 
+def kv_bytes_per_token(config: ModelConfig, num_layers: int, precision: Precision, device_type: str) -> int:
+    """Bytes that one cached token takes in so many layers."""
+    return 2 * num_layers * config.num_kv_heads * config.head_dim * _compute_bytes(precision, device_type)
+
+
+def activation_bytes(config: ModelConfig, num_tokens: int, precision: Precision, device_type: str) -> int:
+    """About what a layer holds at once besides weights and caches, for so many tokens in one step."""
+    width = 4 * config.hidden_size + 2 * config.qkv_size + 3 * config.ffn_size
+    return num_tokens * width * _compute_bytes(precision, device_type)
+
+
+def _compute_bytes(precision: Precision, device_type: str) -> int:
+    """Of one activation, as `precision.compute_dtype` chooses."""
+    if precision.is_quantized:
+        return 2 if device_type == "cuda" else 4
+    return precision.bits // 8
+
+
 def _source_bytes(source: Source, precision: Precision | None, dtype: torch.dtype) -> int:
     rows, columns = sum(source.num_rows), source.num_columns
     if columns is None or precision is None or not precision.is_quantized:

@@ -1,6 +1,5 @@
 """What this worker's device is and has. For `cpu`, nothing here touches CUDA."""
 
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -8,9 +7,8 @@ from pathlib import Path
 
 import torch
 
+from glm.host_memory import host_memory
 from stage_worker.errors import DeviceError
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
         DeviceError: the GPU is there but does not answer (busy in exclusive mode, broken driver).
     """
     if device.type == "cpu":
-        total, free = _cpu_memory()
+        total, free = host_memory()
         return DeviceFacts(_cpu_name(), total, free)
     try:
         free, total = torch.cuda.mem_get_info(device)
@@ -76,18 +74,6 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()[:200]
     return platform.processor() or platform.machine() or "cpu"
-
-
-def _cpu_memory() -> tuple[int, int]:
-    """Total and free bytes for this process: the host's, or its container's if that allows less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = [int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if "MemAvailable" in line]
-    free = available[0] if available else total
-    limit, used = (_lines(_CGROUP / name) for name in ("memory.max", "memory.current"))
-    if limit and used and limit[0].isdigit() and used[0].isdigit():
-        total = min(total, int(limit[0]))
-        free = min(free, max(0, int(limit[0]) - int(used[0])))
-    return total, free
 
 
 def _lines(path: Path) -> list[str]:

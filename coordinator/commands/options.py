@@ -70,8 +70,9 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         "--kv-budget-tokens",
         metavar="N",
         type=int,
-        help="most tokens a stage's KV cache holds (default: four full contexts)",
+        help="most tokens a stage's KV cache holds (default: four full contexts, or what memory allows)",
     )
+    group.add_argument("--no-memory-check", action="store_true", help="load even what does not seem to fit into memory")
     group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
 
 

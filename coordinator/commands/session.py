@@ -65,7 +65,9 @@ def launched(
                 revision=revision,
                 on_progress=view.update,
                 on_log=view.log if show_logs or options.verbose else _only_warnings(view.log),
+                on_note=view.log,
                 record_hidden_states=record_hidden_states,
+                check_memory=not options.no_memory_check,
             )
             stack.enter_context(chat_model)
         say(*_kernel_lines(chat_model))
