@@ -118,7 +118,8 @@ def _import_layer(name: str, library: str, remedy: str) -> Any:
             base.__dict__["unix_find_lib"] = _always(library)
             return importlib.import_module(f"{_PACKAGE}.library.{name}")
     except OSError as error:
-        raise MissingKernelsError(f"{Path(library).name} cannot be loaded: {_one_line(error)}", remedy) from None
+        reason = _one_line(error).removeprefix(f"{library}: ")
+        raise MissingKernelsError(f"{Path(library).name} cannot be loaded ({reason})", remedy) from None
     except (ImportError, RuntimeError, AttributeError) as error:
         raise MissingKernelsError(f"{_PACKAGE} cannot be used: {_one_line(error)}", f"pip install {_PACKAGE}") from None
 
