@@ -60,8 +60,8 @@ class LayerStack:
         placement = place(precision, device, config)
         blocks: list[Block] = []
         for layer in range(start, end):
-            parts = read_parts(checkpoint, layer_unit(config, layer), config)
-            blocks.append(make_block(parts, config, placement))
+            # In one expression: no name keeps a layer as it was stored while the next one is read.
+            blocks.append(make_block(read_parts(checkpoint, layer_unit(config, layer), config), config, placement))
             if progress is not None:
                 progress(len(blocks), end - start, sum(block.num_bytes for block in blocks))
         return cls(blocks, config, start, placement, graphs_if_wanted(blocks, config, placement))

@@ -99,7 +99,7 @@ def quantized(parts: Mapping[str, StoredPart], precision: Precision, device: tor
     return {
         name: make_weight(part, precision, torch.float32, device)
         if isinstance(part, QuantizedWeight) or part.dim() == 2
-        else part
+        else part.clone()  # a view would keep the whole mapped file in memory
         for name, part in parts.items()
     }
 
