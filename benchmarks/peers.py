@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.comparison import Comparison, table
 from benchmarks.cpu_kernels import busy_processes
+from benchmarks.disturbance import disturbance
 from benchmarks.llama_cpp import LlamaCpp, LlamaCppError, Speed
 from coordinator.bench import measure, run_bench, warm_up
 from coordinator.bench_report import Workload
@@ -123,7 +124,10 @@ ROUNDS: dict[str, Callable[[ChatModel, LlamaCpp | None], Round]] = {
 
 def run_round(part: str, model: ChatModel, peer: LlamaCpp | None) -> Round:
     """Both sides' turn of a part."""
-    found = ROUNDS[part](model, peer)
+    with disturbance() as others:
+        found = ROUNDS[part](model, peer)
+    if others.cores is not None:
+        found["others"] = others.cores
     say(f"{part}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     return found
 
@@ -166,6 +170,9 @@ def comparisons(precision: str, found: dict[str, list[Round]]) -> list[Compariso
         row("contention", "beside", "decode beside a busy process", speed),
         _per_round(precision, "left beside a busy process", found, ("contention", "beside"), ("contention", "alone")),
     ]
+    others = tuple(figures["others"] for part in found.values() for figures in part if "others" in figures)
+    if others:
+        rows.append(Comparison(precision, "taken by other processes", "cores", others))
     return [line for line in rows if line is not None]
 
 
