@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_own_children_disturb_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (child / "stat").write_text(f"42 (worker) S {os.getpid()} {'0 ' * 9} {own} 0 0 0 20")
 
     monkeypatch.setattr(module, "PROC", tmp_path)
-    monkeypatch.setattr(module.time, "monotonic", iter((0.0, 1000.0)).__next__)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=iter((0.0, 1000.0)).__next__))
     at(machine=0, own=0)
     with disturbance() as others:
         at(machine=ticks, own=ticks // 2)
