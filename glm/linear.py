@@ -137,7 +137,8 @@ def make_weight(
     """
     if isinstance(stored, QuantizedWeight) and stored.bits <= precision.bits and precision.is_quantized:
         values, scales = (owned(t, t.dtype, device) for t in (stored.values, stored.scales))
-        return QuantizedWeight(values if stored.bits == precision.bits else unpack_int4(values), scales, precision.bits)
+        values = values if stored.bits == precision.bits else unpack_int4(values)
+        return QuantizedWeight(values, scales, precision.bits, stored.is_exact)
     if precision.is_quantized:
         return quantize(stored, precision, device)
     if isinstance(stored, QuantizedWeight):

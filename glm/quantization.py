@@ -23,11 +23,16 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """`values`: int8 [rows, columns], or [rows, columns/2] packed when `bits` is 4; `scales`: [rows, num_groups]."""
+    """`values`: int8 [rows, columns], or [rows, columns/2] packed when `bits` is 4; `scales`: [rows, num_groups].
+
+    `is_exact`: the integers are the model itself, as in a published quantised checkpoint, and products are computed as
+    exactly as in fp32. Of a float model they are an approximation, next to which 16 bits of an activation lose nothing.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
     bits: int
+    is_exact: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -46,7 +51,7 @@ class QuantizedWeight:
 
     def rows(self, selection: slice | torch.Tensor) -> "QuantizedWeight":
         """The same weight with only some rows (a slice is a view)."""
-        return QuantizedWeight(self.values[selection], self.scales[selection], self.bits)
+        return QuantizedWeight(self.values[selection], self.scales[selection], self.bits, self.is_exact)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, columns] in `dtype`, multiplied in fp32: scales may be too small for fp16."""

@@ -86,7 +86,8 @@ def _stored_shapes(checkpoint: TensorSource, source: Source, config: ModelConfig
 def _assemble(source: Source, tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> StoredPart:
     first = source.names[0]
     if f"{first}_scale" in tensors and config.quantization_bits is not None:
-        return QuantizedWeight(tensors[first], tensors[f"{first}_scale"].view(-1, 1), config.quantization_bits)
+        scales = tensors[f"{first}_scale"].view(-1, 1)
+        return QuantizedWeight(tensors[first], scales, config.quantization_bits, is_exact=True)
     stored = [tensors[name] for name in source.names]
     for name, tensor in zip(source.names, stored, strict=True):
         if not tensor.is_floating_point():

@@ -1,10 +1,10 @@
 """The native CPU kernels: libraries built at install time (setup.py), one for each instruction set, called by ctypes.
 
 A product with few rows of activations costs what reading the weights costs. bf16 weights are multiplied by bf16
-activations and summed in fp32. Integer weights enter exactly, and their products with fp32 activations are as exact as
-torch's in fp32 (relative rms error 3e-7). AVX-512 has them by rounding activations to 24 bits, relative to the largest
-of each 32 columns, and multiplying byte by byte. Where that is asked for, it takes 16 bits in two thirds of the time:
-relative rms error 2e-5, a tenth of what fp16 activations would lose; the other libraries are exact always.
+activations and summed in fp32. Integer weights enter exactly. AVX-512 rounds activations, relative to the largest of
+each 32 columns, and multiplies byte by byte: to 24 bits where the integers are the published model, which makes products
+as exact as torch's in fp32 (relative rms error 3e-7), else to 16 bits in two thirds of the time (2e-5, a tenth of what
+fp16 activations would lose, a thousandth of what int4 weights do). The other libraries are exact always.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ class _Weight(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("bits", ctypes.c_int32),
-        ("grouped", ctypes.c_int32),
+        ("terms", ctypes.c_int32),
     )
 
 
@@ -69,9 +69,8 @@ class NativeKernels:
     def __init__(self, name: str, library: ctypes.CDLL) -> None:
         self.name = name
         pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._product = _function(library.glm_product, pointer, pointer, size, pointer, flag, flag)
-        self._pack = _function(library.glm_pack, pointer, size, size, flag, pointer, flag)
-        self._pack_scales = _function(library.glm_pack_scales, pointer, size, size, flag, pointer, flag)
+        self._product = _function(library.glm_product, pointer, pointer, size, pointer, flag)
+        self._pack = _function(library.glm_pack, pointer, pointer, pointer, pointer, flag)
         self._unpack = _function(library.glm_unpack, pointer, size, size, pointer, flag)
         self.has_matrix_unit = bool(library.glm_has_matrix_unit())
         self._read = _function(library.glm_read, pointer, size, flag)
@@ -93,42 +92,40 @@ class NativeKernels:
             return None
         source = weight.values.contiguous()
         values = empty_weight(packed_shape(weight), torch.uint8)
-        size, threads = (weight.num_rows, weight.num_columns), torch.get_num_threads()
-        self._pack(source.data_ptr(), *size, weight.bits, values.data_ptr(), threads)
-        source = scales.to(torch.float16 if num_groups > 1 else torch.float32).contiguous()
-        packed_scales = empty_weight((values.shape[0], num_groups, BLOCK_ROWS), source.dtype)
-        self._pack_scales(source.data_ptr(), *source.shape, source.itemsize, packed_scales.data_ptr(), threads)
-        return PackedWeight(values, packed_scales, weight.bits, *size)
+        group_scales = scales.to(torch.float16).contiguous() if num_groups > 1 else None
+        row_scales = None
+        if group_scales is None:
+            row_scales = torch.zeros(values.shape[0] * BLOCK_ROWS)
+            row_scales[: weight.num_rows] = scales.flatten()
+        packed = PackedWeight(values, row_scales, weight.bits, weight.num_rows, weight.num_columns, weight.is_exact)
+        pointers, threads = _pointers(packed, None), torch.get_num_threads()
+        address = ctypes.addressof(pointers)
+        self._pack(address, source.data_ptr(), _pointer(group_scales), values.data_ptr(), threads)
+        return packed
 
     def prepare(self, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> NativeWeight | None:
         """What `product` takes, pointing at the same memory; None for a kind of weight that it does not know."""
         if isinstance(weight, PackedWeight):
-            values, dtype = weight.values, torch.float32
-            scales: torch.Tensor | None = weight.scales
-            size = (weight.num_rows, weight.num_columns, weight.bits, weight.scales.shape[1] > 1)
+            values, scales, dtype = weight.values, weight.scales, torch.float32
         else:
             values, scales, dtype = weight, None, torch.bfloat16
-            size = (weight.shape[0], weight.shape[1], 16, False)
             if weight.dtype != dtype or weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
                 return None
         if bias is not None and bias.dtype != dtype:
             return None
-        pointers = _Weight(values.data_ptr(), _pointer(scales), _pointer(bias), *size)
-        return NativeWeight(pointers, dtype, values, scales, bias)
+        return NativeWeight(_pointers(weight, bias), dtype, values, scales, bias)
 
-    def product(self, x: torch.Tensor, weight: NativeWeight, exact: bool = True) -> torch.Tensor:
+    def product(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
         """x [num_tokens, columns] times the weight [rows, columns], plus its bias -> [num_tokens, rows].
 
-        Both in bf16 for a bf16 weight, in fp32 for an integer one; of the latter, `exact` products or faster ones. A
-        row of the result depends on its row of `x` alone, bit for bit, and on no number of threads.
+        Both in bf16 for a bf16 weight, in fp32 for an integer one. A row of the result depends on its row of `x` alone,
+        bit for bit, and on no number of threads.
         """
         assert x.dtype == weight.dtype and x.shape[1] == weight.pointers.columns
         x = x.contiguous()
         out = torch.empty(x.shape[0], weight.pointers.rows, dtype=x.dtype)
         threads = torch.get_num_threads()
-        self._product(
-            ctypes.addressof(weight.pointers), x.data_ptr(), x.shape[0], out.data_ptr(), 3 if exact else 2, threads
-        )
+        self._product(ctypes.addressof(weight.pointers), x.data_ptr(), x.shape[0], out.data_ptr(), threads)
         return out
 
     def product_by_blocks(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
@@ -137,7 +134,7 @@ class NativeKernels:
         For many tokens and a matrix unit; x and the result in fp32, rounded to bf16 (relative rms error 4e-3).
         """
         rows, columns, threads = weight.pointers.rows, weight.pointers.columns, torch.get_num_threads()
-        step = max(16, _BLOCK_ELEMENTS // columns // 16 * 16)
+        step = max(BLOCK_ROWS, _BLOCK_ELEMENTS // columns // BLOCK_ROWS * BLOCK_ROWS)
         block = torch.empty(min(step, rows), columns, dtype=torch.bfloat16)
         narrow, out = x.to(torch.bfloat16), torch.empty(x.shape[0], rows)
         for start in range(0, rows, step):
@@ -206,6 +203,13 @@ class NativeKernels:
 def _function(function: Any, *argument_types: type) -> Any:
     function.restype, function.argtypes = None, argument_types
     return function
+
+
+def _pointers(weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> _Weight:
+    if isinstance(weight, torch.Tensor):
+        return _Weight(weight.data_ptr(), None, _pointer(bias), *weight.shape, 16, 0)
+    sizes = (weight.num_rows, weight.num_columns, weight.bits, 3 if weight.is_exact else 2)
+    return _Weight(weight.values.data_ptr(), _pointer(weight.scales), _pointer(bias), *sizes)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -5,6 +5,7 @@ No deadlines: the machine may be busy.
 
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,10 +68,10 @@ def check_product(kernels: NativeKernels, kind: str, num_tokens: int, num_rows: 
         assert isinstance(linear, NativeLinear)
         found = linear(x)
         assert (found.shape, found.dtype) == ((num_tokens, num_rows), dtype)
-        assert error(found, x, dense(weight), b) < (HALF if kind == "bf16" else EXACT)
-        if kind != "bf16":
-            fast = kernels.product(x, linear.native, exact=False)
-            assert error(fast, x, dense(weight), b) < FAST
+        assert error(found, x, dense(weight), b) < (HALF if kind == "bf16" else FAST)
+        if isinstance(weight, QuantizedWeight):
+            exact = make_linear(replace(weight, is_exact=True), b, kernels)(x)
+            assert error(exact, x, dense(weight), b) < EXACT
             blocks = kernels.product_by_blocks(x, linear.native)
             assert error(blocks, x, dense(weight), b) < HALF
 
@@ -143,7 +144,7 @@ def test_extreme_activations(kernels: NativeKernels, size: float) -> None:
     x = normal(2, 64) * size
     found, wanted = make_linear(weight, None, kernels)(x), x.double() @ dense(weight).t()
     assert found.isfinite().all()
-    assert (found.double() - wanted).norm() <= EXACT * wanted.norm()
+    assert (found.double() - wanted).norm() <= FAST * wanted.norm()
 
 
 @for_all_kernels

@@ -93,22 +93,23 @@ struct Unpacking {
     uint16_t *out;
 };
 
-// 16 rows in bf16, row by row. Values and scales are finite: rounding need not look for NaN, and vectorises.
+// 32 rows in bf16, row by row. Values and scales are finite: rounding need not look for NaN, and vectorises.
 template <int Bits, bool Grouped>
 void unpack_block(void *context, int64_t index) {
     const Unpacking &u = *static_cast<const Unpacking *>(context);
     const Weight &w = *u.weight;
     const int64_t block = u.first_block + index, columns = w.columns, groups = num_groups(columns);
     for (int64_t g = 0; g < groups; ++g) {
+        const uint8_t *record = w.record(block, g);
         float scales[kRows];
         if (Grouped)
-            widen_scales(w.group_scales(block, g), scales);
+            widen_scales(w.group_scales(record), kRows, scales);
         else
-            std::copy_n(w.row_scales(block), kRows, scales);
+            std::copy_n(w.scales + block * kRows, kRows, scales);
         for (int64_t r = 0; r < std::min(kRows, w.rows - block * kRows); ++r) {
-            const uint8_t *values = w.block(block) + g * 64 * Bits + 4 * r;
+            const uint8_t *values = record + 4 * r;
             uint32_t words[8];
-            for (int64_t i = 0; i < Bits; ++i) std::memcpy(words + i, values + 64 * i, 4);
+            for (int64_t i = 0; i < Bits; ++i) std::memcpy(words + i, values + 128 * i, 4);
             if (Bits == 4)
                 for (int i = 0; i < 4; ++i) {
                     words[4 + i] = words[i] >> 4 & 0x0f0f0f0f;
@@ -168,24 +169,23 @@ EXPORTED int glm_supported() {
 
 // out [num_tokens, rows] = x [num_tokens, columns] times the weight, plus its bias: x and out in bf16 for a bf16 weight,
 // else in fp32. All are contiguous; a row of `out` depends on its row of `x` alone, not on how many there are.
-// With AVX-512, integer weights are multiplied by activations of 8 bits a term: 2 or 3 terms.
-EXPORTED void glm_product(const Weight *w, const void *x, int64_t num_tokens, void *out, int terms, int num_threads) {
+EXPORTED void glm_product(const Weight *w, const void *x, int64_t num_tokens, void *out, int num_threads) {
     const auto product = [&](auto format) { Product<decltype(format)>(*w, x, num_tokens, out).run(num_threads); };
-    const auto integers = [&](auto of_2, auto of_3) { terms == 2 ? product(of_2) : product(of_3); };
+    const auto integers = [&](auto of_2, auto of_3) { w->terms == 2 ? product(of_2) : product(of_3); };
     if (w->bits == 16)
         product(Halves{});
     else if (w->bits == 8)
         integers(Integers<8, false, 2>{}, Integers<8, false, 3>{});
-    else if (w->grouped)
+    else if (w->grouped())
         integers(Integers<4, true, 2>{}, Integers<4, true, 3>{});
     else
         integers(Integers<4, false, 2>{}, Integers<4, false, 3>{});
 }
 
-// Some rows of an integer weight, from a multiple of 16 on, dequantised: bf16 [num_rows, columns].
+// Some rows of an integer weight, from a multiple of 32 on, dequantised: bf16 [num_rows, columns].
 EXPORTED void glm_unpack(const Weight *w, int64_t first_row, int64_t num_rows, void *out, int num_threads) {
     Unpacking unpacking{w, first_row / kRows, static_cast<uint16_t *>(out)};
-    const auto task = w->bits == 8 ? &unpack_block<8, false> : w->grouped ? &unpack_block<4, true> : &unpack_block<4, false>;
+    const auto task = w->bits == 8 ? &unpack_block<8, false> : w->grouped() ? &unpack_block<4, true> : &unpack_block<4, false>;
     run_chunks(task, &unpacking, num_blocks(num_rows), num_threads);
 }
 

@@ -7,7 +7,7 @@
 
 #include "product.h"
 
-constexpr int64_t kAhead = 4096;  // bytes: how far ahead of use memory is asked for
+constexpr int64_t kAhead = 1024;  // bytes: how far ahead of use memory is asked for, into the second cache
 
 // 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), the first of these only
 // with three Terms. `start` takes back what the weights' offset of 8 or 128 adds to the products: [0] for the two
@@ -44,6 +44,10 @@ inline void prepare_group(__m512 first, __m512 second, Group<Terms> &out) {
     out.scale = is_nan ? std::numeric_limits<float>::quiet_NaN() : top / largest;
 }
 
+inline void ask_for(const void *used_now) {
+    _mm_prefetch(static_cast<const char *>(used_now) + kAhead, _MM_HINT_T1);
+}
+
 inline __m512i four(const int8_t *bytes) {
     int32_t word;
     std::memcpy(&word, bytes, 4);
@@ -67,51 +71,102 @@ struct Integers {
         }
     }
 
-    // The weights of 16 rows and 32 columns, 4 columns to a vector.
+    // The order of sums does not depend on the number of tokens. Few of them take all rows of a record at once, so that
+    // a vector of activations is loaded for two of weights: loads are what limits.
+    template <int Tokens>
+    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
+        if constexpr (Tokens <= 2) {
+            halves<Tokens, 2>(w, block, 0, x, result);
+        } else {
+            halves<Tokens, 1>(w, block, 0, x, result);
+            halves<Tokens, 1>(w, block, 1, x, result);
+        }
+    }
+
+    template <int Tokens, int Halves>
+    static void halves(const Weight &w, int64_t block, int first, const Activation *x, float (&result)[Tokens][kRows]) {
+        const int64_t groups = num_groups(w.columns);
+        constexpr int64_t half_bytes = 64 * Bits, record_bytes = 2 * half_bytes + (Grouped ? kRows * 2 : 0);
+        const uint8_t *record = w.record(block, 0);
+        __m512 sums[Halves][Tokens];
+        for (auto &half : sums)
+            for (auto &sum : half) sum = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; ++g, ++x, record += record_bytes) {
+            __m512i weights[Halves][8];
+            __m512 scales[Halves];
+            for (int h = 0; h < Halves; ++h) {
+                const uint8_t *lines = record + 64 * (first + h);  // the halves' take turns
+                first + h == 0 ? load<true>(lines, weights[h]) : load<false>(lines, weights[h]);
+                if (Grouped) {
+                    if (first + h == 0) ask_for(record + 2 * half_bytes);
+                    scales[h] = _mm512_cvtph_ps(_mm256_loadu_si256(
+                        reinterpret_cast<const __m256i *>(record + 2 * half_bytes + (first + h) * kLanes * 2)));
+                }
+            }
+            for (int t = 0; t < Tokens; ++t) {
+                const Activation &a = x[t * groups];
+                __m512 totals[Halves];
+                add_up<Halves>(weights, a, totals);
+                const __m512 scale = _mm512_set1_ps(a.scale);
+                for (int h = 0; h < Halves; ++h)
+                    sums[h][t] =
+                        _mm512_fmadd_ps(totals[h], Grouped ? _mm512_mul_ps(scales[h], scale) : scale, sums[h][t]);
+            }
+        }
+        for (int h = 0; h < Halves; ++h) {
+            const int64_t row = (first + h) * kLanes;
+            const __m512 scales = Grouped ? _mm512_set1_ps(1) : _mm512_loadu_ps(w.scales + block * kRows + row);
+            for (int t = 0; t < Tokens; ++t) _mm512_storeu_ps(result[t] + row, _mm512_mul_ps(sums[h][t], scales));
+        }
+    }
+
+    // The weights of 16 rows and 32 columns, 4 columns to a vector, from every other line of a record. Of int4, the vectors from 4 on hold 16 times the
+    // weight: taking that from a sum costs less than from each vector.
+    template <bool Ask>
     static void load(const uint8_t *values, __m512i (&weights)[8]) {
-        const __m512i nibble = _mm512_set1_epi8(0x0f);
+        const __m512i low = _mm512_set1_epi8(0x0f);
         for (int i = 0; i < Bits; ++i) {
-            const __m512i packed = _mm512_loadu_si512(values + 64 * i);
-            _mm_prefetch(reinterpret_cast<const char *>(values + 64 * i + kAhead), _MM_HINT_T0);
+            const __m512i packed = _mm512_loadu_si512(values + 128 * i);
+            if (Ask)
+                for (int line = 0; line < 128; line += 64) ask_for(values + 128 * i + line);
             if constexpr (Bits == 8) {
                 weights[i] = packed;
             } else {
-                weights[i] = _mm512_and_si512(packed, nibble);
-                weights[i + 4] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+                weights[i] = _mm512_and_si512(packed, low);
+                weights[i + 4] = _mm512_andnot_si512(low, packed);
             }
         }
     }
 
-    // The order of sums does not depend on the number of tokens.
-    template <int Tokens>
-    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
-        const int64_t groups = num_groups(w.columns);
-        const uint8_t *values = w.block(block);
-        __m512 sums[Tokens];
-        for (auto &sum : sums) sum = _mm512_setzero_ps();
-        for (int64_t g = 0; g < groups; ++g, ++x, values += 64 * Bits) {
-            __m512i weights[8];
-            load(values, weights);
-            __m512 scales;
-            if (Grouped)
-                scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(w.group_scales(block, g))));
-            for (int t = 0; t < Tokens; ++t) {
-                const Activation &a = x[t * groups];
-                __m512i sum[Terms];
-                for (int term = 0; term < Terms; ++term)
-                    sum[term] = term == 1 ? _mm512_setzero_si512() : _mm512_set1_epi32(a.start[term / 2]);
-                for (int i = 0; i < 8; ++i)
-                    for (int term = 0; term < Terms; ++term)
-                        sum[term] = _mm512_dpbusd_epi32(sum[term], weights[i], four(a.bytes[term] + 4 * i));
-                __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]));
-                if constexpr (Terms == 3)
-                    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536), total);
-                const __m512 scale = _mm512_set1_ps(a.scale);
-                sums[t] = _mm512_fmadd_ps(total, Grouped ? _mm512_mul_ps(scales, scale) : scale, sums[t]);
+    // Exact sums of weights times the integers of one token's activations.
+    template <int Halves>
+    static void add_up(const __m512i (&weights)[Halves][8], const Activation &a, __m512 (&totals)[Halves]) {
+        constexpr int kParts = Bits == 4 ? 2 : 1;
+        __m512i sums[Halves][Terms][kParts];
+        for (int h = 0; h < Halves; ++h)
+            for (int term = 0; term < Terms; ++term)
+                for (int part = 0; part < kParts; ++part)
+                    sums[h][term][part] =
+                        term == 1 || part == 1 ? _mm512_setzero_si512() : _mm512_set1_epi32(a.start[term / 2]);
+        for (int i = 0; i < 8; ++i)
+            for (int term = 0; term < Terms; ++term) {
+                const __m512i activations = four(a.bytes[term] + 4 * i);
+                for (int h = 0; h < Halves; ++h) {
+                    __m512i &sum = sums[h][term][Bits == 4 ? i / 4 : 0];
+                    sum = _mm512_dpbusd_epi32(sum, weights[h][i], activations);
+                }
             }
+        for (int h = 0; h < Halves; ++h) {
+            __m512i whole[Terms];
+            for (int term = 0; term < Terms; ++term) {
+                whole[term] = sums[h][term][0];
+                if (Bits == 4)
+                    whole[term] = _mm512_add_epi32(whole[term], _mm512_srai_epi32(sums[h][term][kParts - 1], 4));
+            }
+            totals[h] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(whole[1], 8), whole[0]));
+            if constexpr (Terms == 3)
+                totals[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[2]), _mm512_set1_ps(65536), totals[h]);
         }
-        const __m512 scales = Grouped ? _mm512_set1_ps(1) : _mm512_loadu_ps(w.row_scales(block));
-        for (int t = 0; t < Tokens; ++t) _mm512_storeu_ps(result[t], _mm512_mul_ps(sums[t], scales));
     }
 };
 
@@ -168,7 +223,7 @@ struct Halves {
             for (auto &sum : part) sum = _mm512_setzero_ps();
         const auto step = [&](int64_t i, __m512 (&part)[Tokens]) {
             const __m512i weights = load(values + i * kColumns, w.columns - i * kColumns);
-            _mm_prefetch(reinterpret_cast<const char *>(values + i * kColumns) + kAhead, _MM_HINT_T0);
+            ask_for(values + i * kColumns);
             for (int t = 0; t < Tokens; ++t) part[t] = add_product(part[t], weights, x[t * steps + i]);
         };
         int64_t i = 0;

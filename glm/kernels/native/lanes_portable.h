@@ -9,7 +9,7 @@ constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
 #endif
-constexpr int kParts = kRows / kWidth;     // vectors that hold one number for each of 16 rows
+constexpr int kParts = kLanes / kWidth;    // vectors that hold one number for each of 16 rows
 constexpr int kAtOnce = kWidth == 8 ? 4 : 2;  // tokens whose sums fit the registers
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
@@ -39,33 +39,35 @@ struct Integers {
     template <int Tokens>
     static void block(const Weight &w, int64_t block, const float *x, float (&result)[Tokens][kRows]) {
         constexpr int at_once = std::min(Tokens, kAtOnce);
-        for (int t = 0; t < Tokens; t += at_once) few<at_once>(w, block, x + t * activations(w.columns), result + t);
+        for (int half = 0; half < 2; ++half)
+            for (int t = 0; t < Tokens; t += at_once)
+                few<at_once>(w, block, half, x + t * activations(w.columns), result + t);
     }
 
     template <int Tokens>
-    static void few(const Weight &w, int64_t block, const float *x, float (*result)[kRows]) {
-        const int64_t groups = num_groups(w.columns), stride = activations(w.columns);
-        const uint8_t *values = w.block(block);
+    static void few(const Weight &w, int64_t block, int half, const float *x, float (*result)[kRows]) {
+        const int64_t groups = num_groups(w.columns), stride = activations(w.columns), row = half * kLanes;
         Floats totals[Tokens][kParts] = {};
-        for (int64_t g = 0; g < groups; ++g, x += kGroup, values += 64 * Bits) {
+        for (int64_t g = 0; g < groups; ++g, x += kGroup) {
+            const uint8_t *record = w.record(block, g), *values = record + 64 * half;
             Floats sums[Tokens][kParts] = {};
             for (int i = 0; i < Bits; ++i) {
-                __builtin_prefetch(values + 64 * i + 2048);
-                four_bytes<Tokens>(values + 64 * i, x + 4 * i, stride, sums);
+                __builtin_prefetch(values + 128 * i + 2048);
+                four_bytes<Tokens>(values + 128 * i, x + 4 * i, stride, sums);
             }
-            float scales[kRows];
+            float scales[kLanes];
             if (Grouped)
-                widen_scales(w.group_scales(block, g), scales);
+                widen_scales(w.group_scales(record) + row, kLanes, scales);
             else
-                std::fill(scales, scales + kRows, 1.0f);
+                std::fill(scales, scales + kLanes, 1.0f);
             for (int t = 0; t < Tokens; ++t)
                 for (int part = 0; part < kParts; ++part)
                     totals[t][part] += sums[t][part] * load<Floats>(scales + part * kWidth);
         }
         for (int t = 0; t < Tokens; ++t)
             for (int part = 0; part < kParts; ++part) {
-                if (!Grouped) totals[t][part] *= load<Floats>(w.row_scales(block) + part * kWidth);
-                std::memcpy(result[t] + part * kWidth, &totals[t][part], sizeof(Floats));
+                if (!Grouped) totals[t][part] *= load<Floats>(w.scales + block * kRows + row + part * kWidth);
+                std::memcpy(result[t] + row + part * kWidth, &totals[t][part], sizeof(Floats));
             }
     }
 

@@ -1,4 +1,4 @@
-// Threads that sleep until there is work, and a caller that works along with them.
+// Threads that sleep when there has been no work for a moment, and a caller that works along with them.
 #pragma once
 #include <cstdint>
 

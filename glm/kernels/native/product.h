@@ -3,7 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
-constexpr int64_t kRows = 16;   // rows of a weight that are computed together
+constexpr int64_t kRows = 32;   // rows of a weight that lie together
+constexpr int64_t kLanes = 16;  // half of them, computed side by side
 constexpr int64_t kGroup = 32;  // columns that share a scale
 
 inline int64_t num_groups(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
@@ -11,31 +12,36 @@ inline int64_t num_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 // A weight [rows, columns]. Mirrored by native.py.
 //
-// bf16 lies row by row. Integers lie so that a vector holds 4 columns of 16 rows: [block of 16 rows][group of 32
-// columns][4 columns][row][column], as unsigned bytes, 128 more than the weight; rows and columns are padded. Four-bit
-// integers, 8 more than the weight, share a byte with those 16 columns on: the first in the low half.
+// bf16 lies row by row. Integers lie in the order of use, as [block of 32 rows][group of 32 columns] of records:
+// [4 columns][half of the rows][16 rows][column] as unsigned bytes, 128 more than the weight, so that a vector holds 4
+// columns of 16 rows; then, if groups have scales, these in fp16. Four-bit integers, 8 more than the weight, share a
+// byte with those 16 columns on: the first in the low half. Rows and columns are padded.
 struct Weight {
     const uint8_t *values;
-    const void *scales;  // grouped: fp16 [block][group][row], else fp32 [block][row]; none in bf16
-    const void *bias;    // [rows] in the dtype of the output, or null
+    const float *scales;  // [block][row], null where they are in the records, and in bf16
+    const void *bias;     // [rows] in the dtype of the output, or null
     int64_t rows;
     int64_t columns;
-    int32_t bits;  // 4, 8, or 16 for bf16
-    int32_t grouped;
+    int32_t bits;   // 4, 8, or 16 for bf16
+    int32_t terms;  // bytes of an activation that integers are multiplied by, where the instruction set makes a choice
 
+    bool grouped() const { return !scales; }
+    int64_t integer_bytes() const { return kRows * kGroup * bits / 8; }  // of a record
+    int64_t record_bytes() const { return integer_bytes() + (grouped() ? kRows * 2 : 0); }
     int64_t block_bytes() const {
-        return bits == 16 ? kRows * columns * 2 : kRows * num_groups(columns) * kGroup * bits / 8;
+        return bits == 16 ? kRows * columns * 2 : num_groups(columns) * record_bytes();
     }
-    const uint8_t *block(int64_t index) const { return values + index * block_bytes(); }
-    const float *row_scales(int64_t block) const { return static_cast<const float *>(scales) + block * kRows; }
-    const uint16_t *group_scales(int64_t block, int64_t group) const {
-        return static_cast<const uint16_t *>(scales) + (block * num_groups(columns) + group) * kRows;
+    const uint8_t *record(int64_t block, int64_t group) const {
+        return values + block * block_bytes() + group * record_bytes();
+    }
+    const uint16_t *group_scales(const uint8_t *record) const {
+        return reinterpret_cast<const uint16_t *>(record + integer_bytes());
     }
 };
 
-// fp16 scales of 16 rows; subnormal ones too, but neither infinity nor NaN.
-inline void widen_scales(const uint16_t *halves, float *out) {
-    for (int row = 0; row < kRows; ++row) {
+// fp16 scales of `count` rows; subnormal ones too, but neither infinity nor NaN.
+inline void widen_scales(const uint16_t *halves, int64_t count, float *out) {
+    for (int64_t row = 0; row < count; ++row) {
         const uint32_t half = halves[row], magnitude = (half & 0x7fff) << 13;
         float value;
         std::memcpy(&value, &magnitude, 4);

@@ -16,9 +16,9 @@ constexpr int64_t kTileBytes = 64;  // of a row: a cache line, so that each is f
 constexpr int64_t kTileWords = kTileBytes / 4;
 
 struct Repacking {
+    const Weight &weight;
     const uint8_t *values;
-    int64_t rows, columns;
-    int bits;
+    const uint16_t *scales;
     uint8_t *out;
 };
 
@@ -41,15 +41,16 @@ inline void regroup(const uint8_t *in, uint8_t *out) {
 #endif
 }
 
-// A block of 16 rows, a tile of 64 bytes of each row at a time. What is missing at the edges counts as zeros.
+// A block of 32 rows, a tile of 64 bytes of each row at a time. What is missing at the edges counts as zeros.
 template <int Bits>
 void repack_block(void *context, int64_t block) {
     const Repacking &p = *static_cast<const Repacking *>(context);
     constexpr uint32_t offset = Bits == 4 ? 0x88888888 : 0x80808080;
     constexpr int64_t group_words = kGroup * Bits / 32;
-    const int64_t row_bytes = p.columns * Bits / 8, row_words = num_groups(p.columns) * group_words;
-    const int64_t first = block * kRows, count = std::min(kRows, p.rows - first);
-    uint32_t *out = reinterpret_cast<uint32_t *>(p.out) + first * row_words;
+    const Weight &w = p.weight;
+    const int64_t groups = num_groups(w.columns), row_bytes = w.columns * Bits / 8;
+    const int64_t first = block * kRows, count = std::min(kRows, w.rows - first);
+    uint8_t *out = p.out + block * w.block_bytes();
     for (int64_t start = 0; start < row_bytes; start += kTileBytes) {
         alignas(64) uint32_t tile[kRows][kTileWords];
         const int64_t num_bytes = std::min(kTileBytes, row_bytes - start);
@@ -64,40 +65,25 @@ void repack_block(void *context, int64_t block) {
             else
                 for (int64_t group = 0; group < kTileBytes; group += 16) regroup(source + group, row + group);
         }
-        const int64_t num_words = std::min(kTileWords, row_words - start / 4);
-        for (int64_t word = 0; word < num_words; ++word)
-            for (int64_t r = 0; r < kRows; ++r) *out++ = tile[r][word] ^ offset;
+        const int64_t first_group = start / 4 / group_words;
+        for (int64_t g = 0; g < std::min(kTileWords / group_words, groups - first_group); ++g) {
+            uint32_t *words = reinterpret_cast<uint32_t *>(out);
+            for (int64_t word = g * group_words; word < (g + 1) * group_words; ++word)
+                for (int64_t r = 0; r < kRows; ++r) *words++ = tile[r][word] ^ offset;
+            uint16_t *scales = reinterpret_cast<uint16_t *>(words);
+            if (p.scales)
+                for (int64_t r = 0; r < kRows; ++r)
+                    scales[r] = r < count ? p.scales[(first + r) * groups + first_group + g] : uint16_t(0);
+            out += w.record_bytes();
+        }
     }
-}
-
-struct Scales {
-    const uint8_t *values;
-    int64_t rows, groups;
-    uint8_t *out;
-};
-
-template <class Scalar>
-void repack_scales(void *context, int64_t block) {
-    const Scales &s = *static_cast<const Scales *>(context);
-    const int64_t first = block * kRows, count = std::min(kRows, s.rows - first);
-    const Scalar *source = reinterpret_cast<const Scalar *>(s.values) + first * s.groups;
-    Scalar *out = reinterpret_cast<Scalar *>(s.out) + first * s.groups;
-    for (int64_t g = 0; g < s.groups; ++g)
-        for (int64_t r = 0; r < kRows; ++r) *out++ = r < count ? source[r * s.groups + g] : Scalar(0);
 }
 
 }  // namespace
 
-// Row-major integers of a QuantizedWeight (int8, or two int4 a byte, even column high) -> the layout in product.h.
-EXPORTED void glm_pack(const uint8_t *values, int64_t rows, int64_t columns, int bits, uint8_t *out, int num_threads) {
-    Repacking repacking{values, rows, columns, bits, out};
-    run_chunks(bits == 4 ? &repack_block<4> : &repack_block<8>, &repacking, num_blocks(rows), num_threads);
-}
-
-// Scales [rows, groups] of 2 or 4 bytes each -> [block][group][row], zeros for missing rows.
-EXPORTED void glm_pack_scales(
-    const uint8_t *values, int64_t rows, int64_t groups, int scale_bytes, uint8_t *out, int num_threads) {
-    Scales scales{values, rows, groups, out};
-    run_chunks(
-        scale_bytes == 2 ? &repack_scales<uint16_t> : &repack_scales<uint32_t>, &scales, num_blocks(rows), num_threads);
+// Row-major integers of a QuantizedWeight (int8, or two int4 a byte, even column high), and where groups have scales,
+// these in fp16 [rows, groups] -> the layout in product.h, into `out`. Of `w`, the values do not count.
+EXPORTED void glm_pack(const Weight *w, const uint8_t *values, const uint16_t *scales, uint8_t *out, int num_threads) {
+    Repacking repacking{*w, values, scales, out};
+    run_chunks(w->bits == 4 ? &repack_block<4> : &repack_block<8>, &repacking, num_blocks(w->rows), num_threads);
 }
