@@ -151,6 +151,19 @@ void read_chunk(void *context, int64_t chunk) {
 
 }  // namespace
 
+void multiply(const Weight &w, const void *x, int64_t num_tokens, void *out, int num_threads) {
+    const auto product = [&](auto format) { Product<decltype(format)>(w, x, num_tokens, out).run(num_threads); };
+    const auto integers = [&](auto of_2, auto of_3) { w.terms == 2 ? product(of_2) : product(of_3); };
+    if (w.bits == 16)
+        product(Halves{});
+    else if (w.bits == 8)
+        integers(Integers<8, false, 2>{}, Integers<8, false, 3>{});
+    else if (w.grouped())
+        integers(Integers<4, true, 2>{}, Integers<4, true, 3>{});
+    else
+        integers(Integers<4, false, 2>{}, Integers<4, false, 3>{});
+}
+
 // Whether this processor and system have every instruction that this library was compiled for.
 EXPORTED int glm_supported() {
 #if defined(__AVX512BF16__)
@@ -167,19 +180,8 @@ EXPORTED int glm_supported() {
 #endif
 }
 
-// out [num_tokens, rows] = x [num_tokens, columns] times the weight, plus its bias: x and out in bf16 for a bf16 weight,
-// else in fp32. All are contiguous; a row of `out` depends on its row of `x` alone, not on how many there are.
 EXPORTED void glm_product(const Weight *w, const void *x, int64_t num_tokens, void *out, int num_threads) {
-    const auto product = [&](auto format) { Product<decltype(format)>(*w, x, num_tokens, out).run(num_threads); };
-    const auto integers = [&](auto of_2, auto of_3) { w->terms == 2 ? product(of_2) : product(of_3); };
-    if (w->bits == 16)
-        product(Halves{});
-    else if (w->bits == 8)
-        integers(Integers<8, false, 2>{}, Integers<8, false, 3>{});
-    else if (w->grouped())
-        integers(Integers<4, true, 2>{}, Integers<4, true, 3>{});
-    else
-        integers(Integers<4, false, 2>{}, Integers<4, false, 3>{});
+    multiply(*w, x, num_tokens, out, num_threads);
 }
 
 // Some rows of an integer weight, from a multiple of 32 on, dequantised: bf16 [num_rows, columns].

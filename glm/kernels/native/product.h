@@ -39,6 +39,10 @@ struct Weight {
     }
 };
 
+// out [num_tokens, rows] = x [num_tokens, columns] times the weight, plus its bias: x and out in bf16 for a bf16 weight,
+// else in fp32. All are contiguous; a row of `out` depends on its row of `x` alone, not on how many there are.
+void multiply(const Weight &w, const void *x, int64_t num_tokens, void *out, int num_threads);
+
 // fp16 scales of `count` rows; subnormal ones too, but neither infinity nor NaN.
 inline void widen_scales(const uint16_t *halves, int64_t count, float *out) {
     for (int64_t row = 0; row < count; ++row) {

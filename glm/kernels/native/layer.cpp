@@ -1,0 +1,126 @@
+// A whole layer for one token each of some sequences: nothing but arithmetic from one end to the other.
+#include "export.h"
+#include "step.h"
+
+// Weight, and in a layer norm bias; no weight: no such norm.
+struct Norm {
+    const void *weight, *bias;
+};
+
+// Mirrored by layer.py.
+struct Layer {
+    const Weight *query_key_value, *dense, *up, *down;
+    Norm input, post, attended, expanded;
+    int64_t hidden_size, heads, kv_heads, head_dim, parts, pairs;
+    float eps, alpha;
+    int32_t is_prefix, is_bf16;
+};
+
+namespace {
+
+template <class Scalar>
+struct Step {
+    const Layer &layer;
+    const Scalar *hidden;
+    int64_t tokens;
+    const float *cos, *sin;  // [tokens, parts, pairs]
+    const Cache *caches;
+    Scalar *out;
+    int threads;
+
+    const int64_t size = layer.hidden_size;
+
+    // Memory for all that the layer makes on its way.
+    struct Buffers {
+        Scalar *normed, *fused, *attended, *added, *wide, *narrow;
+    };
+
+    Buffers buffers() const {
+        static thread_local Scratch scratch;
+        const int64_t sizes[] = {size, layer.query_key_value->rows, layer.heads * layer.head_dim, size, layer.up->rows,
+                                 layer.down->columns};
+        int64_t total = 0;
+        for (int64_t each : sizes) total += (each * tokens + 31) / 32 * 32;
+        Scalar *next = static_cast<Scalar *>(scratch.reserve(size_t(total) * sizeof(Scalar)));
+        Scalar *places[6];
+        for (int i = 0; i < 6; ++i) {
+            places[i] = next;
+            next += (sizes[i] * tokens + 31) / 32 * 32;
+        }
+        return {places[0], places[1], places[2], places[3], places[4], places[5]};
+    }
+
+    void norm(const Scalar *x, const Norm &n, Scalar *result) const {
+        const Scalar *weight = static_cast<const Scalar *>(n.weight), *bias = static_cast<const Scalar *>(n.bias);
+        if (bias)
+            layer_norm(x, weight, bias, layer.eps, tokens, size, result, threads);
+        else
+            rms_norm(x, weight, layer.eps, tokens, size, result, threads);
+    }
+
+    // result = factor * x + y
+    void add(float factor, const Scalar *x, const Scalar *y, Scalar *result) const {
+        for (int64_t i = 0; i < tokens * size; ++i) {
+            Scalar scaled;
+            put(factor * to_float(x[i]), scaled);
+            put(to_float(scaled) + to_float(y[i]), result[i]);
+        }
+    }
+
+    // fused [tokens, query heads, key heads, value heads], neighbours rotated
+    Attention grouped(Scalar *fused, Scalar *attended) const {
+        const int64_t dim = layer.head_dim, width = layer.query_key_value->rows, turning = layer.heads + layer.kv_heads;
+        rotate(fused, tokens, width, turning, dim, cos, sin, layer.pairs, threads);
+        return {fused, fused + layer.heads * dim, fused + turning * dim, width, dim, dim, dim, tokens, layer.heads,
+                layer.kv_heads, dim, caches, attended};
+    }
+
+    // fused [tokens, heads, (query, key, value)], halves rotated
+    Attention interleaved(Scalar *fused, Scalar *attended) const {
+        const int64_t dim = layer.head_dim, width = layer.query_key_value->rows, angles = layer.parts * layer.pairs;
+        for_each(tokens, threads, [=](int64_t t) {
+            for (int64_t i = 0; i < 3 * layer.heads; ++i)
+                if (i % 3 < 2)
+                    rotate_halves(fused + t * width + i * dim, cos + t * angles, sin + t * angles, layer.parts,
+                                  layer.pairs);
+        });
+        return {fused, fused + dim, fused + 2 * dim, width, 3 * dim, 3 * dim, 3 * dim, tokens, layer.heads,
+                layer.kv_heads, dim, caches, attended};
+    }
+
+    void activate(const Scalar *wide, Scalar *narrow) const {
+        if (!layer.is_prefix) return gate(wide, tokens, layer.down->columns, narrow, threads);
+        for (int64_t i = 0; i < tokens * layer.down->columns; ++i) put(gelu(to_float(wide[i])), narrow[i]);
+    }
+
+    void run() const {
+        const Buffers b = buffers();
+        norm(hidden, layer.input, b.normed);
+        multiply(*layer.query_key_value, b.normed, tokens, b.fused, threads);
+        attend<Scalar>(layer.is_prefix ? interleaved(b.fused, b.attended) : grouped(b.fused, b.attended), threads);
+        multiply(*layer.dense, b.attended, tokens, b.added, threads);
+        if (layer.attended.weight) norm(b.added, layer.attended, b.added);
+        add(layer.alpha, layer.is_prefix ? b.normed : hidden, b.added, out);
+        norm(out, layer.post, b.normed);
+        multiply(*layer.up, b.normed, tokens, b.wide, threads);
+        activate(b.wide, b.narrow);
+        multiply(*layer.down, b.narrow, tokens, b.added, threads);
+        if (layer.expanded.weight) norm(b.added, layer.expanded, b.added);
+        add(layer.alpha, layer.is_prefix ? b.normed : out, b.added, out);
+    }
+};
+
+}  // namespace
+
+// out [tokens, hidden_size] = the layer of `hidden`, a token of each of the caches' sequences; the tokens' keys and
+// values are cached. All in fp32, or all in bf16.
+EXPORTED void glm_layer(const Layer *layer, const void *hidden, int64_t tokens, const float *cos, const float *sin,
+                        const Cache *caches, void *out, int threads) {
+    const auto run = [&](auto scalar) {
+        using Scalar = decltype(scalar);
+        Step<Scalar>{*layer, static_cast<const Scalar *>(hidden), tokens, cos, sin, caches, static_cast<Scalar *>(out),
+                     threads}
+            .run();
+    };
+    layer->is_bf16 ? run(uint16_t{}) : run(float{});
+}
