@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from glm.config import ModelConfig
 from glm.errors import CacheGapError, SegmentError
-from glm.kernels.native import NativeKernels
+from glm.kernels.native import CacheView, NativeKernels
 from glm.kv_cache import SequenceCache
 from glm.positions import PromptLayout, token_positions, visible_keys
 from glm.rotary import RotaryTable, rotary_table
@@ -32,6 +32,15 @@ class Geometry:
     rotary: RotaryTable
     visible: tuple[torch.Tensor | None, ...]
     kernels: NativeKernels | None = None
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every segment has one token."""
+        return len(self.segments) == len(self.rotary.cos)
+
+    def caches(self, layer: int) -> list[CacheView]:
+        """Where each segment's keys and values of a layer of the range lie."""
+        return [CacheView(*segment.cache.tensors(layer), segment.start_pos) for segment in self.segments]
 
 
 def make_geometry(

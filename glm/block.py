@@ -9,9 +9,12 @@ from torch.nn import functional
 
 from glm.attention import Geometry, attend
 from glm.config import ModelConfig
+from glm.kernels.layer import LayerShape, NativeLayer, NormWeights
+from glm.kernels.native import NativeKernels, NativeWeight
+from glm.linear import NativeLinear
 from glm.norm import LayerNorm, RMSNorm
 from glm.quantization import StoredPart
-from glm.rotary import RotaryTable, rotate_halves, rotate_neighbours
+from glm.rotary import RotaryTable, inverse_frequencies, rotate_halves, rotate_neighbours
 from glm.weights import Placement, build_linear, build_vector
 
 # ChatGLM-6B's blocks always believe to be 28: the original never tells them its number of layers.
@@ -55,8 +58,58 @@ class _Linears:
         self.num_bytes = sum(x.num_bytes for x in linears)
         self.kernel_path = " and ".join(sorted({x.path for x in linears}))
 
+    def native(self, kernels: NativeKernels) -> tuple[NativeWeight, NativeWeight, NativeWeight, NativeWeight] | None:
+        """The weights as the native kernels see them; None if those do not know the kind of each."""
+        found = [
+            linear.native
+            for linear in (self.query_key_value, self.dense, self.up, self.down)
+            if isinstance(linear, NativeLinear) and linear.kernels is kernels
+        ]
+        return (found[0], found[1], found[2], found[3]) if len(found) == 4 else None
 
-class PrefixBlock:
+
+class _Layer:
+    """What both kinds of block share: the call, in one go where the native kernels can."""
+
+    linears: _Linears
+    native: NativeLayer | None
+
+    def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
+        raise NotImplementedError
+
+    def close(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
+        if self.native is not None and geometry.is_decode and len(hidden) <= self.native.most_tokens:
+            return self.native(hidden, geometry.rotary.cos, geometry.rotary.sin, geometry.caches(layer))
+        residual, *attended = self.open(hidden, geometry.rotary)
+        return self.close(residual, attend(geometry, layer, *attended))
+
+    def _make_native(
+        self, config: ModelConfig, placement: Placement, alpha: float, *norms: LayerNorm | RMSNorm | None
+    ) -> NativeLayer | None:
+        kernels = placement.attention_kernels
+        linears = None if kernels is None else self.linears.native(kernels)
+        if kernels is None or linears is None or linears[0].dtype != placement.dtype:
+            return None
+        weights = [None if n is None else NormWeights(n.weight, getattr(n, "bias", None)) for n in norms]
+        assert weights[0] is not None and weights[1] is not None
+        shape = LayerShape(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            2 if config.position_encoding_2d else 1,
+            len(inverse_frequencies(config)),
+            config.norm_eps,
+            alpha,
+            config.is_prefix_lm,
+        )
+        return NativeLayer(kernels, linears, (weights[0], weights[1], weights[2], weights[3]), shape)
+
+
+class PrefixBlock(_Layer):
     """ChatGLM-6B: layer norms whose normalised input is the residual branch, scaled by alpha; GELU."""
 
     def __init__(self, parts: Mapping[str, StoredPart], config: ModelConfig, placement: Placement) -> None:
@@ -72,10 +125,7 @@ class PrefixBlock:
         )
         self.num_bytes = self.linears.num_bytes
         self.kernel_path = self.linears.kernel_path
-
-    def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
-        residual, *attended = self.open(hidden, geometry.rotary)
-        return self.close(residual, attend(geometry, layer, *attended))
+        self.native = self._make_native(config, placement, _PREFIX_ALPHA, self.input_norm, self.post_norm, None, None)
 
     def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
         normed = self.input_norm(hidden)
@@ -90,7 +140,7 @@ class PrefixBlock:
         return _PREFIX_ALPHA * normed + self.linears.down(activated)
 
 
-class CausalBlock:
+class CausalBlock(_Layer):
     """ChatGLM2-6B and all later: pre-norm, grouped queries, gated SiLU.
 
     GLM-4-0414 (`glm4`) also normalises what attention and MLP give before it is added; the other families have no
@@ -115,10 +165,8 @@ class CausalBlock:
         self.mlp_out_norm = optional_norm("post_mlp_layernorm")
         self.num_bytes = self.linears.num_bytes
         self.kernel_path = self.linears.kernel_path
-
-    def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
-        residual, *attended = self.open(hidden, geometry.rotary)
-        return self.close(residual, attend(geometry, layer, *attended))
+        norms = (self.input_norm, self.post_norm, self.attention_out_norm, self.mlp_out_norm)
+        self.native = self._make_native(config, placement, 1, *norms)
 
     def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
         config = self.config

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from glm.kernels.cuda.kernels import MOST_FUSED_TOKENS, CudaKernels, CudaWeight, MissingKernels
 from glm.kernels.memory import empty_weight
-from glm.kernels.native import NativeKernels, NativeWeight
+from glm.kernels.native import MOST_NATIVE_BF16_TOKENS, NativeKernels, NativeWeight
 from glm.kernels.packed import PackedWeight
 from glm.precision import Precision
 from glm.quantization import QuantizedWeight, quantize, unpack_int4
@@ -18,9 +18,7 @@ from glm.quantization import QuantizedWeight, quantize, unpack_int4
 Weight = torch.Tensor | QuantizedWeight | PackedWeight
 Kernels = NativeKernels | CudaKernels | MissingKernels | None
 
-# docs/measurements.md has what decided both. Beyond the first, torch's bf16 matmul is the faster one. Beyond the
-# second, in long prompts, speed goes before the last digits where there is a matrix unit: it takes bf16.
-MOST_NATIVE_BF16_TOKENS = 8
+# Beyond this, in long prompts, speed goes before the last digits where there is a matrix unit: it takes bf16.
 MOST_EXACT_TOKENS = 64
 
 
@@ -88,7 +86,7 @@ class NativeLinear:
     def __init__(self, weight: torch.Tensor | PackedWeight, native: NativeWeight, kernels: NativeKernels) -> None:
         self.weight = weight
         self.native = native
-        self._kernels = kernels
+        self.kernels = kernels
         self._dense = DenseLinear(native.values, native.bias) if native.dtype == torch.bfloat16 else None
 
     @property
@@ -97,14 +95,14 @@ class NativeLinear:
 
     @property
     def path(self) -> str:
-        return f"native {self._kernels.name}, {_name(self.native.dtype)}"
+        return f"native {self.kernels.name}, {_name(self.native.dtype)}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._dense is not None and x.shape[0] > MOST_NATIVE_BF16_TOKENS:
             return self._dense(x)
-        if x.shape[0] > MOST_EXACT_TOKENS and self._dense is None and self._kernels.has_matrix_unit:
-            return self._kernels.product_by_blocks(x, self.native)
-        return self._kernels.product(x, self.native)
+        if x.shape[0] > MOST_EXACT_TOKENS and self._dense is None and self.kernels.has_matrix_unit:
+            return self.kernels.product_by_blocks(x, self.native)
+        return self.kernels.product(x, self.native)
 
 
 class CudaLinear:

@@ -2,12 +2,13 @@
 
 A product with few rows of activations costs what reading the weights costs. bf16 weights are multiplied by bf16
 activations and summed in fp32. Integer weights enter exactly. AVX-512 rounds activations, relative to the largest of
-each 32 columns, and multiplies byte by byte: to 24 bits where the integers are the published model, which makes products
-as exact as torch's in fp32 (relative rms error 3e-7), else to 16 bits in two thirds of the time (2e-5, a tenth of what
-fp16 activations would lose, a thousandth of what int4 weights do). The other libraries are exact always.
+each 32 columns, and multiplies byte by byte. Where the integers are the published model it rounds to 24 bits, which
+makes products as exact as torch's in fp32 (relative rms error 3e-7), else to 16 bits in two thirds of the time (2e-5, a
+tenth of what fp16 activations would lose, a thousandth of what int4 weights do). The other libraries are exact always.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -23,10 +24,12 @@ from glm.quantization import QuantizedWeight
 
 # Best first.
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+# Beyond this, torch's bf16 matmul is the faster one: docs/measurements.md.
+MOST_NATIVE_BF16_TOKENS = 8
 _BLOCK_ELEMENTS = 1 << 20
 
 
-class _Weight(ctypes.Structure):
+class WeightPointers(ctypes.Structure):
     """Mirrors `Weight` in native/product.h."""
 
     _fields_ = (
@@ -40,23 +43,41 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Cache(ctypes.Structure):
+    """Mirrors `Cache` in native/step.h."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
+        *[(name, ctypes.c_int64) for name in ("capacity", "length")],
+    )
+
+
 class _Attention(ctypes.Structure):
-    """Mirrors `Attention` in native/step.cpp."""
+    """Mirrors `Attention` in native/step.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("query", "key", "value")],
-        *[(name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")],
-        *[(name, ctypes.c_void_p) for name in ("keys", "values")],
-        *[(name, ctypes.c_int64) for name in ("capacity", "length", "heads", "kv_heads", "head_dim")],
+        *[(name, ctypes.c_int64) for name in ("token_stride", "query_stride", "key_stride", "value_stride")],
+        *[(name, ctypes.c_int64) for name in ("tokens", "heads", "kv_heads", "head_dim")],
+        ("caches", ctypes.POINTER(_Cache)),
         ("out", ctypes.c_void_p),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheView:
+    """Of one sequence in one layer: keys and values, both [num_kv_heads, capacity, head_dim], and how many count."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
 class NativeWeight:
     """A weight as the kernels see it; `dtype` is that of activations, bias and result."""
 
-    pointers: _Weight
+    pointers: WeightPointers
     dtype: torch.dtype
     values: torch.Tensor
     scales: torch.Tensor | None
@@ -82,6 +103,7 @@ class NativeKernels:
             library.glm_rotate, pointer, size, size, size, size, pointer, pointer, size, flag, flag
         )
         self._attend = _function(library.glm_attend, pointer, flag, flag)
+        self._layer = _function(library.glm_layer, pointer, pointer, size, pointer, pointer, pointer, pointer, flag)
 
     def pack(self, weight: QuantizedWeight) -> PackedWeight | None:
         """The weight in the layout of the kernels, in memory of its own; None for a kind that they do not know."""
@@ -187,17 +209,34 @@ class NativeKernels:
         query [num_heads, head_dim], key and value [num_kv_heads, head_dim], `cached` both [num_kv_heads, capacity,
         head_dim] and contiguous, out [num_heads, head_dim].
         """
-        keys, values = cached
-        kv_heads, capacity, head_dim = keys.shape
+        num_heads, head_dim = query.shape
         pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
-        strides = (query.stride(0), key.stride(0), value.stride(0))
-        sizes = (capacity, length, query.shape[0], kv_heads, head_dim)
-        call = _Attention(*pointers, *strides, keys.data_ptr(), values.data_ptr(), *sizes, out.data_ptr())
+        strides = (0, query.stride(0), key.stride(0), value.stride(0))
+        caches = _caches([CacheView(*cached, length)])
+        call = _Attention(*pointers, *strides, 1, num_heads, key.shape[0], head_dim, caches, out.data_ptr())
         self._attend(ctypes.addressof(call), query.dtype == torch.bfloat16, torch.get_num_threads())
+
+    def layer(
+        self, layer: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: Sequence[CacheView]
+    ) -> torch.Tensor:
+        """`layer.NativeLayer`, whose structure lies at the address `layer`."""
+        assert len(hidden) == len(caches)
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        tables = (cos.data_ptr(), sin.data_ptr())
+        threads = torch.get_num_threads()
+        self._layer(layer, hidden.data_ptr(), len(hidden), *tables, _caches(caches), out.data_ptr(), threads)
+        return out
 
     def read(self, memory: torch.Tensor) -> None:
         """Read a tensor's memory, with as many threads as a product would use."""
         self._read(memory.data_ptr(), memory.numel() * memory.element_size(), torch.get_num_threads())
+
+
+def _caches(views: Sequence[CacheView]) -> ctypes.Array[_Cache]:
+    return (_Cache * len(views))(
+        *[_Cache(v.keys.data_ptr(), v.values.data_ptr(), v.keys.shape[1], v.length) for v in views]
+    )
 
 
 def _function(function: Any, *argument_types: type) -> Any:
@@ -205,11 +244,11 @@ def _function(function: Any, *argument_types: type) -> Any:
     return function
 
 
-def _pointers(weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> _Weight:
+def _pointers(weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> WeightPointers:
     if isinstance(weight, torch.Tensor):
-        return _Weight(weight.data_ptr(), None, _pointer(bias), *weight.shape, 16, 0)
+        return WeightPointers(weight.data_ptr(), None, _pointer(bias), *weight.shape, 16, 0)
     sizes = (weight.num_rows, weight.num_columns, weight.bits, 3 if weight.is_exact else 2)
-    return _Weight(weight.values.data_ptr(), _pointer(weight.scales), _pointer(bias), *sizes)
+    return WeightPointers(weight.values.data_ptr(), _pointer(weight.scales), _pointer(bias), *sizes)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

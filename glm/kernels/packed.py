@@ -14,10 +14,10 @@ GROUP_COLUMNS = 32
 class PackedWeight:
     """The integers and scales of a `QuantizedWeight`, as records of 32 rows by a group of 32 columns.
 
-    `values`: uint8 [blocks, groups, record]. A record holds [fours, 32, 4] unsigned integers (plus 8 or 128), four columns
-    of 32 rows after each other; in int4 a byte holds column c in its low half and c + 16 in its high one. Where groups
-    have scales, 32 of them in fp16 end the record. `scales`: otherwise fp32 [blocks * 32], one for each row. `is_exact`:
-    as in `QuantizedWeight`.
+    `values`: uint8 [blocks, groups, record]. A record holds [fours, 32, 4] unsigned integers (plus 8 or 128), four
+    columns of 32 rows after each other; in int4 a byte holds column c in its low half and c + 16 in its high one. Where
+    groups have scales, 32 of them in fp16 end the record. `scales`: otherwise fp32 [blocks * 32], one for each row.
+    `is_exact`: as in `QuantizedWeight`.
     """
 
     values: torch.Tensor
