@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t kChunkBytes = 256 << 10;   // weights a thread takes at a time
+constexpr int64_t kChunkBytes = 256 << 10;   // that a thread reads at a time
 constexpr int64_t kTokenBytes = 512 << 10;   // activations that stay in a core's cache while weights pass by
 
 inline void store(float value, const float *bias, float &out) { out = bias ? value + *bias : value; }
@@ -39,12 +39,10 @@ public:
         const int64_t bytes = stride_ * int64_t(sizeof(Activation));
         const int64_t most = std::max<int64_t>(4, kTokenBytes / bytes / 4 * 4);
         prepared_ = static_cast<Activation *>(scratch.reserve(size_t(std::min(most, num_tokens_) * bytes)));
-        blocks_per_chunk_ = std::max<int64_t>(1, kChunkBytes / w_.block_bytes());
-        const int64_t num_chunks = (num_blocks(w_.rows) + blocks_per_chunk_ - 1) / blocks_per_chunk_;
         for (first_ = 0; first_ < num_tokens_; first_ += most) {
             count_ = std::min(most, num_tokens_ - first_);
             run_chunks(&prepare_token, this, count_, count_ < 4 ? 1 : num_threads);
-            run_chunks(&multiply_blocks, this, num_chunks, num_threads);
+            run_chunks(&multiply_block, this, num_blocks(w_.rows), num_threads);
         }
     }
 
@@ -54,19 +52,13 @@ private:
         Format::prepare(p.x_ + (p.first_ + token) * p.w_.columns, p.w_.columns, p.prepared_ + token * p.stride_);
     }
 
-    static void multiply_blocks(void *self, int64_t chunk) {
+    static void multiply_block(void *self, int64_t block) {
         const Product &p = *static_cast<Product *>(self);
-        const int64_t start = chunk * p.blocks_per_chunk_;
-        const int64_t end = std::min(start + p.blocks_per_chunk_, num_blocks(p.w_.rows));
-        for (int64_t block = start; block < end; ++block) p.all_tokens(block);
-    }
-
-    void all_tokens(int64_t block) const {
         int64_t token = 0;
-        for (; token + 8 <= count_; token += 8) multiply<8>(block, token);
-        if (count_ & 4) multiply<4>(block, token), token += 4;
-        if (count_ & 2) multiply<2>(block, token), token += 2;
-        if (count_ & 1) multiply<1>(block, token);
+        for (; token + 8 <= p.count_; token += 8) p.multiply<8>(block, token);
+        if (p.count_ & 4) p.multiply<4>(block, token), token += 4;
+        if (p.count_ & 2) p.multiply<2>(block, token), token += 2;
+        if (p.count_ & 1) p.multiply<1>(block, token);
     }
 
     template <int Tokens>
@@ -83,7 +75,7 @@ private:
     const Weight &w_;
     const Scalar *x_;
     Scalar *out_;
-    int64_t num_tokens_, stride_, first_ = 0, count_ = 0, blocks_per_chunk_ = 0;
+    int64_t num_tokens_, stride_, first_ = 0, count_ = 0;
     Activation *prepared_ = nullptr;
 };
 

@@ -7,7 +7,9 @@
 
 #include "product.h"
 
-constexpr int64_t kAhead = 1024;  // bytes: how far ahead of use memory is asked for, into the second cache
+// Of each four lines one is asked for, so many bytes ahead of use, into the second cache: enough to keep the processor's
+// own prefetching going while its arithmetic is busy. Asking for all of them stalls it.
+constexpr int64_t kAhead = 8192;
 
 // 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), the first of these only
 // with three Terms. `start` takes back what the weights' offset of 8 or 128 adds to the products: [0] for the two
@@ -97,11 +99,9 @@ struct Integers {
             for (int h = 0; h < Halves; ++h) {
                 const uint8_t *lines = record + 64 * (first + h);  // the halves' take turns
                 first + h == 0 ? load<true>(lines, weights[h]) : load<false>(lines, weights[h]);
-                if (Grouped) {
-                    if (first + h == 0) ask_for(record + 2 * half_bytes);
+                if (Grouped)
                     scales[h] = _mm512_cvtph_ps(_mm256_loadu_si256(
                         reinterpret_cast<const __m256i *>(record + 2 * half_bytes + (first + h) * kLanes * 2)));
-                }
             }
             for (int t = 0; t < Tokens; ++t) {
                 const Activation &a = x[t * groups];
@@ -127,8 +127,7 @@ struct Integers {
         const __m512i low = _mm512_set1_epi8(0x0f);
         for (int i = 0; i < Bits; ++i) {
             const __m512i packed = _mm512_loadu_si512(values + 128 * i);
-            if (Ask)
-                for (int line = 0; line < 128; line += 64) ask_for(values + 128 * i + line);
+            if (Ask && i % 2 == 0) ask_for(values + 128 * i);
             if constexpr (Bits == 8) {
                 weights[i] = packed;
             } else {
@@ -223,12 +222,13 @@ struct Halves {
             for (auto &sum : part) sum = _mm512_setzero_ps();
         const auto step = [&](int64_t i, __m512 (&part)[Tokens]) {
             const __m512i weights = load(values + i * kColumns, w.columns - i * kColumns);
-            ask_for(values + i * kColumns);
             for (int t = 0; t < Tokens; ++t) part[t] = add_product(part[t], weights, x[t * steps + i]);
         };
         int64_t i = 0;
-        for (; i + 4 <= steps; i += 4)
+        for (; i + 4 <= steps; i += 4) {
+            ask_for(values + i * kColumns);
             for (int64_t part = 0; part < 4; ++part) step(i + part, sums[part]);
+        }
         for (; i < steps; ++i) step(i, sums[0]);
         for (int t = 0; t < Tokens; ++t)
             result[t * kRows] = _mm512_reduce_add_ps(
@@ -267,4 +267,31 @@ inline void four_dots(const float *x, const Scalar *values, int64_t count, float
     alignas(16) float four[4];
     _mm_store_ps(four, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     for (int h = 0; h < 4; ++h) out[h * stride] = four[h];
+}
+
+// sums[h][i] = the sum over p of scores[h * stride + p] * values[p * size + i], for some heads and all i < size. Heads
+// that go together read the values once.
+template <int Heads, class Scalar>
+inline void weighted_sums(const float *scores, int64_t stride, const Scalar *values, int64_t length, int64_t size,
+                          float *sums) {
+    constexpr int64_t width = 64;  // the sums of four heads take half of the registers
+    for (int64_t start = 0; start < size; start += width) {
+        __mmask16 lanes[4];
+        for (int i = 0; i < 4; ++i)
+            lanes[i] = __mmask16((1u << std::clamp<int64_t>(size - start - 16 * i, 0, 16)) - 1);
+        __m512 parts[Heads][4];
+        for (auto &part : parts)
+            for (auto &sum : part) sum = _mm512_setzero_ps();
+        for (int64_t p = 0; p < length; ++p) {
+            const Scalar *from = values + p * size + start;
+            __m512 wide[4];
+            for (int i = 0; i < 4; ++i) wide[i] = load_lanes(from + 16 * i, lanes[i]);
+            for (int h = 0; h < Heads; ++h) {
+                const __m512 score = _mm512_set1_ps(scores[h * stride + p]);
+                for (int i = 0; i < 4; ++i) parts[h][i] = _mm512_fmadd_ps(score, wide[i], parts[h][i]);
+            }
+        }
+        for (int h = 0; h < Heads; ++h)
+            for (int i = 0; i < 4; ++i) _mm512_mask_storeu_ps(sums + h * size + start + 16 * i, lanes[i], parts[h][i]);
+    }
 }

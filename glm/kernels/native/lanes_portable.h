@@ -135,3 +135,15 @@ struct Halves {
         }
     }
 };
+
+// sums[h][i] = the sum over p of scores[h * stride + p] * values[p * size + i], for some heads and all i < size.
+template <int Heads, class Scalar>
+inline void weighted_sums(const float *scores, int64_t stride, const Scalar *values, int64_t length, int64_t size,
+                          float *sums) {
+    std::fill(sums, sums + Heads * size, 0.0f);
+    for (int h = 0; h < Heads; ++h)
+        for (int64_t p = 0; p < length; ++p)
+            for (int64_t i = 0; i < size; ++i)
+                sums[h * size + i] =
+                    multiply_add(scores[h * stride + p], one_widened(values[p * size + i]), sums[h * size + i]);
+}

@@ -144,26 +144,6 @@ inline float exponentials(float *scores, int64_t length) {
     return total;
 }
 
-// out = the mean of values [length, size], weighted by scores that sum to `total`.
-template <class Scalar>
-void weighted_mean(const float *scores, float total, const Scalar *values, int64_t length, int64_t size, float *sum,
-                   Scalar *out) {
-    std::fill(sum, sum + size, 0.0f);
-    int64_t p = 0;
-    for (; p + 4 <= length; p += 4) {
-        const Scalar *v = values + p * size;
-        for (int64_t i = 0; i < size; ++i) {
-            float s = multiply_add(scores[p], to_float(v[i]), sum[i]);
-            s = multiply_add(scores[p + 1], to_float(v[i + size]), s);
-            s = multiply_add(scores[p + 2], to_float(v[i + 2 * size]), s);
-            sum[i] = multiply_add(scores[p + 3], to_float(v[i + 3 * size]), s);
-        }
-    }
-    for (; p < length; ++p)
-        for (int64_t i = 0; i < size; ++i) sum[i] = multiply_add(scores[p], to_float(values[p * size + i]), sum[i]);
-    for (int64_t i = 0; i < size; ++i) put(sum[i] / total, out[i]);
-}
-
 // The keys and values of one sequence in one layer. Mirrored by native.py.
 struct Cache {
     void *keys, *values;  // [kv_heads, capacity, head_dim]
@@ -213,10 +193,11 @@ void attend(const Attention &a, int threads) {
                 four_dots(queries, keys + p * a.head_dim, a.head_dim, scores + p, padded);
             else
                 scores[p] = dot(queries, keys + p * a.head_dim, a.head_dim);
-        for (int64_t h = 0; h < together; ++h) {
-            const float total = exponentials(scores + h * padded, length);
-            weighted_mean(scores + h * padded, total, values, length, a.head_dim, queries,
-                          at(a.out, (token * a.heads + head + h) * a.head_dim));
-        }
+        float totals[4];
+        for (int64_t h = 0; h < together; ++h) totals[h] = exponentials(scores + h * padded, length);
+        const auto sum = together == 4 ? &weighted_sums<4, Scalar> : &weighted_sums<1, Scalar>;
+        sum(scores, padded, values, length, a.head_dim, queries);
+        Scalar *out = at(a.out, (token * a.heads + head) * a.head_dim);
+        for (int64_t i = 0; i < together * a.head_dim; ++i) put(queries[i] / totals[i / a.head_dim], out[i]);
     });
 }
