@@ -18,8 +18,8 @@ from glm.quantization import QuantizedWeight, quantize, unpack_int4
 Weight = torch.Tensor | QuantizedWeight | PackedWeight
 Kernels = NativeKernels | CudaKernels | MissingKernels | None
 
-# Beyond this, in long prompts, speed goes before the last digits where there is a matrix unit: it takes bf16.
-MOST_EXACT_TOKENS = 64
+# Beyond this, in long prompts, a matrix unit is faster, which takes bf16.
+MOST_INTEGER_TOKENS = 64
 
 
 class Linear(Protocol):
@@ -100,7 +100,7 @@ class NativeLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._dense is not None and x.shape[0] > MOST_NATIVE_BF16_TOKENS:
             return self._dense(x)
-        if x.shape[0] > MOST_EXACT_TOKENS and self._dense is None and self.kernels.has_matrix_unit:
+        if x.shape[0] > MOST_INTEGER_TOKENS and self._dense is None and self.kernels.has_matrix_unit:
             return self.kernels.product_by_blocks(x, self.native)
         return self.kernels.product(x, self.native)
 

@@ -1,9 +1,10 @@
 """A safetensors file with the parts of a unit of the network, integer weights among them: written whole or not at all.
 
 A part is called by the published names it was made of, joined by `+`. An integer weight is `NAME`, int8 [rows, columns]
-or [rows, columns / 2] packed as `glm.quantization` says, beside `NAME_scale`, [rows, groups]: a layout that belongs to
-no kernel, so that kernels may change theirs. The file's metadata has the SHA-256 of its tensors' bytes, and one of
-samples of them, cheap enough to be compared whenever the file is opened.
+or [rows, columns / 2] packed as `glm.quantization` says, beside `NAME_scale`, [rows, groups], or `NAME_exact_scale`
+where its integers are the published model itself: a layout that belongs to no kernel, so that kernels may change theirs. The
+file's metadata has the SHA-256 of its tensors' bytes, and one of samples of them, cheap enough to be compared whenever
+the file is opened.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ _MOST_HEADER_BYTES = 1 << 20
 _ALIGNMENT = 64
 _CHUNK_BYTES = 16 << 20
 _NO_DIGEST = "0" * 64
+_SCALE, _EXACT_SCALE = "_scale", "_exact_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,9 @@ class PartFile:
         if values.dtype != torch.int8:
             return values
         assert source.num_columns is not None
-        return QuantizedWeight(values, self._map(f"{name}_scale"), 8 * values.shape[1] // source.num_columns)
+        is_exact = f"{name}{_EXACT_SCALE}" in self._tensors
+        scales = self._map(f"{name}{_EXACT_SCALE if is_exact else _SCALE}")
+        return QuantizedWeight(values, scales, 8 * values.shape[1] // source.num_columns, is_exact)
 
     def _check(self, source: Source) -> None:
         name, rows, columns = _name(source), sum(source.num_rows), source.num_columns
@@ -149,7 +153,8 @@ class PartFile:
         wanted: set[tuple[int, ...]] = {(rows,) if columns is None else (rows, columns)}
         if stored.dtype == torch.int8 and columns is not None:
             wanted.add((rows, columns // 2))
-            self._check_scales(f"{name}_scale", rows, columns)
+            is_exact = f"{name}{_EXACT_SCALE}" in self._tensors
+            self._check_scales(f"{name}{_EXACT_SCALE if is_exact else _SCALE}", rows, columns)
         if stored.shape not in wanted or (stored.dtype == torch.int8 and columns is None):
             raise TensorShapeError(
                 f"{self.path}: {name} is {stored.dtype} {list(stored.shape)}, config.json says {rows} x {columns or 1}"
@@ -207,7 +212,8 @@ def _tensors(unit: Unit, parts: Mapping[str, StoredPart]) -> dict[str, torch.Ten
     for part, source in unit.sources.items():
         name, stored = _name(source), parts[part]
         if isinstance(stored, QuantizedWeight):
-            tensors |= {name: stored.values, f"{name}_scale": stored.scales}
+            scale = _EXACT_SCALE if stored.is_exact else _SCALE
+            tensors |= {name: stored.values, f"{name}{scale}": stored.scales}
         else:
             tensors[name] = stored
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].numel() * item[1].itemsize, item[0])))

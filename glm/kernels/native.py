@@ -3,8 +3,9 @@
 A product with few rows of activations costs what reading the weights costs. bf16 weights are multiplied by bf16
 activations and summed in fp32. Integer weights enter exactly. AVX-512 rounds activations, relative to the largest of
 each 32 columns, and multiplies byte by byte. Where the integers are the published model it rounds to 24 bits, which
-makes products as exact as torch's in fp32 (relative rms error 3e-7), else to 16 bits in two thirds of the time (2e-5, a
-tenth of what fp16 activations would lose, a thousandth of what int4 weights do). The other libraries are exact always.
+makes products as exact as torch's in fp32 (relative rms error 3e-7). Else to 16 bits in two thirds of the time (2e-5, a
+tenth of what fp16 activations would lose, a thousandth of what int4 weights do), and beyond 64 tokens, in long prompts,
+to 8 bits in half of that (5e-3, as bf16 activations). The other libraries are exact always.
 """
 
 import ctypes
@@ -39,7 +40,7 @@ class WeightPointers(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("bits", ctypes.c_int32),
-        ("terms", ctypes.c_int32),
+        ("is_exact", ctypes.c_int32),
     )
 
 
@@ -140,8 +141,8 @@ class NativeKernels:
     def product(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
         """x [num_tokens, columns] times the weight [rows, columns], plus its bias -> [num_tokens, rows].
 
-        Both in bf16 for a bf16 weight, in fp32 for an integer one. A row of the result depends on its row of `x` alone,
-        bit for bit, and on no number of threads.
+        Both in bf16 for a bf16 weight, in fp32 for an integer one. Up to 64 tokens, and again beyond, a row of the
+        result depends on its row of `x` alone, bit for bit, and on no number of threads.
         """
         assert x.dtype == weight.dtype and x.shape[1] == weight.pointers.columns
         x = x.contiguous()
@@ -247,7 +248,7 @@ def _function(function: Any, *argument_types: type) -> Any:
 def _pointers(weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> WeightPointers:
     if isinstance(weight, torch.Tensor):
         return WeightPointers(weight.data_ptr(), None, _pointer(bias), *weight.shape, 16, 0)
-    sizes = (weight.num_rows, weight.num_columns, weight.bits, 3 if weight.is_exact else 2)
+    sizes = (weight.num_rows, weight.num_columns, weight.bits, weight.is_exact)
     return WeightPointers(weight.values.data_ptr(), _pointer(weight.scales), _pointer(bias), *sizes)
 
 

@@ -68,7 +68,8 @@ def check_product(kernels: NativeKernels, kind: str, num_tokens: int, num_rows: 
         assert isinstance(linear, NativeLinear)
         found = linear(x)
         assert (found.shape, found.dtype) == ((num_tokens, num_rows), dtype)
-        assert error(found, x, dense(weight), b) < (HALF if kind == "bf16" else FAST)
+        is_rough = kind == "bf16" or num_tokens > 64
+        assert error(found, x, dense(weight), b) < (HALF if is_rough else FAST)
         if isinstance(weight, QuantizedWeight):
             exact = make_linear(replace(weight, is_exact=True), b, kernels)(x)
             assert error(exact, x, dense(weight), b) < EXACT
@@ -88,7 +89,9 @@ def test_any_shape(kernels: NativeKernels, kind: str, tokens: int, rows: int, pa
 
 @for_all_kernels
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 4608, 4096), (5, 130, 13696), (16, 64, 4096)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(1, 4608, 4096), (5, 130, 13696), (16, 64, 4096), (70, 96, 4096)]
+)
 def test_real_widths(kernels: NativeKernels, kind: str, tokens: int, rows: int, columns: int) -> None:
     """Several chunks for several threads; long sums lose nothing."""
     check_product(kernels, kind, tokens, rows, columns)
@@ -96,9 +99,13 @@ def test_real_widths(kernels: NativeKernels, kind: str, tokens: int, rows: int, 
 
 @for_all_kernels
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_token_is_computed_as_if_alone(kernels: NativeKernels, kind: str) -> None:
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_a_token_is_computed_as_if_alone(kernels: NativeKernels, kind: str, is_exact: bool) -> None:
     """Bit for bit, in any company and with any number of threads."""
-    linear = make_linear(make(kind, 90, 416), None, kernels)
+    weight = make(kind, 90, 416)
+    if isinstance(weight, QuantizedWeight):
+        weight = replace(weight, is_exact=is_exact)
+    linear = make_linear(weight, None, kernels)
     x = normal(15, 416).to(torch.bfloat16 if kind == "bf16" else torch.float32)
     alone = torch.cat([linear(row) for row in x.split(1)])
     assert torch.equal(linear(x), alone)

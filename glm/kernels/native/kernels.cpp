@@ -145,15 +145,17 @@ void read_chunk(void *context, int64_t chunk) {
 
 void multiply(const Weight &w, const void *x, int64_t num_tokens, void *out, int num_threads) {
     const auto product = [&](auto format) { Product<decltype(format)>(w, x, num_tokens, out).run(num_threads); };
-    const auto integers = [&](auto of_2, auto of_3) { w.terms == 2 ? product(of_2) : product(of_3); };
+    const auto integers = [&](auto of_1, auto of_2, auto of_3) {
+        w.is_exact ? product(of_3) : num_tokens > kMostOfTwoTerms ? product(of_1) : product(of_2);
+    };
     if (w.bits == 16)
         product(Halves{});
     else if (w.bits == 8)
-        integers(Integers<8, false, 2>{}, Integers<8, false, 3>{});
+        integers(Integers<8, false, 1>{}, Integers<8, false, 2>{}, Integers<8, false, 3>{});
     else if (w.grouped())
-        integers(Integers<4, true, 2>{}, Integers<4, true, 3>{});
+        integers(Integers<4, true, 1>{}, Integers<4, true, 2>{}, Integers<4, true, 3>{});
     else
-        integers(Integers<4, false, 2>{}, Integers<4, false, 3>{});
+        integers(Integers<4, false, 1>{}, Integers<4, false, 2>{}, Integers<4, false, 3>{});
 }
 
 // Whether this processor and system have every instruction that this library was compiled for.

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: activations as two or three signed bytes each, multiplied exactly by unsigned (offset) weights.
+// AVX-512 with VNNI: activations as one to three signed bytes each, multiplied exactly by unsigned (offset) weights.
 #pragma once
 #include <immintrin.h>
 
@@ -11,8 +11,8 @@
 // own prefetching going while its arithmetic is busy. Asking for all of them stalls it.
 constexpr int64_t kAhead = 8192;
 
-// 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), the first of these only
-// with three Terms. `start` takes back what the weights' offset of 8 or 128 adds to the products: [0] for the two
+// 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), as many of the last of
+// these as there are Terms. `start` takes back what the weights' offset of 8 or 128 adds to the products: [0] for the two
 // lowest bytes, [1] for the highest.
 template <int Terms>
 struct Group {
@@ -23,7 +23,7 @@ struct Group {
 
 template <int Offset, int Terms>
 inline void prepare_group(__m512 first, __m512 second, Group<Terms> &out) {
-    constexpr float largest = Terms == 3 ? 127 * 65536 : 127 * 256;
+    constexpr float largest = Terms == 3 ? 127 * 65536 : Terms == 2 ? 127 * 256 : 127;
     const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
     const __m512 inverse = _mm512_set1_ps(top > 0 ? largest / top : 0);
     __m512i low_sum = _mm512_setzero_si512(), high_sum = low_sum;
@@ -162,7 +162,8 @@ struct Integers {
                 if (Bits == 4)
                     whole[term] = _mm512_add_epi32(whole[term], _mm512_srai_epi32(sums[h][term][kParts - 1], 4));
             }
-            totals[h] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(whole[1], 8), whole[0]));
+            if constexpr (Terms > 1) whole[0] = _mm512_add_epi32(_mm512_slli_epi32(whole[1], 8), whole[0]);
+            totals[h] = _mm512_cvtepi32_ps(whole[0]);
             if constexpr (Terms == 3)
                 totals[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[2]), _mm512_set1_ps(65536), totals[h]);
         }

@@ -7,6 +7,10 @@ constexpr int64_t kRows = 32;   // rows of a weight that lie together
 constexpr int64_t kLanes = 16;  // half of them, computed side by side
 constexpr int64_t kGroup = 32;  // columns that share a scale
 
+// Of integers that need not be exact: up to so many tokens activations have two bytes, where the instruction set makes a
+// choice, and one in longer prompts, which take half the time so.
+constexpr int64_t kMostOfTwoTerms = 64;
+
 inline int64_t num_groups(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 inline int64_t num_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
@@ -22,8 +26,8 @@ struct Weight {
     const void *bias;     // [rows] in the dtype of the output, or null
     int64_t rows;
     int64_t columns;
-    int32_t bits;   // 4, 8, or 16 for bf16
-    int32_t terms;  // bytes of an activation that integers are multiplied by, where the instruction set makes a choice
+    int32_t bits;      // 4, 8, or 16 for bf16
+    int32_t is_exact;  // of integers: whether an activation is taken as exactly as fp32 has it
 
     bool grouped() const { return !scales; }
     int64_t integer_bytes() const { return kRows * kGroup * bits / 8; }  // of a record
