@@ -2,9 +2,9 @@
 
 A part is called by the published names it was made of, joined by `+`. An integer weight is `NAME`, int8 [rows, columns]
 or [rows, columns / 2] packed as `glm.quantization` says, beside `NAME_scale`, [rows, groups], or `NAME_exact_scale`
-where its integers are the published model itself: a layout that belongs to no kernel, so that kernels may change theirs. The
-file's metadata has the SHA-256 of its tensors' bytes, and one of samples of them, cheap enough to be compared whenever
-the file is opened.
+where its integers are the published model itself: a layout that belongs to no kernel, so that kernels may change
+theirs. The file's metadata has the SHA-256 of its tensors' bytes, and one of samples of them, cheap enough to be
+compared whenever the file is opened.
 """
 
 import hashlib

@@ -32,7 +32,7 @@ def rotary_table(positions: torch.Tensor, config: ModelConfig, device: torch.dev
     """The table for token positions int64 [2, num_tokens] (see `positions.token_positions`)."""
     rows = positions if config.position_encoding_2d else positions[:1]
     angles = rows.to(torch.float32).t().unsqueeze(-1) * inverse_frequencies(config)
-    angles = angles.unsqueeze(1)
+    angles = angles.unsqueeze(1).contiguous()
     return RotaryTable(angles.cos().to(device), angles.sin().to(device))
 
 
