@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from glm.attention import Segment
+from glm.block import CausalBlock, PrefixBlock
 from glm.checkpoint import Checkpoint
 from glm.config import load_config
 from glm.decode_graphs import DecodeGraphs, Run, graphs_if_wanted
@@ -33,9 +34,12 @@ def record(run: Run) -> tuple[tuple[torch.Tensor, ...], Callable[[], None]]:
 
 
 def load(model_dir: Path, precision: Precision) -> tuple[LayerStack, LayerStack]:
-    """The same layers without and with graphs."""
+    """The same layers without and with graphs, part by part as on a card."""
     config = load_config(model_dir)
     plain = LayerStack.load(Checkpoint(model_dir), config, 0, config.num_layers, precision, CPU)
+    for block in plain.blocks:
+        assert isinstance(block, CausalBlock | PrefixBlock)
+        block.native = None
     graphs = DecodeGraphs(plain.blocks, config, plain.placement, record)
     return plain, LayerStack(plain.blocks, config, 0, plain.placement, graphs)
 
