@@ -33,10 +33,12 @@ class NativeState:
         """Why int8, int4 and bf16 are slower on this CPU than they could be, and the remedy, in one line."""
         if not self.built:
             return f"the native CPU kernels were not built, torch computes instead, far slower; {REMEDY}"
+        if not self.usable:
+            return f"the native CPU kernels were built from other sources, torch computes instead, far slower; {REMEDY}"
         needed = _NEEDED.get(self.capability)
         if needed is not None and needed not in self.built:
             return f"the CPU has {needed.upper()}, but its native kernels were not built; {REMEDY}"
-        if self.chosen in (None, "portable") and len(self.built) > 1:
+        if self.chosen == "portable" and len(self.built) > 1:
             return "the CPU lacks AVX2, which the fast native kernels need; another one, or a GPU, would be much faster"
         return None
 

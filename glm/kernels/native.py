@@ -23,6 +23,8 @@ from glm.kernels.memory import empty_weight
 from glm.kernels.packed import BLOCK_ROWS, GROUP_COLUMNS, PackedWeight, packed_shape
 from glm.quantization import QuantizedWeight
 
+# Raised, here and in native/kernels.cpp, with every change of a signature or a structure.
+_INTERFACE = 2
 # Best first.
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 # Beyond this, torch's bf16 matmul is the faster one: docs/measurements.md.
@@ -258,12 +260,14 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 @cache
 def load_kernels(name: str) -> NativeKernels | None:
-    """The kernels of one of `INSTRUCTION_SETS`; None if they were not built or this processor lacks it."""
+    """The kernels of one of `INSTRUCTION_SETS`; None if they were not built, or from other sources, or this processor
+    lacks it."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_{name}{suffix}")
         if path.is_file():
             library = ctypes.CDLL(str(path))
-            return NativeKernels(name, library) if library.glm_supported() else None
+            is_ours = hasattr(library, "glm_interface") and library.glm_interface() == _INTERFACE
+            return NativeKernels(name, library) if is_ours and library.glm_supported() else None
     return None
 
 

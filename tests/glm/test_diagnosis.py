@@ -7,6 +7,7 @@ from glm.kernels.native import INSTRUCTION_SETS, best_kernels
 
 COMPLAINTS = {
     "never built": (NativeState((), (), "AVX512"), "were not built, torch computes instead"),
+    "built by an older glmpipe": (NativeState(INSTRUCTION_SETS, (), "AVX512"), "were built from other sources"),
     "built by an old compiler": (
         NativeState(("avx2", "portable"), ("avx2", "portable"), "AVX512"),
         "the CPU has AVX512, but its native kernels were not built",

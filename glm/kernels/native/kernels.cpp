@@ -158,6 +158,9 @@ void multiply(const Weight &w, const void *x, int64_t num_tokens, void *out, int
         integers(Integers<4, false, 1>{}, Integers<4, false, 2>{}, Integers<4, false, 3>{});
 }
 
+// Tells libraries apart from those of other sources that Python might find.
+EXPORTED int glm_interface() { return 2; }
+
 // Whether this processor and system have every instruction that this library was compiled for.
 EXPORTED int glm_supported() {
 #if defined(__AVX512BF16__)
