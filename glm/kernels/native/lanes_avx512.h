@@ -7,8 +7,8 @@
 
 #include "product.h"
 
-// Of each four lines one is asked for, so many bytes ahead of use, into the second cache: enough to keep the processor's
-// own prefetching going while its arithmetic is busy. Asking for all of them stalls it.
+// For one token, of each four lines one is asked for, so many bytes ahead of use, into the second cache: enough to keep
+// the processor's own prefetching going while its arithmetic is busy. Asking for all of them stalls it.
 constexpr int64_t kAhead = 8192;
 
 // 32 activations of one token: value = scale * (65536 * bytes[2] + 256 * bytes[1] + bytes[0]), as many of the last of
@@ -46,8 +46,8 @@ inline void prepare_group(__m512 first, __m512 second, Group<Terms> &out) {
     out.scale = is_nan ? std::numeric_limits<float>::quiet_NaN() : top / largest;
 }
 
-inline void ask_for(const void *used_now) {
-    _mm_prefetch(static_cast<const char *>(used_now) + kAhead, _MM_HINT_T1);
+inline void ask_for(const void *used_now, int64_t ahead) {
+    _mm_prefetch(static_cast<const char *>(used_now) + ahead, _MM_HINT_T1);
 }
 
 inline __m512i four(const int8_t *bytes) {
@@ -73,11 +73,11 @@ struct Integers {
         }
     }
 
-    // The order of sums does not depend on the number of tokens. Few of them take all rows of a record at once, so that
-    // a vector of activations is loaded for two of weights: loads are what limits.
+    // The order of sums does not depend on the number of tokens. One takes all rows of a record at once, so that a
+    // vector of activations is loaded for two of weights: loads are what limits. Several have no registers for that.
     template <int Tokens>
     static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
-        if constexpr (Tokens <= 2) {
+        if constexpr (Tokens == 1) {
             halves<Tokens, 2>(w, block, 0, x, result);
         } else {
             halves<Tokens, 1>(w, block, 0, x, result);
@@ -89,6 +89,7 @@ struct Integers {
     static void halves(const Weight &w, int64_t block, int first, const Activation *x, float (&result)[Tokens][kRows]) {
         const int64_t groups = num_groups(w.columns);
         constexpr int64_t half_bytes = 64 * Bits, record_bytes = 2 * half_bytes + (Grouped ? kRows * 2 : 0);
+        const int64_t block_bytes = groups * record_bytes;
         const uint8_t *record = w.record(block, 0);
         __m512 sums[Halves][Tokens];
         for (auto &half : sums)
@@ -98,7 +99,12 @@ struct Integers {
             __m512 scales[Halves];
             for (int h = 0; h < Halves; ++h) {
                 const uint8_t *lines = record + 64 * (first + h);  // the halves' take turns
-                first + h == 0 ? load<true>(lines, weights[h]) : load<false>(lines, weights[h]);
+                load(lines, weights[h]);
+                if (Tokens == 1 && h == 0)
+                    for (int64_t at = 0; at < 2 * half_bytes; at += 256) ask_for(record + at, kAhead);
+                if (Tokens > 1)  // time enough for the next block, as it will be used
+                    for (int64_t at = 0; at < 2 * half_bytes; at += 128) ask_for(lines + at, block_bytes);
+                if (Grouped && Tokens > 1 && first == 0) ask_for(record + 2 * half_bytes, block_bytes);
                 if (Grouped)
                     scales[h] = _mm512_cvtph_ps(_mm256_loadu_si256(
                         reinterpret_cast<const __m256i *>(record + 2 * half_bytes + (first + h) * kLanes * 2)));
@@ -122,12 +128,10 @@ struct Integers {
 
     // The weights of 16 rows and 32 columns, 4 columns to a vector, from every other line of a record. Of int4, the vectors from 4 on hold 16 times the
     // weight: taking that from a sum costs less than from each vector.
-    template <bool Ask>
     static void load(const uint8_t *values, __m512i (&weights)[8]) {
         const __m512i low = _mm512_set1_epi8(0x0f);
         for (int i = 0; i < Bits; ++i) {
             const __m512i packed = _mm512_loadu_si512(values + 128 * i);
-            if (Ask && i % 2 == 0) ask_for(values + 128 * i);
             if constexpr (Bits == 8) {
                 weights[i] = packed;
             } else {
@@ -227,7 +231,7 @@ struct Halves {
         };
         int64_t i = 0;
         for (; i + 4 <= steps; i += 4) {
-            ask_for(values + i * kColumns);
+            ask_for(values + i * kColumns, kAhead);
             for (int64_t part = 0; part < 4; ++part) step(i + part, sums[part]);
         }
         for (; i < steps; ++i) step(i, sums[0]);
