@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -54,7 +55,7 @@ class MemoryReader:
             time.sleep(_SETTLE_S)
 
     def _read_s(self, half: torch.Tensor) -> float:
-        return min(_timed_s(lambda reader=reader: reader(half), self._device) for reader in self._readers)
+        return min(_timed_s(partial(reader, half), self._device) for reader in self._readers)
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
