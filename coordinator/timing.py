@@ -1,9 +1,19 @@
-"""Where the time of a step went: the stages' shares, which they appended to it, and the coordinator's own."""
+"""Where the time of a step went: the stages' shares, which they appended to it, and the coordinator's own.
+
+`StepTiming` has durations, for the bill of an answer. `StepRecord` has when everything happened, for whoever watches.
+"""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
 
 from coordinator.pipeline import Outcome
+from protocol.data import Span, StageTiming, StepFailed
+
+StepKind = Literal["prefill", "decode", "updates"]
+"""What a step is for: pieces of prompts, the next tokens of answers, or nothing but news for the KV caches."""
+EndsPart = Literal["embed", "head", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +53,100 @@ class StepTiming:
     ends: EndsShare
 
 
-class EndsClock:
-    """Measures the coordinator's parts of one step: `with clock.head: ...`."""
+@dataclass(frozen=True, slots=True)
+class SpanRecord:
+    """Which tokens of which sequence a step fed."""
 
-    def __init__(self) -> None:
-        self.embedding, self.head, self.sampling = Stopwatch(), Stopwatch(), Stopwatch()
+    sequence_id: int
+    start_pos: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """When the coordinator worked at one of its parts (this host's monotonic clock)."""
+
+    name: EndsPart
+    started_at_s: float
+    ended_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One finished step, for those who watch the engine: what it fed, what came of it, who was at it when.
+
+    `stages` are as the stages sent them, in order; where the step failed, those up to the one that could not do it.
+    `ends` are in order of time. `num_new_tokens` counts the tokens that the step's outcome gave all its sequences.
+    """
+
+    step_id: int
+    kind: StepKind
+    spans: tuple[SpanRecord, ...]
+    submitted_at_s: float
+    arrived_at_s: float
+    stages: tuple[StageTiming, ...]
+    failed: bool
+    ends: tuple[Interval, ...]
+    num_new_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the step fed."""
+        return sum(span.num_tokens for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has at hand right now. Tokens are of the tightest stage's KV budget.
+
+    `kv_tokens_held` are those of running sequences; kept prefixes come on top until somebody needs their room.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_tokens_held: int
+    kv_budget_tokens: int
+    steps_in_flight: int
+    num_kept_prefixes: int
+    kept_tokens: int
 
 
 class Stopwatch:
-    """Runs while its block does; seconds add up."""
+    """Runs while its block does, any number of times; keeps when it ran."""
 
     def __init__(self) -> None:
-        self.total_s = 0.0
+        self.laps: list[tuple[float, float]] = []
         self._started_at_s = 0.0
 
     def __enter__(self) -> None:
         self._started_at_s = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self.total_s += time.monotonic() - self._started_at_s
+        self.laps.append((self._started_at_s, time.monotonic()))
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all laps together."""
+        return sum(ended_at_s - started_at_s for started_at_s, ended_at_s in self.laps)
+
+
+@dataclass(frozen=True, slots=True)
+class EndsClock:
+    """Measures the coordinator's parts of one step: `with clock.head: ...`."""
+
+    embedding: Stopwatch = field(default_factory=Stopwatch)
+    head: Stopwatch = field(default_factory=Stopwatch)
+    sampling: Stopwatch = field(default_factory=Stopwatch)
+
+    def intervals(self) -> tuple[Interval, ...]:
+        """All laps of all parts, in order of time."""
+        parts: tuple[tuple[EndsPart, Stopwatch], ...] = (
+            ("embed", self.embedding),
+            ("head", self.head),
+            ("sample", self.sampling),
+        )
+        laps = [Interval(name, *lap) for name, stopwatch in parts for lap in stopwatch.laps]
+        return tuple(sorted(laps, key=lambda lap: (lap.started_at_s, lap.ended_at_s)))
 
 
 def step_timing(outcome: Outcome, clock: EndsClock) -> StepTiming:
@@ -80,3 +165,21 @@ def step_timing(outcome: Outcome, clock: EndsClock) -> StepTiming:
         left_at_s = timing.sent_at_s
     ends = EndsShare(clock.embedding.total_s, clock.head.total_s, clock.sampling.total_s, back_s)
     return StepTiming(outcome.submitted_at_s, outcome.arrived_at_s, tuple(shares), ends)
+
+
+def step_record(
+    outcome: Outcome, spans: Iterable[Span], clock: EndsClock, *, kind: StepKind, num_new_tokens: int = 0
+) -> StepRecord:
+    """The record of a step that came back and was worked off; `spans` are those that it was sent with."""
+    message = outcome.message
+    return StepRecord(
+        step_id=message.step_id,
+        kind=kind,
+        spans=tuple(SpanRecord(span.sequence_id, span.start_pos, span.num_tokens) for span in spans),
+        submitted_at_s=outcome.submitted_at_s,
+        arrived_at_s=outcome.arrived_at_s,
+        stages=message.timings,
+        failed=isinstance(message, StepFailed),
+        ends=clock.intervals(),
+        num_new_tokens=num_new_tokens,
+    )
