@@ -15,6 +15,7 @@ from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
 from coordinator.engine import EPOCH, Engine
 from coordinator.errors import GenerationError
 from coordinator.launcher import LogSink
+from coordinator.limits import limits_of
 from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
@@ -73,7 +74,7 @@ def launch(
     model = demo_model_dir() if model is None else model
     description = resolve_description(model, revision)
     config = load_config(description)
-    checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)))
+    checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
     settings = ClusterSettings(

@@ -89,6 +89,12 @@ class Cluster(Closing):
             self._joins = tuple(joins[worker_id] for worker_id in self._worker_ids)
         return self._joins
 
+    @property
+    def kv_budgets(self) -> tuple[int, ...]:
+        """How many tokens each stage may cache."""
+        default = self._settings.default_kv_budget_tokens
+        return tuple(stage.kv_budget_tokens or default for stage in self.plan.stages)
+
     def assign(self, default_kv_budget_tokens: int | None = None) -> None:
         """Let all workers begin to load, side by side; `load` waits for them.
 
@@ -180,7 +186,7 @@ class Cluster(Closing):
             layer_start=stage.layer_start,
             layer_end=stage.layer_end,
             precision=stage.precision,
-            kv_budget_tokens=stage.kv_budget_tokens or settings.default_kv_budget_tokens,
+            kv_budget_tokens=self.kv_budgets[index],
             next_endpoint=next_endpoint,
             next_public_key=None,
             activation_dtype=None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from coordinator.errors import NotEnoughMemory
+from coordinator.limits import longest_context
 from coordinator.memory_plan import Need, Place, judge, memory_needs, precision_that_fits
 from coordinator.plan import Plan
 from glm.config import ModelConfig
@@ -45,7 +46,7 @@ def fitting_kv_budget(
     hosts, own_host = [join.host for join in joins], platform.node() or "localhost"
     needs = memory_needs(plan, config, hosts, own_host)
     available = _available(needs, joins, own_host)
-    verdict = judge(needs, available, most_kv_tokens, config.max_context)
+    verdict = judge(needs, available, most_kv_tokens, longest_context(plan, config.max_context))
     if on_note is not None:
         for line in verdict.lines:
             on_note(line)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from coordinator.limits import longest_context
 from coordinator.plan import EndsPlan, Plan, StagePlan
 from coordinator.progress import format_bytes
-from coordinator.scheduler import PREFILL_CHUNK_TOKENS
 from glm.config import ModelConfig
 from glm.cost import activation_bytes, kv_bytes_per_token, stored_bytes
 from glm.layout import embedding_unit, layer_unit, lm_head_unit
@@ -54,7 +54,7 @@ class Verdict:
 def memory_needs(plan: Plan, config: ModelConfig, hosts: Sequence[str], own_host: str) -> tuple[Need, ...]:
     """The needs of every stage (`hosts` has theirs) and of both ends, which are on the coordinator's own host."""
     stages = [
-        _stage_need(number, stage, config, host)
+        _stage_need(number, stage, config, host, _tokens_a_step(plan, config))
         for number, (stage, host) in enumerate(zip(plan.stages, hosts, strict=True), start=1)
     ]
     return (*stages, *_end_needs(plan.ends, config, own_host))
@@ -94,10 +94,14 @@ def precision_that_fits(
     return None
 
 
-def _stage_need(number: int, stage: StagePlan, config: ModelConfig, host: str) -> Need:
+def _tokens_a_step(plan: Plan, config: ModelConfig) -> int:
+    """The most that a step feeds: a prefix LM's prompts stay whole, the others' come in pieces."""
+    return longest_context(plan, config.max_context) if config.is_prefix_lm else plan.prefill_chunk
+
+
+def _stage_need(number: int, stage: StagePlan, config: ModelConfig, host: str, num_tokens: int) -> Need:
     precision, device_type = Precision(stage.precision), stage.device.partition(":")[0]
     dtype = _dtype(precision, device_type)
-    num_tokens = config.max_context if config.is_prefix_lm else min(PREFILL_CHUNK_TOKENS, config.max_context)
     num_layers = stage.layer_end - stage.layer_start
     layers = range(stage.layer_start, stage.layer_end)
     return Need(

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 QUANTIZED = ("int8", "int4")
 CPU_PRECISIONS = ("fp32", "bf16", "int8", "int4")
+MAX_NUM_SEQS = 64
+"""Sequences that run at the same time, unless the plan says otherwise."""
+PREFILL_CHUNK = 256
+"""Prompt tokens in one step, unless the plan says otherwise: so few that others' answers are not held up."""
 MAX_UNGROUPED_LAYERS = 8
 """Up to this many layers in the model, every layer is described on a line of its own."""
 
@@ -57,10 +61,18 @@ class EndsPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stages in the order of their layers, and both ends."""
+    """The stages in the order of their layers, both ends, and how much goes through them at once.
+
+    At most `max_num_seqs` sequences run at the same time, the others wait. A prompt and its answer have at most
+    `max_model_len` tokens together, None for as many as the model allows. A step feeds at most `prefill_chunk` tokens
+    of prompts; a prefix LM's prompt stays whole.
+    """
 
     stages: tuple[StagePlan, ...]
     ends: EndsPlan
+    max_num_seqs: int = MAX_NUM_SEQS
+    max_model_len: int | None = None
+    prefill_chunk: int = PREFILL_CHUNK
 
     @property
     def num_layers(self) -> int:

@@ -2,13 +2,16 @@
 
 model = "THUDM/chatglm-6b"        # a directory or a hub id; --model wins over it
 revision = "main"
+max_num_seqs = 64                 # sequences that run at once
+max_model_len = 2048              # tokens of a prompt and its answer together
+prefill_chunk = 256               # prompt tokens in one step
 
 [[stage]]
 device = "cuda:0"                 # cpu, cuda:N
 layers = "1-24"                   # counted from 1, inclusive
 precision = "int8"                # fp32 bf16 fp16 int8 int4
 threads = 4
-kv_budget_tokens = 4096
+kv_budget_tokens = 4096           # or kv_budget = "2GiB"
 
 [[stage]]
 device = "cpu"
@@ -31,13 +34,22 @@ from typing import Any
 from coordinator.errors import PlanError
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 
-_TOP_KEYS: Mapping[str, type] = {"model": str, "revision": str, "stage": list, "ends": dict}
+_TOP_KEYS: Mapping[str, type] = {
+    "model": str,
+    "revision": str,
+    "max_num_seqs": int,
+    "max_model_len": int,
+    "prefill_chunk": int,
+    "stage": list,
+    "ends": dict,
+}
 _STAGE_KEYS: Mapping[str, type] = {
     "device": str,
     "layers": str,
     "precision": str,
     "threads": int,
     "kv_budget_tokens": int,
+    "kv_budget": str,
 }
 _ENDS_KEYS: Mapping[str, type] = dict.fromkeys(
     ("embeddings", "final_layernorm", "lm_head", "precision", "lm_head_precision"), str
@@ -85,6 +97,9 @@ def plan_request_of(table: Mapping[str, Any], base: Path = Path()) -> PlanReques
         lm_head_precision=options.get("lm_head_precision"),
         model=_model(top.get("model"), base),
         revision=top.get("revision"),
+        max_num_seqs=top.get("max_num_seqs"),
+        max_model_len=top.get("max_model_len"),
+        prefill_chunk=top.get("prefill_chunk"),
         faults=tuple(faults),
         is_complete=bool(stages) and None not in stages,
     )
@@ -109,6 +124,7 @@ def _stage(entry: object, number: int, faults: list[str]) -> StageRequest | None
         precision=known.get("precision"),
         num_threads=known.get("threads"),
         kv_budget_tokens=known.get("kv_budget_tokens"),
+        kv_budget=known.get("kv_budget"),
     )
 
 
@@ -126,6 +142,8 @@ def _checked(table: Mapping[str, Any], known: Mapping[str, type], where: str, fa
 
 
 def _nearest(key: str, known: Mapping[str, type]) -> str:
+    if key in _TOP_KEYS and known is not _TOP_KEYS:
+        return "it belongs to the top of the file, above the first [[stage]]"
     close = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
 

@@ -15,7 +15,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class StageRequest:
-    """A wished stage. `layers` is `1-12` or `5`, counted from 1."""
+    """A wished stage. `layers` is `1-12` or `5`, counted from 1; `kv_budget` is in bytes, such as `2GiB`."""
 
     origin: str
     device: str
@@ -23,11 +23,14 @@ class StageRequest:
     precision: str | None = None
     num_threads: int | None = None
     kv_budget_tokens: int | None = None
+    kv_budget: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """A wished placement. Without stages, all layers go to `num_stages` (or one) CPU stages, evenly.
+    """A wished plan. Without stages, all layers go to `num_stages` (or one) CPU stages, evenly.
+
+    `num_threads`, `kv_budget_tokens` and `kv_budget` are for each stage that has none of its own.
 
     `default_precision` and `default_head_precision` are what the model was converted to, None for any other.
     `model` and `revision` are what a plan file names, None when it leaves them to the command line.
@@ -39,6 +42,10 @@ class PlanRequest:
     num_stages: int | None = None
     num_threads: int | None = None
     kv_budget_tokens: int | None = None
+    kv_budget: str | None = None
+    max_num_seqs: int | None = None
+    max_model_len: int | None = None
+    prefill_chunk: int | None = None
     gpu_precision: Option | None = None
     cpu_precision: Option | None = None
     embeddings: Option | None = None
@@ -75,5 +82,8 @@ def request_of(plan: Plan) -> PlanRequest:
         lm_head=Option("lm_head_device", ends.lm_head_device),
         ends_precision=Option("embedding_precision", ends.embedding_precision),
         lm_head_precision=Option("lm_head_precision", ends.lm_head_precision),
+        max_num_seqs=plan.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        prefill_chunk=plan.prefill_chunk,
         faults=() if plan.stages else ("a plan needs at least one stage",),
     )

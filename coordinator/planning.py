@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coordinator.errors import PlanError
+from coordinator.limits import ModelLimits, kv_budget_in_tokens, out_of_range, traffic_faults
 from coordinator.plan import (
     CPU_PRECISIONS,
+    MAX_NUM_SEQS,
     PRECISIONS,
+    PREFILL_CHUNK,
     QUANTIZED,
     EndsPlan,
     Plan,
@@ -28,7 +31,6 @@ from coordinator.plan_request import Option, PlanRequest, StageRequest, request_
 HEAD_PRECISION = "int8"
 """lm_head's where all stages are quantised: docs/measurements.md has why not int4."""
 MAX_THREADS = 4096
-MAX_KV_TOKENS = 2**31 - 1
 
 PlanSource = Plan | PlanRequest | Path | str | None
 """A plan, a wish, a plan file, or None for the default."""
@@ -50,6 +52,7 @@ def plan_for(
     is_quantized: bool = False,
     precision: str | None = None,
     lm_head_precision: str | None = None,
+    limits: ModelLimits | None = None,
 ) -> Plan:
     """The checked plan for a model of `num_layers`, whatever form the wish has.
 
@@ -65,21 +68,36 @@ def plan_for(
     else:
         request = read_plan_file(Path(source))
     request = replace(request, default_precision=precision, default_head_precision=lm_head_precision)
-    return resolve(request, num_layers, available_devices() if devices is None else devices, is_quantized=is_quantized)
+    devices = available_devices() if devices is None else devices
+    return resolve(request, num_layers, devices, is_quantized=is_quantized, limits=limits)
 
 
-def resolve(request: PlanRequest, num_layers: int, devices: Sequence[str], *, is_quantized: bool = False) -> Plan:
+def resolve(
+    request: PlanRequest,
+    num_layers: int,
+    devices: Sequence[str],
+    *,
+    is_quantized: bool = False,
+    limits: ModelLimits | None = None,
+) -> Plan:
     """The plan that a request means for a model of `num_layers` on a machine with `devices`.
 
     Pure. Raises PlanError with all faults, in the order a user wrote things.
     """
     faults = list(request.faults)
     _check_precisions(request, faults)
-    stages = _stages(request, num_layers, devices, faults)
+    stages = _stages(request, num_layers, devices, faults, limits)
     ends = _ends(request, stages, devices, faults, is_quantized)
+    faults += traffic_faults(request, limits)
     if faults:
         raise PlanError(tuple(dict.fromkeys(faults)))
-    return Plan(tuple(sorted(stages, key=lambda stage: stage.layer_start)), ends)
+    return Plan(
+        stages=tuple(sorted(stages, key=lambda stage: stage.layer_start)),
+        ends=ends,
+        max_num_seqs=request.max_num_seqs or MAX_NUM_SEQS,
+        max_model_len=request.max_model_len,
+        prefill_chunk=request.prefill_chunk or PREFILL_CHUNK,
+    )
 
 
 def even_split(num_layers: int, num_stages: int) -> tuple[tuple[int, int], ...]:
@@ -102,7 +120,9 @@ def notes(request: PlanRequest, plan: Plan) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _stages(request: PlanRequest, num_layers: int, devices: Sequence[str], faults: list[str]) -> list[StagePlan]:
+def _stages(
+    request: PlanRequest, num_layers: int, devices: Sequence[str], faults: list[str], limits: ModelLimits | None
+) -> list[StagePlan]:
     wishes = request.stages
     if not wishes:
         wishes = _default_stages(request.num_stages, num_layers, faults)
@@ -112,7 +132,11 @@ def _stages(request: PlanRequest, num_layers: int, devices: Sequence[str], fault
     _check_overlaps(ranges, faults)
     if request.is_complete and None not in ranges and ranges:
         _check_gaps(ranges, num_layers, faults)
-    return [_stage(request, wish, found, devices, faults) for wish, found in zip(wishes, ranges, strict=True)]
+    stages = []
+    for wish, found in zip(wishes, ranges, strict=True):
+        stage = _stage(request, wish, found, devices, faults)
+        stages.append(replace(stage, kv_budget_tokens=_kv_budget(request, wish, stage, faults, limits)))
+    return stages
 
 
 def _default_stages(num_stages: int | None, num_layers: int, faults: list[str]) -> tuple[StageRequest, ...]:
@@ -139,12 +163,25 @@ def _stage(
         precision = wish.precision.strip().lower()
         faults += _precision_faults(Option(wish.origin, precision), device)
     num_threads = request.num_threads if wish.num_threads is None else wish.num_threads
-    budget = request.kv_budget_tokens if wish.kv_budget_tokens is None else wish.kv_budget_tokens
-    for name, value, most in (("threads", num_threads, MAX_THREADS), ("kv_budget_tokens", budget, MAX_KV_TOKENS)):
-        if value is not None and not 1 <= value <= most:
-            faults.append(f"{wish.origin}: {name} {value} is out of range; it must be from 1 to {most}")
+    if num_threads is not None:
+        faults += out_of_range(wish.origin, "threads", num_threads, MAX_THREADS)
     start, end = (found.start, found.end) if found else (0, 0)
-    return StagePlan(device or "cpu", start, end, precision, num_threads, budget)
+    return StagePlan(device or "cpu", start, end, precision, num_threads)
+
+
+def _kv_budget(
+    request: PlanRequest, wish: StageRequest, stage: StagePlan, faults: list[str], limits: ModelLimits | None
+) -> int | None:
+    """In tokens: the stage's own, or the one for all stages."""
+    stated = wish if (wish.kv_budget_tokens, wish.kv_budget) != (None, None) else request
+    if stated is request and None not in (request.kv_budget_tokens, request.kv_budget):
+        return None  # told once, not for every stage
+    is_known = stage.layer_start < stage.layer_end and stage.precision in PRECISIONS  # otherwise that fault is told
+    tokens, found = kv_budget_in_tokens(
+        wish.origin, stated.kv_budget_tokens, stated.kv_budget, stage if is_known else None, limits
+    )
+    faults += found
+    return tokens
 
 
 def _range(wish: StageRequest, num_layers: int, faults: list[str]) -> _Range | None:

@@ -8,9 +8,9 @@ import sys
 from coordinator.commands.options import add_model_options, add_placement_options, plan_request
 from coordinator.commands.session import launched
 from coordinator.errors import UsageError
+from coordinator.limits import MAX_KV_TOKENS
 from coordinator.plan import CPU_PRECISIONS, is_gpu
 from coordinator.plan_request import Option, PlanRequest
-from coordinator.planning import MAX_KV_TOKENS
 
 HELP = "measure prefill and decode speed, and hold them against what the machine can do"
 EXAMPLES = """\
@@ -93,7 +93,7 @@ def _check(options: argparse.Namespace) -> None:
 def _request(options: argparse.Namespace, kv_budget_tokens: int) -> PlanRequest:
     """The placement that was asked for, with `--precision` for all layers, and room for the streams' KV."""
     request = plan_request(options)
-    if request.kv_budget_tokens is None:
+    if request.kv_budget_tokens is None and request.kv_budget is None:
         request = dataclasses.replace(request, kv_budget_tokens=min(kv_budget_tokens, MAX_KV_TOKENS))
     if options.precision is None:
         return request

@@ -17,6 +17,7 @@ examples:
 
 a plan file:
   model = "THUDM/chatglm-6b"
+  max_num_seqs = 16          # optional, as max_model_len and prefill_chunk are
 
   [[stage]]
   device = "cuda:0"
@@ -26,7 +27,7 @@ a plan file:
   [[stage]]
   device = "cpu"
   layers = "25-28"
-  threads = 8                # optional, as kv_budget_tokens is
+  threads = 8                # optional, as kv_budget_tokens = 8192 or kv_budget = "2GiB" is
 
   [ends]
   embeddings = "cpu"

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.errors import UsageError
+from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK
 from coordinator.plan_file import read_plan_file
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 
 PLACEMENT = (
     *("layers", "stages", "gpu_precision", "cpu_precision", "embeddings", "final_layernorm", "lm_head"),
-    *("ends_precision", "lm_head_precision", "threads", "kv_budget_tokens"),
+    *("ends_precision", "lm_head_precision", "threads", "kv_budget", "kv_budget_tokens"),
+    *("max_num_seqs", "max_model_len", "prefill_chunk"),
 )
 SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "max_new_tokens"),
@@ -71,6 +73,25 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         help="most tokens a stage's KV cache holds (default: four full contexts, or what memory allows)",
+    )
+    group.add_argument("--kv-budget", metavar="SIZE", help="the same in bytes, such as 2GiB or 800MB, for each stage")
+    group.add_argument(
+        "--max-num-seqs",
+        metavar="N",
+        type=int,
+        help=f"sequences that run at once (default {MAX_NUM_SEQS}); others wait",
+    )
+    group.add_argument(
+        "--max-model-len",
+        metavar="N",
+        type=int,
+        help="tokens of a prompt and its answer (default: the model's context)",
+    )
+    group.add_argument(
+        "--prefill-chunk",
+        metavar="N",
+        type=int,
+        help=f"prompt tokens in one step (default {PREFILL_CHUNK}); prompts of ChatGLM-6B stay whole",
     )
     group.add_argument("--no-memory-check", action="store_true", help="load even what does not seem to fit into memory")
     group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
@@ -145,6 +166,10 @@ def plan_request(options: argparse.Namespace) -> PlanRequest:
         num_stages=options.stages,
         num_threads=options.threads,
         kv_budget_tokens=options.kv_budget_tokens,
+        kv_budget=options.kv_budget,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+        prefill_chunk=options.prefill_chunk,
         gpu_precision=_option(options, "gpu_precision"),
         cpu_precision=_option(options, "cpu_precision"),
         embeddings=_option(options, "embeddings"),

@@ -41,6 +41,7 @@ def launched(
     request = plan_request(options) if request is None else request
     choose_cache(options)
     from coordinator.chat_model import launch
+    from coordinator.limits import context_line, limits_of
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
     from glm.config import load_config
@@ -53,7 +54,7 @@ def launched(
     description = resolve_description(model, revision)
     config = load_config(description)
     check(config)
-    plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)))
+    plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
     say(*describe(plan, verbose=options.verbose))
     say(*(f"note: {note}" for note in notes(request, plan)))
     say(*_cache_notes(resolve_model(model, revision), config, plan))
@@ -71,6 +72,7 @@ def launched(
             )
             stack.enter_context(chat_model)
         say(*_kernel_lines(chat_model))
+        say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))
         yield chat_model
 
 

@@ -84,7 +84,7 @@ def test_a_tied_table_counts_once(tmp_path: Path) -> None:
 def test_stages_of_one_host_share_its_memory(config: ModelConfig) -> None:
     """Two stages that would each fit alone do not fit together; on two hosts they do."""
     halves = plan(("cpu", 0, 14, "bf16"), ("cpu", 14, 28, "bf16"))
-    with pytest.raises(NotEnoughMemory, match=r"cpu of .* has 10\.0 GB available, 1[34]\.\d GB are needed"):
+    with pytest.raises(NotEnoughMemory, match=r"cpu of .* has 10\.0 GB available, 1[23]\.\d GB are needed"):
         fitting_kv_budget(halves, config, [join(free=10), join(free=10)], 10**5)
     assert fitting_kv_budget(halves, config, [join(free=10), join(free=10, host="there")], 10**5) > LEAST_KV_TOKENS
 
@@ -129,7 +129,7 @@ def test_lines_say_needed_and_available_for_each_device(config: ModelConfig, mon
     stages = plan(("cuda:0", 0, 20, "int8"), ("cpu", 20, 28, "int8"))
     fitting_kv_budget(stages, config, [join("cuda:0", 8), join()], 4096, lines.append, refuse=False)
     on_gpu, on_cpu = lines
-    assert on_gpu == "memory of cuda:0: 4.5 GB needed, 8.0 GB available (weights 4.1 GB, up to 2048 KV tokens)"
+    assert on_gpu == "memory of cuda:0: 4.4 GB needed, 8.0 GB available (weights 4.1 GB, up to 2048 KV tokens)"
     assert on_cpu.endswith("GB needed, 2.0 GB available (weights 2.4 GB, up to 2048 KV tokens)")
 
 

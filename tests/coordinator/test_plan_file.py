@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.errors import PlanError
+from coordinator.limits import ModelLimits
 from coordinator.plan import EndsPlan, StagePlan
 from coordinator.plan_file import read_plan_file
 from coordinator.planning import plan_for
@@ -12,6 +13,9 @@ from coordinator.planning import plan_for
 FULL = """
 model = "THUDM/chatglm-6b"
 revision = "v1"
+max_num_seqs = 8
+max_model_len = 1000
+prefill_chunk = 128
 
 [[stage]]
 device = "cpu"
@@ -23,6 +27,7 @@ kv_budget_tokens = 512
 [[stage]]
 device = "cuda:0"
 layers = "1-2"
+kv_budget = "1.5KiB"
 
 [ends]
 embeddings = "cuda:0"
@@ -33,6 +38,9 @@ lm_head_precision = "int8"
 """
 
 
+LIMITS = ModelLimits(1024, lambda stage: 10 * (stage.layer_end - stage.layer_start))
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "plan.toml"
     path.write_text(text, encoding="utf-8")
@@ -41,7 +49,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def faults_of(path: Path) -> tuple[str, ...]:
     with pytest.raises(PlanError) as caught:
-        plan_for(path, 6, ("cpu",))
+        plan_for(path, 6, ("cpu",), limits=LIMITS)
     return caught.value.faults
 
 
@@ -50,13 +58,15 @@ def test_every_key_of_a_plan_file_reaches_the_plan(tmp_path: Path) -> None:
     path = write(tmp_path, FULL)
     request = read_plan_file(path)
     assert (request.model, request.revision) == ("THUDM/chatglm-6b", "v1")
-    plan = plan_for(path, 3, ("cpu", "cuda:0"))
+    plan = plan_for(path, 3, ("cpu", "cuda:0"), limits=LIMITS)
     assert plan.stages == (
-        StagePlan("cuda:0", 0, 2, "fp16"),
+        StagePlan("cuda:0", 0, 2, "fp16", kv_budget_tokens=76),
         StagePlan("cpu", 2, 3, "int8", num_threads=2, kv_budget_tokens=512),
     )
     assert plan.ends == EndsPlan("cuda:0", "fp32", "cpu", "cpu", "int8")
-    assert plan_for(str(path), 3, ("cpu", "cuda:0")) == plan
+    assert (plan.max_num_seqs, plan.max_model_len, plan.prefill_chunk) == (8, 1000, 128)
+    assert plan_for(str(path), 3, ("cpu", "cuda:0"), limits=LIMITS) == plan
+    assert plan_for(plan, 3, ("cpu", "cuda:0")) == plan
 
 
 def test_a_model_that_is_a_path_lies_relative_to_the_plan_file(tmp_path: Path) -> None:
@@ -73,12 +83,22 @@ STAGE = '[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n'
     [
         ("modle = 'x'\n" + STAGE, "unknown key 'modle'; did you mean 'model'?"),
         (STAGE + "devices = 'x'", "[[stage]] 1: unknown key 'devices'; did you mean 'device'?"),
-        (STAGE + "colour = 'x'", "the keys here are device, layers, precision, threads, kv_budget_tokens"),
+        (STAGE + "colour = 'x'", "the keys here are device, layers, precision, threads, kv_budget_tokens, kv_budget"),
         (STAGE + "[ends]\nlmhead = 'cpu'", "[ends] unknown key 'lmhead'; did you mean 'lm_head'?"),
         (STAGE + "threads = '4'", "[[stage]] 1: threads must be a whole number, not '4'"),
         (STAGE + "threads = true", "[[stage]] 1: threads must be a whole number, not True"),
         (STAGE + "threads = 0", "[[stage]] 1: threads 0 is out of range"),
         (STAGE + "kv_budget_tokens = -1", "kv_budget_tokens -1 is out of range"),
+        (STAGE + "kv_budget = 2048", "[[stage]] 1: kv_budget must be a string, not 2048"),
+        (STAGE + "kv_budget = '2 gigs'", "[[stage]] 1: kv_budget '2 gigs' is not a size; write a number and a unit"),
+        (STAGE + "kv_budget = '2048'", "such as 2GiB or 800MB"),
+        (STAGE + "kv_budget = '59 B'", "kv_budget 59 B is out of range; a token takes 60 bytes in this stage"),
+        (STAGE + "kv_budget = '1TB'\nkv_budget_tokens = 9", "kv_budget_tokens 9 and kv_budget 1TB are both given"),
+        (STAGE + "max_num_seqs = 9", "[[stage]] 1: unknown key 'max_num_seqs'; it belongs to the top of the file"),
+        ("max_num_seqs = 0\n" + STAGE, "max_num_seqs 0 is out of range; it must be from 1 to"),
+        ("max_model_len = 1\n" + STAGE, "max_model_len 1 is out of range; it must be from 2 to 1024"),
+        ("max_model_len = 1025\n" + STAGE, "it must be from 2 to 1024, the model's context"),
+        ("prefill_chunk = 0\n" + STAGE, "prefill_chunk 0 is out of range; it must be from 1 to"),
         (STAGE + "precision = 'fp16'", "[[stage]] 1: fp16 does not compute on a CPU"),
         ("[[stage]]\nlayers = '1-6'", "[[stage]] 1: device is missing"),
         ("[stage]\ndevice = 'cpu'", "each under its own [[stage]]"),

@@ -1,0 +1,123 @@
+"""How much may go through a plan at once: what the model allows, what was wished, what comes of both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordinator.plan import Plan, StagePlan
+from coordinator.plan_request import PlanRequest
+
+if TYPE_CHECKING:
+    from glm.config import ModelConfig
+
+MAX_KV_TOKENS = 2**31 - 1
+MOST_SEQS = 4096
+MOST_PREFILL_CHUNK = 65536
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", start=1)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a model allows a plan: `max_context` tokens, and KV bytes for each token that a stage caches."""
+
+    max_context: int
+    kv_bytes_per_token: Callable[[StagePlan], int]
+
+
+def limits_of(config: ModelConfig) -> ModelLimits:
+    """Of a model of this shape. Imports torch, so ask only when about to launch."""
+    from glm.cost import kv_bytes_per_token
+    from glm.precision import Precision
+
+    def kv_bytes(stage: StagePlan) -> int:
+        num_layers, device_type = stage.layer_end - stage.layer_start, stage.device.partition(":")[0]
+        return kv_bytes_per_token(config, num_layers, Precision(stage.precision), device_type)
+
+    return ModelLimits(config.max_context, kv_bytes)
+
+
+def parse_bytes(text: str) -> int | None:
+    """`2GiB`, `1.5 GB`, `300 MB`, `4096 B`: bytes. None for anything else, a number without a unit included."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt]i?|)b", text.strip().lower())
+    return None if match is None else int(float(match[1]) * _UNITS[match[2]])
+
+
+def traffic_faults(request: PlanRequest, limits: ModelLimits | None) -> list[str]:
+    """What is wrong with the settings of the plan as a whole, as far as `limits` are known."""
+    most_tokens = MAX_KV_TOKENS if limits is None else limits.max_context
+    why = "" if limits is None else ", the model's context"
+    faults = [
+        f"{name} {value} is out of range; it must be from {least} to {most}{reason}"
+        for name, value, least, most, reason in (
+            ("max_num_seqs", request.max_num_seqs, 1, MOST_SEQS, ""),
+            ("max_model_len", request.max_model_len, 2, most_tokens, why),
+            ("prefill_chunk", request.prefill_chunk, 1, MOST_PREFILL_CHUNK, ""),
+        )
+        if value is not None and not least <= value <= most
+    ]
+    if request.kv_budget is not None and request.kv_budget_tokens is not None:
+        faults.append(_both_given("", request.kv_budget_tokens, request.kv_budget))
+    return faults
+
+
+def kv_budget_in_tokens(
+    origin: str, num_tokens: int | None, size: str | None, stage: StagePlan | None, limits: ModelLimits | None
+) -> tuple[int | None, list[str]]:
+    """A stage's KV budget, however it was stated, and what is wrong with it.
+
+    Where `stage` is None its layers or precision are at fault, and a size is only looked at, not turned into tokens.
+    """
+    if num_tokens is not None and size is not None:
+        return None, [_both_given(f"{origin}: ", num_tokens, size)]
+    if size is None:
+        wrong = [] if num_tokens is None else out_of_range(origin, "kv_budget_tokens", num_tokens, MAX_KV_TOKENS)
+        return num_tokens, wrong
+    num_bytes = parse_bytes(size)
+    if num_bytes is None:
+        return None, [f"{origin}: kv_budget {size!r} is not a size; write a number and a unit, such as 2GiB or 800MB"]
+    if limits is None:
+        return None, [f"{origin}: kv_budget {size} means nothing without a model; use kv_budget_tokens"]
+    if stage is None:
+        return None, []
+    rate = limits.kv_bytes_per_token(stage)
+    held = num_bytes // rate
+    if not 1 <= held <= MAX_KV_TOKENS:
+        needs = f"a token takes {rate} bytes in this stage, and a budget holds from 1 to {MAX_KV_TOKENS} tokens"
+        return None, [f"{origin}: kv_budget {size} is out of range; {needs}"]
+    return held, []
+
+
+def out_of_range(origin: str, name: str, value: int, most: int) -> list[str]:
+    """A fault if `value` is not from 1 to `most`."""
+    if 1 <= value <= most:
+        return []
+    return [f"{origin}: {name} {value} is out of range; it must be from 1 to {most}"]
+
+
+def longest_context(plan: Plan, max_context: int, kv_budgets: Sequence[int] = ()) -> int:
+    """Most tokens of prompt and answer together; `kv_budgets` are the stages' own, in tokens."""
+    return min(max_context, plan.max_model_len or max_context, *kv_budgets)
+
+
+def context_line(plan: Plan, max_context: int, kv_budgets: Sequence[int]) -> str:
+    """For the start-up report: the longest context, and what sets it."""
+    longest = longest_context(plan, max_context, kv_budgets)
+    text = f"longest context: {longest} tokens"
+    if longest == max_context:
+        return f"{text}, the model's own"
+    if longest == plan.max_model_len:
+        return f"{text}, the plan's max_model_len (the model's own is {max_context})"
+    tightest = list(kv_budgets).index(longest)
+    stage = plan.stages[tightest]
+    return (
+        f"{text}, the KV budget of stage {tightest + 1} ({stage.device}, layers {stage.layers_text}); "
+        f"the model's own is {max_context}"
+    )
+
+
+def _both_given(where: str, num_tokens: int, size: str) -> str:
+    return f"{where}kv_budget_tokens {num_tokens} and kv_budget {size} are both given; state the budget in one way"
