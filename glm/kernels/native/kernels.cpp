@@ -146,7 +146,7 @@ void read_chunk(void *context, int64_t chunk) {
 void multiply(const Weight &w, const void *x, int64_t num_tokens, void *out, int num_threads) {
     const auto product = [&](auto format) { Product<decltype(format)>(w, x, num_tokens, out).run(num_threads); };
     const auto integers = [&](auto of_1, auto of_2, auto of_3) {
-        w.is_exact ? product(of_3) : num_tokens > kMostOfTwoTerms ? product(of_1) : product(of_2);
+        w.is_exact ? product(of_3) : w.bits == 4 || num_tokens > kMostOfTwoTerms ? product(of_1) : product(of_2);
     };
     if (w.bits == 16)
         product(Halves{});

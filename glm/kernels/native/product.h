@@ -7,7 +7,7 @@ constexpr int64_t kRows = 32;   // rows of a weight that lie together
 constexpr int64_t kLanes = 16;  // half of them, computed side by side
 constexpr int64_t kGroup = 32;  // columns that share a scale
 
-// Of integers that need not be exact: up to so many tokens activations have two bytes, where the instruction set makes a
+// Of int8 that need not be exact: up to so many tokens activations have two bytes, where the instruction set makes a
 // choice, and one in longer prompts, which take half the time so.
 constexpr int64_t kMostOfTwoTerms = 64;
 
