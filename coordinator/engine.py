@@ -1,33 +1,42 @@
-"""Turns waiting sequences into tokens: one call of `step` is one walk of the chain."""
+"""Turns waiting sequences into tokens: `step` sends what may be on its way, then takes what came back."""
 
 import itertools
+import time
+from collections.abc import Callable
 
 import torch
 
+from coordinator.chain import Chain, InFlight
 from coordinator.errors import GenerationError
+from coordinator.kept_prefixes import KeptPrefix, KeptPrefixes, find_reuse
+from coordinator.next_tokens import next_tokens
+from coordinator.pacing import Pacing
 from coordinator.pipeline import Outcome, Pipeline
-from coordinator.scheduler import Chunk, next_step
+from coordinator.scheduler import Decision, SchedulerSettings, StepKind, admissible, next_step, with_drafts
 from coordinator.sequence import Sequence
-from coordinator.timing import EndsClock, StepTiming, step_timing
+from coordinator.timing import EngineLoad, SpanRecord, StepRecord, StepTiming, step_record, step_timing
 from glm.ends import Embedding, Head
-from protocol.data import DropSequence, KvUpdate, Span, Step, StepFailed
-from protocol.limits import MAX_UPDATES
+from glm.speculation import PromptLookup, StepCost
+from protocol.data import DropSequence, ForkSequence, StepFailed, TruncateSequence
 
-EPOCH = 1
-"""Rises with every change of the pipeline; a pipeline never changes yet."""
+TookPart = list[tuple[Sequence, StepTiming | None]]
 
 
 class Engine:
     """Both ends of the model, the chain between them, and the sequences being generated."""
 
-    def __init__(self, embedding: Embedding, head: Head, pipeline: Pipeline, kv_budget_tokens: int) -> None:
+    def __init__(self, embedding: Embedding, head: Head, pipeline: Pipeline, settings: SchedulerSettings) -> None:
         self.embedding = embedding
         self.head = head
-        self._pipeline = pipeline
-        self._kv_budget_tokens = kv_budget_tokens
+        self.settings = settings
+        self.observers: list[Callable[[StepRecord], None]] = []
+        self.pacing = Pacing(settings.max_steps_in_flight, settings.steps_in_flight)
+        self._chain = Chain(embedding, pipeline)
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._updates: list[KvUpdate] = []
-        self._step_ids = itertools.count(1)
+        self._kept = KeptPrefixes()
+        self._step_cost = StepCost()
+        self._last_kind: StepKind = "decode"
         self._sequence_ids = itertools.count(1)
 
     def new_sequence_id(self) -> int:
@@ -35,8 +44,10 @@ class Engine:
         return next(self._sequence_ids)
 
     def add(self, sequence: Sequence) -> None:
-        """Generate for this sequence from the next step on."""
-        self._running.append(sequence)
+        """Generate for this sequence as soon as it fits."""
+        if self.settings.speculate and sequence.drafter is None:
+            sequence.drafter = PromptLookup(sequence.token_ids)
+        self._waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop generating for it; the stages forget it before anything else they do."""
@@ -44,114 +55,225 @@ class Engine:
             sequence.finish_reason = "cancelled"
         self._retire()
 
+    def forget_prefixes(self) -> None:
+        """Let the stages drop whatever ended sequences left there."""
+        self._chain.updates += map(DropSequence, self._kept.evict(self._kept.num_tokens))
+        self._retire()
+
     @property
     def is_idle(self) -> bool:
         """Whether `step` would have nothing to compute."""
-        return not self._running
+        return not self._running and not self._waiting
 
-    def step(self) -> list[tuple[Sequence, StepTiming | None]]:
-        """Walk the chain once; returns each sequence that took part or ended, with what its step cost.
+    def queue_position(self, sequence: Sequence) -> int:
+        """Its place among those that wait, from 1; 0 when it is being served (or is finished)."""
+        return next((at for at, other in enumerate(self._waiting, start=1) if other is sequence), 0)
+
+    def load(self) -> EngineLoad:
+        """What is going on, in numbers."""
+        return EngineLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_tokens_held=sum(sequence.num_held for sequence in self._running),
+            kv_budget_tokens=self.settings.kv_budget_tokens,
+            steps_in_flight=len(self._chain),
+            num_kept_prefixes=len(self._kept),
+            kept_tokens=self._kept.num_tokens,
+        )
+
+    def step(self) -> TookPart:
+        """Fill the chain, then take one outcome; each sequence that took part or ended, with what its step cost.
 
         Raises:
             StageLost: a stage is gone.
         """
-        decision = next_step(self._running, self._kv_budget_tokens)
-        for sequence in decision.rejected:
-            sequence.error = self._over_budget(sequence, decision.held)
-        took_part: list[tuple[Sequence, StepTiming | None]] = [(s, None) for s in decision.rejected]
-        if decision.chunks:
-            clock = EndsClock()
-            outcome = self._walk(decision.chunks, clock)
-            if isinstance(outcome.message, StepFailed):
-                self._fail(decision.chunks, outcome.message)
-            else:
-                self._sample(decision.chunks, outcome, clock)
-            timing = step_timing(outcome, clock)
-            took_part += [(chunk.sequence, timing) for chunk in decision.chunks]
+        with self._chain.doubted():
+            rejected = self._admit()
+            while len(self._chain) < self.settings.max_steps_in_flight and self._send_next():
+                pass
+            if not len(self._chain):
+                rejected += self._reject_stuck()
+            took_part = self._take(*self._chain.collect()) if len(self._chain) else []
         self._retire()
-        return took_part
+        return [*((sequence, None) for sequence in rejected), *took_part]
 
     def prefill(self, sequence: Sequence) -> torch.Tensor:
-        """Feed the whole prompt of an added sequence, without sampling; the last layer's [num_tokens, hidden_size].
+        """Feed the whole prompt of an added sequence, alone, without sampling; the last layer's [num_tokens, hidden].
 
         Raises:
             GenerationError: a stage could not do it.
         """
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
         parts = []
-        while sequence.num_cached < sequence.num_prompt:
-            decision = next_step([sequence], self._kv_budget_tokens)
-            chunks = decision.chunks
-            if not chunks:
-                raise self._over_budget(sequence, decision.held)
-            outcome = self._walk(chunks, EndsClock())
-            if outcome.hidden is None:
-                assert isinstance(outcome.message, StepFailed)
-                self._fail(chunks, outcome.message)
-                self._retire()
-                assert sequence.error is not None
-                raise sequence.error
-            sequence.num_cached += chunks[0].num_tokens
-            parts.append(outcome.hidden)
+        with self._chain.doubted():
+            while sequence.num_sent < sequence.num_prompt and sequence.error is None:
+                self._send(next_step([sequence], self.settings, kind="prefill"))
+                flight, outcome = self._chain.collect()
+                while not flight.chunks:  # carried updates only
+                    flight, outcome = self._chain.collect()
+                if outcome.hidden is None:
+                    self._fail(flight, outcome)
+                else:
+                    parts.append(outcome.hidden)
+        self._retire()
+        if sequence.error is not None:
+            raise sequence.error
         return torch.cat(parts)
 
-    def _walk(self, chunks: tuple[Chunk, ...], clock: EndsClock) -> Outcome:
-        ids = [i for c in chunks for i in c.sequence.token_ids[c.start_pos : c.start_pos + c.num_tokens]]
-        with clock.embedding:
-            hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
-        updates = tuple(self._updates[:MAX_UPDATES])
-        step = Step(EPOCH, next(self._step_ids), updates, tuple(_span(chunk) for chunk in chunks), ())
-        self._pipeline.submit(step, hidden)
-        del self._updates[: len(updates)]
-        outcome = self._pipeline.collect(EPOCH)
-        while outcome.message.step_id != step.step_id:  # of a step whose walk was interrupted, by Ctrl-C for example
-            outcome = self._pipeline.collect(EPOCH)
-        return outcome
+    # -- what to send
 
-    def _sample(self, chunks: tuple[Chunk, ...], outcome: Outcome, clock: EndsClock) -> None:
-        assert outcome.hidden is not None
-        ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
-        wanted = [(chunk, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
-        for chunk in chunks:
-            chunk.sequence.num_cached += chunk.num_tokens
-        if not wanted:
-            return
-        try:
-            with clock.head:
-                logits = self.head.forward(outcome.hidden[[row for _, row in wanted]])
-        except (RuntimeError, MemoryError) as error:  # torch says so when a device has no memory left
-            for chunk, _ in wanted:
-                chunk.sequence.error = GenerationError(f"the coordinator could not compute the logits: {error}")
-            return
-        with clock.sampling:
-            for (chunk, _), row in zip(wanted, logits, strict=True):
-                chunk.sequence.append(chunk.sequence.sampler.sample(row))
+    def _admit(self) -> list[Sequence]:
+        """Whoever fits starts; returns one that never will, because it does not fit even alone."""
+        for sequence in admissible(self._waiting, self._running, self.settings):
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+            self._reuse(sequence)
+            self.pacing.disturb()
+        self._running.sort(key=lambda sequence: sequence.sequence_id)
+        return [self._over_budget(self._waiting[0])] if self._waiting and not self._running else []
 
-    def _fail(self, chunks: tuple[Chunk, ...], failed: StepFailed) -> None:
+    def _reuse(self, sequence: Sequence) -> None:
+        """Let it go on from what an ended sequence left, or copy what a running one has, where they begin alike."""
+        if not self.settings.reuse or sequence.layout is not None or sequence.wants_prompt_logprobs:
+            return
+        others = [s for s in self._running if s is not sequence and s.layout is None]
+        running = [KeptPrefix(other.kv_id, tuple(other.token_ids[: other.num_sent])) for other in others]
+        taken = sum(other.num_reserved for other in self._running) + self._kept.num_tokens
+        reuse = find_reuse(sequence.token_ids, self._kept, running, self.settings.kv_budget_tokens - taken)
+        if reuse is None:
+            return
+        if reuse.takes_over:
+            self._kept.take(reuse.source)
+            sequence.kv_id = reuse.source
+            self._chain.updates.append(TruncateSequence(reuse.source, reuse.num_tokens))
+        else:
+            self._chain.updates.append(ForkSequence(reuse.source, sequence.kv_id, reuse.num_tokens))
+        sequence.num_sent = sequence.num_cached = sequence.num_held = reuse.num_tokens
+        sequence.num_reused = min(reuse.num_tokens, sequence.num_prompt)
+
+    def _send_next(self) -> bool:
+        """Send one more step if there is anything to feed: prompts and answers take turns."""
+        kinds: tuple[StepKind, StepKind] = ("prefill", "decode")
+        for kind in kinds if self._last_kind == "decode" else reversed(kinds):
+            decision = self._decide(kind)
+            for sequence in decision.set_back:
+                self._set_back(sequence)
+            if decision.chunks:
+                self._send(decision)
+                return True
+        return False
+
+    def _decide(self, kind: StepKind) -> Decision:
+        if kind == "prefill":
+            return next_step(self._running, self.settings, kind="prefill")
+        num_decoding = sum(not sequence.is_prefilling for sequence in self._running)
+        steps = self.pacing.choose(num_decoding)
+        if not num_decoding or self._chain.num_in_flight("decode") >= steps:
+            return Decision("decode")
+        share = -(-num_decoding // steps)
+        decision = next_step(self._running, self.settings, kind="decode", most_decoding=share)
+        return self._with_drafts(decision) if self.settings.speculate else decision
+
+    def _with_drafts(self, decision: Decision) -> Decision:
+        drafts: list[tuple[int, ...]] = []
+        num_tokens = len(decision.chunks)
+        for sequence in (chunk.sequence for chunk in decision.chunks):
+            drafted: list[int] = []
+            if sequence.drafter is not None:
+                most = min(sequence.draft_length.choose(self._step_cost, num_tokens - 1), sequence.most_drafts)
+                drafted = sequence.drafter.draft(most) if most else []
+            drafts.append(tuple(drafted))
+            num_tokens += len(drafted)
+        taken = sum(max(sequence.num_reserved, len(sequence.token_ids)) for sequence in self._running)
+        return with_drafts(decision, self.settings.kv_budget_tokens - taken, drafts)
+
+    def _set_back(self, sequence: Sequence) -> None:
+        """The newest gives way to the older ones; it is computed again when there is room."""
+        self._chain.updates.append(DropSequence(sequence.kv_id))
+        sequence.set_back()
+        self._running.remove(sequence)
+        self._waiting.append(sequence)
+        self._waiting.sort(key=lambda waiting: waiting.sequence_id)
+        self.pacing.disturb()
+
+    def _send(self, decision: Decision) -> None:
+        growth = sum(max(0, c.end + len(c.drafted) - c.sequence.num_reserved) for c in decision.chunks)
+        taken = sum(sequence.num_reserved for sequence in self._running) + self._kept.num_tokens
+        evicted = self._kept.evict(taken + growth - self.settings.kv_budget_tokens)
+        self._chain.updates += map(DropSequence, evicted)
+        self._chain.send(decision.kind, decision.chunks)
+        self._last_kind = decision.kind
+        if decision.kind == "prefill":
+            self.pacing.disturb()
+
+    # -- what came back
+
+    def _take(self, flight: InFlight, outcome: Outcome) -> TookPart:
+        num_before = sum(len(chunk.sequence.token_ids) for chunk in flight.chunks)
+        if outcome.hidden is None:
+            self._fail(flight, outcome)
+        elif flight.chunks:
+            next_tokens(self.head, flight.chunks, outcome.hidden, flight.clock)
+        timing = step_timing(outcome, flight.clock)
+        if flight.kind == "decode":
+            self._learn(flight, timing)
+        if self.observers:
+            num_new = sum(len(chunk.sequence.token_ids) for chunk in flight.chunks) - num_before
+            spans = tuple(SpanRecord(c.sequence.sequence_id, c.start_pos, len(c.token_ids)) for c in flight.chunks)
+            record = step_record(outcome, spans, flight.clock, flight.kind or "updates", num_new)
+            for observer in self.observers:
+                observer(record)
+        return [(chunk.sequence, timing) for chunk in flight.chunks]
+
+    def _learn(self, flight: InFlight, timing: StepTiming) -> None:
+        """What a step of this size costs, and how fast the sequences come along with so many steps in flight."""
+        compute_s = sum(stage.compute_s for stage in timing.stages) + timing.ends.compute_s
+        self._step_cost.observe(sum(len(chunk.token_ids) for chunk in flight.chunks), compute_s)
+        num_decoding = sum(not sequence.is_prefilling for sequence in self._running)
+        self.pacing.observe(num_decoding, len(flight.chunks), time.monotonic())
+
+    def _fail(self, flight: InFlight, outcome: Outcome) -> None:
+        failed = outcome.message
+        assert isinstance(failed, StepFailed)
         text = f"stage {failed.stage_index + 1} could not do the step ({failed.code}): {failed.text}"
-        for chunk in chunks:
-            chunk.sequence.error = GenerationError(text)
+        for chunk in flight.chunks:
+            if not chunk.sequence.is_finished:
+                chunk.sequence.error = GenerationError(text)
 
-    def _over_budget(self, sequence: Sequence, held: int) -> GenerationError:
-        return GenerationError(
+    # -- who leaves
+
+    def _reject_stuck(self) -> list[Sequence]:
+        """A sequence that runs alone and cannot grow within the budget would wait for ever."""
+        return [self._over_budget(sequence) for sequence in self._running[:1]]
+
+    def _over_budget(self, sequence: Sequence) -> Sequence:
+        sequence.error = GenerationError(
             f"this request needs {len(sequence.token_ids)} tokens of KV cache; the tightest stage has "
-            f"{self._kv_budget_tokens}, of which other requests hold {held}: shorten it, or raise kv_budget_tokens"
+            f"{self.settings.kv_budget_tokens}: shorten it, or raise kv_budget_tokens"
         )
+        return sequence
 
     def _retire(self) -> None:
-        for sequence in self._running:
-            if sequence.is_finished:
-                self._updates.append(DropSequence(sequence.sequence_id))
+        ended = [sequence for sequence in self._running if sequence.is_finished]
+        for sequence in ended:
+            self._leave(sequence)
+        if ended:
+            self.pacing.disturb()
         self._running = [sequence for sequence in self._running if not sequence.is_finished]
-        while self._updates and not self._running:
-            self._walk((), EndsClock())  # nothing else would carry the news, and the stages would go on holding the KV
+        self._waiting = [sequence for sequence in self._waiting if not sequence.is_finished]
+        if self.is_idle and self._chain.updates:
+            with self._chain.doubted():
+                self._chain.flush()
 
-
-def _span(chunk: Chunk) -> Span:
-    layout = chunk.sequence.layout
-    return Span(
-        sequence_id=chunk.sequence.sequence_id,
-        start_pos=chunk.start_pos,
-        num_tokens=chunk.num_tokens,
-        context_length=None if layout is None else layout.context_length,
-        mask_position=None if layout is None else layout.mask_position,
-    )
+    def _leave(self, sequence: Sequence) -> None:
+        """What an answer leaves in the stages is kept for its next turn; of any other ending nothing is."""
+        is_whole = sequence.error is None and sequence.finish_reason != "cancelled"
+        is_kept = is_whole and self.settings.reuse and sequence.layout is None and not sequence.num_steps_in_flight
+        if not is_kept:
+            self._chain.updates.append(DropSequence(sequence.kv_id))
+            return
+        if sequence.num_held > sequence.num_cached:
+            self._chain.updates.append(TruncateSequence(sequence.kv_id, sequence.num_cached))
+        contained = self._kept.keep(sequence.kv_id, sequence.token_ids[: sequence.num_cached])
+        self._chain.updates += map(DropSequence, contained)

@@ -1,63 +1,175 @@
-"""Decides the next step from the state of the sequences: pure, no sockets, no clock."""
+"""Decides who is admitted and what the next step carries: pure, no sockets, no clock."""
 
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+from typing import Literal
 
 from coordinator.sequence import Sequence
 from protocol.limits import MAX_SPANS
 
-PREFILL_CHUNK_TOKENS = 1024
-"""Longest piece of a causal prompt fed at once, which bounds the memory of its attention; a prefix LM's stays whole."""
+HEADROOM_TOKENS = 16
+"""Room that each running sequence must keep to grow when another is admitted: or it would soon be set back again."""
+
+StepKind = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """What bounds the steps.
+
+    `kv_budget_tokens` is the tightest stage's. `max_model_len` counts prompt and answer. `prefill_chunk` is the most
+    prompt tokens of one step; a prefix LM's prompts travel whole all the same. `max_steps_in_flight` counts all steps
+    on their way along the chain. `steps_in_flight` fixes how many decode steps the sequences are dealt out to; None
+    leaves that to measurement. `reuse` keeps what ended sequences cached for those that begin alike.
+    """
+
+    kv_budget_tokens: int
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    prefill_chunk: int = 256
+    max_steps_in_flight: int = 2
+    steps_in_flight: int | None = None
+    speculate: bool = True
+    reuse: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start_pos, start_pos + num_tokens) of a sequence, to be fed in the next step."""
+    """Tokens [start_pos, start_pos + num_tokens) of a sequence, to be fed in the next step, then drafted ones."""
 
     sequence: Sequence
     start_pos: int
     num_tokens: int
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What is fed, drafted ids last."""
+        return [*self.sequence.token_ids[self.start_pos : self.end], *self.drafted]
+
+    @property
+    def end(self) -> int:
+        """Behind the last token that is not drafted."""
+        return self.start_pos + self.num_tokens
 
     @property
     def completes(self) -> bool:
         """Whether all known tokens are fed after this, so that a new one can be sampled."""
-        return self.start_pos + self.num_tokens == len(self.sequence.token_ids)
+        return self.end == len(self.sequence.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`chunks` make the next step; `rejected` sequences cannot go on within the KV budget.
+    """`chunks` make the next step, of one kind only; `set_back` sequences lose what the stages hold of them."""
 
-    `held` is how many tokens of the budget the others take.
+    kind: StepKind
+    chunks: tuple[Chunk, ...] = ()
+    set_back: tuple[Sequence, ...] = ()
+
+
+def admissible(
+    waiting: AbstractSequence[Sequence], running: AbstractSequence[Sequence], settings: SchedulerSettings
+) -> list[Sequence]:
+    """Those that may start now, in order of arrival: nobody overtakes one that does not fit yet.
+
+    One that waits for the prompt of another (`leader`) does not hold up those behind it.
     """
+    admitted: list[Sequence] = []
+    num_running = len(running)
+    taken = sum(sequence.num_reserved for sequence in running)
+    for sequence in waiting:
+        if sequence.leader is not None and not _is_led(sequence.leader):
+            continue
+        headroom = (1 + num_running) * HEADROOM_TOKENS if num_running else 0
+        needed = len(sequence.token_ids) + headroom
+        if num_running >= settings.max_num_seqs or taken + needed > settings.kv_budget_tokens:
+            break
+        admitted.append(sequence)
+        num_running += 1
+        taken += len(sequence.token_ids)
+    return admitted
 
-    chunks: tuple[Chunk, ...]
-    rejected: tuple[Sequence, ...]
-    held: int
+
+def _is_led(leader: Sequence) -> bool:
+    return leader.is_finished or leader.num_cached >= leader.num_prompt
 
 
-def next_step(running: AbstractSequence[Sequence], kv_budget_tokens: int) -> Decision:
-    """A prompt is fed alone, first come first served; without one waiting, all sequences decode together.
+def next_step(
+    running: AbstractSequence[Sequence],
+    settings: SchedulerSettings,
+    *,
+    kind: StepKind,
+    most_decoding: int = MAX_SPANS,
+) -> Decision:
+    """The next step of this kind; without chunks when there is nothing to feed or all of it is on its way.
 
-    `running` is in order of arrival. Sequences whose tokens would exceed the budget, the newest first, are rejected:
-    a request too large fails by itself. Of more sequences than a step can carry the oldest are fed.
+    Args:
+        running: in order of arrival.
+        most_decoding: so many sequences at most share a decode step.
     """
-    live = [sequence for sequence in running if not sequence.is_finished]
-    rejected: list[Sequence] = []
-    held = 0
-    for sequence in live:
-        needed = len(sequence.token_ids)
-        if held + needed > kv_budget_tokens:
-            rejected.append(sequence)
+    if kind == "prefill":
+        return Decision("prefill", _prefill(running, settings))
+    return _decode(running, settings, most_decoding)
+
+
+def _prefill(running: AbstractSequence[Sequence], settings: SchedulerSettings) -> tuple[Chunk, ...]:
+    """Prompts in order of arrival, packed up to the chunk's size; a prefix LM's whole, at least one."""
+    chunks: list[Chunk] = []
+    room = settings.prefill_chunk
+    for sequence in running:
+        if not sequence.is_prefilling or sequence.is_finished:
+            continue
+        remaining = len(sequence.token_ids) - sequence.num_sent
+        if sequence.layout is None:
+            size = min(remaining, room)
+        elif sequence.num_steps_in_flight or (chunks and remaining > room):
+            continue
         else:
-            held += needed
-    kept = [sequence for sequence in live if sequence not in rejected]
-    prefill = next((s for s in kept if s.num_cached < s.num_prompt), None)
-    fed = [prefill] if prefill is not None else kept[:MAX_SPANS]
-    return Decision(tuple(_chunk(sequence) for sequence in fed), tuple(rejected), held)
+            size = remaining
+        chunks.append(Chunk(sequence, sequence.num_sent, size))
+        room -= size
+        if room <= 0 or len(chunks) == MAX_SPANS:
+            break
+    return tuple(chunks)
 
 
-def _chunk(sequence: Sequence) -> Chunk:
-    remaining = len(sequence.token_ids) - sequence.num_cached
-    size = remaining if sequence.layout is not None else min(remaining, PREFILL_CHUNK_TOKENS)
-    return Chunk(sequence, sequence.num_cached, size)
+def _decode(running: AbstractSequence[Sequence], settings: SchedulerSettings, most: int) -> Decision:
+    """Whoever waited longest goes first. Growth beyond the budget sets back the newest sequences.
+
+    One whose tokens are under way cannot be set back: those that would need its room wait until they are there.
+    """
+    ready = [s for s in running if not s.is_prefilling and not s.num_steps_in_flight and not s.is_finished]
+    ready.sort(key=lambda sequence: (sequence.last_step_id, sequence.sequence_id))
+    kept = list(running)
+    set_back: list[Sequence] = []
+    chunks: list[Chunk] = []
+    taken = sum(sequence.num_reserved for sequence in running)
+    for sequence in ready[: min(most, MAX_SPANS)]:
+        if sequence in set_back:
+            continue
+        growth = max(0, len(sequence.token_ids) - sequence.num_reserved)
+        fed = {id(chunk.sequence) for chunk in chunks}
+        while taken + growth > settings.kv_budget_tokens:
+            victim = max(kept, key=lambda s: s.sequence_id)
+            if victim.num_steps_in_flight or id(victim) in fed or (victim is sequence and len(kept) == 1):
+                break
+            kept.remove(victim)
+            set_back.append(victim)
+            taken -= victim.num_reserved
+            if victim is sequence:
+                break
+        if sequence in set_back or taken + growth > settings.kv_budget_tokens:
+            continue
+        taken += growth
+        chunks.append(Chunk(sequence, len(sequence.token_ids) - 1, 1))
+    return Decision("decode", tuple(chunks), tuple(set_back))
+
+
+def with_drafts(decision: Decision, room: int, drafts: AbstractSequence[tuple[int, ...]]) -> Decision:
+    """The decision with drafted tokens behind each chunk, as far as `room` tokens of the KV budget go."""
+    chunks = []
+    for chunk, drafted in zip(decision.chunks, drafts, strict=True):
+        kept = drafted[: max(0, room)]
+        room -= len(kept)
+        chunks.append(Chunk(chunk.sequence, chunk.start_pos, chunk.num_tokens, kept))
+    return Decision(decision.kind, tuple(chunks), decision.set_back)

@@ -1,0 +1,122 @@
+"""Steps on their way along the stages: sent at one end, matched with what comes back at the other."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from coordinator.pipeline import Outcome, Pipeline
+from coordinator.scheduler import Chunk, StepKind
+from coordinator.timing import EndsClock
+from glm.ends import Embedding
+from protocol.data import KvUpdate, Span, Step
+from protocol.limits import MAX_UPDATES
+
+EPOCH = 1
+"""Rises with every change of the pipeline; a pipeline never changes yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step on its way; `kind` is None for one that carries updates only."""
+
+    step_id: int
+    kind: StepKind | None
+    chunks: tuple[Chunk, ...]
+    clock: EndsClock = field(default_factory=EndsClock)
+
+
+class Chain:
+    """The stages with what is on its way through them, first in, first out.
+
+    `updates` wait here for the next step, which takes them along. A sequence's state changes once its step is out:
+    interrupted before that, the same tokens are simply sent again, which the stages recognise by their positions.
+    """
+
+    def __init__(self, embedding: Embedding, pipeline: Pipeline) -> None:
+        self.embedding = embedding
+        self.updates: list[KvUpdate] = []
+        self._pipeline = pipeline
+        self._in_flight: deque[InFlight] = deque()
+        self._is_doubtful = False
+        self._step_ids = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def num_in_flight(self, kind: StepKind) -> int:
+        """How many steps of this kind are on their way."""
+        return sum(flight.kind == kind for flight in self._in_flight)
+
+    def send(self, kind: StepKind, chunks: tuple[Chunk, ...]) -> None:
+        """Embed the chunks' tokens and send them as one step."""
+        step_id = self._submit(kind, chunks)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_sent = chunk.end
+            sequence.num_held = chunk.end + len(chunk.drafted)
+            sequence.num_steps_in_flight += 1
+            sequence.last_step_id = step_id
+
+    def flush(self) -> None:
+        """Send the updates although there is nothing to compute. Nobody waits for these steps' outcomes."""
+        while self.updates:
+            self._submit(None, ())
+
+    def collect(self) -> tuple[InFlight, Outcome]:
+        """The next outcome. Steps before it that never came back were lost by an interruption, and are sent again.
+
+        Raises:
+            StageLost: a stage is gone.
+        """
+        if self._is_doubtful:
+            self._submit(None, ())  # its outcome at least will come
+            self._is_doubtful = False
+        while True:
+            outcome = self._pipeline.collect(EPOCH)
+            while self._in_flight and self._in_flight[0].step_id <= outcome.message.step_id:
+                flight = self._in_flight.popleft()
+                was_lost = flight.step_id < outcome.message.step_id
+                for chunk in flight.chunks:
+                    sequence = chunk.sequence
+                    sequence.num_steps_in_flight -= 1
+                    if was_lost:
+                        sequence.num_sent = min(sequence.num_sent, chunk.start_pos)
+                    else:
+                        sequence.num_cached = chunk.end
+                if not was_lost:
+                    return flight, outcome
+
+    @contextmanager
+    def doubted(self) -> Iterator[None]:
+        """Whatever interrupts this block may have swallowed an outcome: `collect` must not wait for it afterwards."""
+        try:
+            yield
+        except BaseException:
+            self._is_doubtful = bool(self._in_flight)
+            raise
+
+    def _submit(self, kind: StepKind | None, chunks: tuple[Chunk, ...]) -> int:
+        updates = tuple(self.updates[:MAX_UPDATES])
+        flight = InFlight(next(self._step_ids), kind, chunks)
+        with flight.clock.embedding:
+            ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
+            hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
+        self._pipeline.submit(Step(EPOCH, flight.step_id, updates, tuple(map(_span, chunks)), ()), hidden)
+        self._in_flight.append(flight)
+        del self.updates[: len(updates)]
+        return flight.step_id
+
+
+def _span(chunk: Chunk) -> Span:
+    layout = chunk.sequence.layout
+    return Span(
+        sequence_id=chunk.sequence.kv_id,
+        start_pos=chunk.start_pos,
+        num_tokens=chunk.num_tokens + len(chunk.drafted),
+        context_length=None if layout is None else layout.context_length,
+        mask_position=None if layout is None else layout.mask_position,
+    )
