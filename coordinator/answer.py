@@ -9,8 +9,14 @@ from coordinator.timing import StageShare, StepTiming
 from glm.answer import AnswerStream
 from glm.config import ModelConfig
 from glm.decoding import IncrementalDecoder, StopStringMatcher
+from glm.logprobs import TokenLogprob
 from glm.tokenizer import Tokenizer
+from protocol import client
 from protocol.client import Delta, Finished, FinishReason, GenerationStats, StageStats
+from protocol.limits import MAX_NOTES, clip_text
+
+NO_CHANCE = -1e30
+"""The log-probability, on the wire, of a token that the model gave no chance at all."""
 
 
 class Answer:
@@ -61,16 +67,25 @@ class Answer:
 
     def advance(self) -> Delta | None:
         """The text that became final since the last call; None when there are no new ids."""
-        new_ids = self.sequence.new_ids[self._num_seen :]
-        if not new_ids:
+        start, new_ids = self._num_seen, self.sequence.new_ids
+        if self.found_stop_string or start == len(new_ids):
             return None
         if self._first_token_at_s is None:
             self._first_token_at_s = time.monotonic()
-        self._num_seen += len(new_ids)
-        return Delta(self.request_id, self._show("".join(map(self._decode, new_ids))), tuple(new_ids))
+        text = ""
+        for token_id in new_ids[start:]:
+            text += self._show(self._decode(token_id))
+            self._num_seen += 1
+            if self.found_stop_string:  # of several tokens of one step, those behind it do not count
+                break
+        logprobs = tuple(map(_to_wire, self.sequence.logprobs[start : self._num_seen]))
+        return Delta(self.request_id, text, tuple(new_ids[start : self._num_seen]), logprobs)
 
-    def close(self) -> tuple[Delta | None, Finished]:
-        """What was held back, or came in steps that nobody looked at, if anything; and the whole outcome."""
+    def close(self, notes: AbstractSequence[str] = ()) -> tuple[Delta | None, Finished]:
+        """What was held back, or came in steps that nobody looked at, if anything; and the whole outcome.
+
+        `notes` become part of its stats.
+        """
         missed = self.advance() or Delta(self.request_id, "", ())
         tail = self._matcher.push(self._decoder.flush()) if self._decoder else ""
         tail += self._matcher.flush()
@@ -82,10 +97,10 @@ class Answer:
             self.request_id,
             "stop_string" if self.found_stop_string else finish_reason,
             "".join(self._text),
-            tuple(self.sequence.new_ids),
-            self._stats(),
+            tuple(self.sequence.new_ids[: self._num_seen]),
+            self._stats(notes),
         )
-        last = Delta(self.request_id, missed.text + tail, missed.token_ids)
+        last = Delta(self.request_id, missed.text + tail, missed.token_ids, missed.logprobs)
         return (last if last.text or last.token_ids else None), finished
 
     def _decode(self, token_id: int) -> str:
@@ -100,14 +115,19 @@ class Answer:
         self._text.append(text)
         return text
 
-    def _stats(self) -> GenerationStats:
+    def _stats(self, notes: AbstractSequence[str]) -> GenerationStats:
         now_s = time.monotonic()
         first_s = self._first_token_at_s or now_s
         return GenerationStats(
             prompt_tokens=self.sequence.num_prompt,
             prefill_s=first_s - self._started_at_s,
-            new_tokens=len(self.sequence.new_ids),
+            new_tokens=self._num_seen,
             guarded_tokens=self.sequence.sampler.num_guarded,
+            reused_tokens=self.sequence.num_reused,
+            drafted_tokens=self.sequence.num_drafted,
+            accepted_tokens=self.sequence.num_accepted,
+            set_backs=self.sequence.num_set_back,
+            notes=tuple(clip_text(note) for note in notes[:MAX_NOTES]),
             decode_s=now_s - first_s,
             total_s=now_s - self._started_at_s,
             stages=tuple(
@@ -123,3 +143,8 @@ class Answer:
                 for number, (stage, share) in enumerate(zip(self._plan.stages, self._shares, strict=True), start=1)
             ),
         )
+
+
+def _to_wire(logprob: TokenLogprob) -> client.TokenLogprob:
+    top = tuple(client.TopToken(token_id, max(value, NO_CHANCE)) for token_id, value in logprob.top)
+    return client.TokenLogprob(logprob.token_id, max(logprob.logprob, NO_CHANCE), top)

@@ -12,13 +12,15 @@ import torch
 from coordinator.answer import Answer
 from coordinator.closing import Closing
 from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
-from coordinator.engine import EPOCH, Engine
+from coordinator.chain import EPOCH
+from coordinator.engine import Engine
 from coordinator.errors import GenerationError
 from coordinator.launcher import LogSink
 from coordinator.limits import limits_of
 from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
+from coordinator.scheduler import SchedulerSettings
 from coordinator.sequence import Sequence
 from glm.chat_format import ChatMessage, Role, chat_format_for
 from glm.checkpoint import ModelSource
@@ -29,6 +31,7 @@ from glm.errors import TokenizerError
 from glm.generation import generation_defaults
 from glm.hub import resolve_description, resolve_model
 from glm.layer_cache import with_cache
+from glm.logprobs import TokenLogprob
 from glm.model_source import made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.precision import Precision
@@ -56,6 +59,9 @@ def launch(
     on_note: NoteSink | None = None,
     record_hidden_states: bool = False,
     check_memory: bool = True,
+    speculate: bool = True,
+    reuse: bool = True,
+    steps_in_flight: int | None = None,
 ) -> "ChatModel":
     """Start the workers of a plan and load a model into them.
 
@@ -66,6 +72,9 @@ def launch(
         on_progress, on_log: receive load progress, and the workers' log lines.
         on_note: receives what the memory of each device is going to hold, before anything loads.
         check_memory: refuse a plan that does not fit.
+        speculate: guess tokens that the text has had before, and verify several in one step.
+        reuse: keep what ended requests cached, for those that begin alike.
+        steps_in_flight: how many decode steps the sequences are dealt out to; None finds out what is fastest.
 
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError: a worker is not; of these
@@ -93,7 +102,17 @@ def launch(
         embedding, head = _load_ends(checkpoint, config, checked_plan)  # while the workers load
         cluster.load()
         budgets = [stage.kv_budget_tokens or budget for stage in checked_plan.stages]
-        engine = Engine(embedding, head, cluster.pipeline, min(budgets))
+        scheduling = SchedulerSettings(
+            kv_budget_tokens=min(budgets),
+            max_num_seqs=checked_plan.max_num_seqs,
+            max_model_len=checked_plan.max_model_len,
+            prefill_chunk=checked_plan.prefill_chunk,
+            max_steps_in_flight=len(checked_plan.stages) + 1,
+            steps_in_flight=steps_in_flight,
+            speculate=speculate,
+            reuse=reuse,
+        )
+        engine = Engine(embedding, head, cluster.pipeline, scheduling)
         return ChatModel(cluster, engine, config, model_dir, chat_format)
     except BaseException:
         cluster.close()
@@ -217,13 +236,31 @@ class ChatModel(Closing):
             self.engine.cancel(answer.sequence)
         if answer.sequence.error is not None:
             raise answer.sequence.error
-        tail, finished = answer.close()
+        tail, finished = answer.close(self.notes(answer))
         if tail is not None:
             yield tail
         yield finished
 
-    def begin(self, prompt: Prompt, sampling: client.SamplingParams | None = None, request_id: int = 0) -> Answer:
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and answer together, at most: the model's context, what the plan says, the tightest KV budget."""
+        settings = self.engine.settings
+        return min(self.config.max_context, settings.max_model_len or self.config.max_context, settings.kv_budget_tokens)
+
+    def begin(
+        self,
+        prompt: Prompt,
+        sampling: client.SamplingParams | None = None,
+        request_id: int = 0,
+        *,
+        num_logprobs: int | None = None,
+        leader: Sequence | None = None,
+    ) -> Answer:
         """Queue a request; `step` moves it on.
+
+        Args:
+            num_logprobs: note each new token's log-probability, and those of so many of the likeliest ones.
+            leader: a request with the same prompt, whose work this one shares as far as the family allows.
 
         Raises:
             GenerationError: it does not fit the model's context. TokenizerError: text for a model without tokenizer.
@@ -239,7 +276,9 @@ class ChatModel(Closing):
             end_ids=frozenset() if params.ignore_eos else frozenset(self.defaults.end_ids),
             max_new_tokens=params.max_new_tokens,
             max_length=self.defaults.max_length,
-            max_context=self.config.max_context,
+            max_context=self.max_model_len,
+            num_logprobs=num_logprobs,
+            leader=leader,
         )
         self.engine.add(sequence)
         return Answer(
@@ -252,6 +291,74 @@ class ChatModel(Closing):
             end_ids=() if params.ignore_eos else self.defaults.end_ids,
             clean=isinstance(prompt, client.ChatPrompt),
         )
+
+    def begin_many(
+        self,
+        prompt: Prompt,
+        sampling: client.SamplingParams | None = None,
+        num_answers: int = 1,
+        *,
+        num_logprobs: int | None = None,
+    ) -> list[Answer]:
+        """Queue several answers to one prompt, which is computed once where the family is causal.
+
+        Answer i has the seed of `sampling` plus i, so that each is what a request with that seed gets. Raises as `begin`.
+        """
+        sampling = sampling or _to_wire(self.defaults.sampling)
+        answers: list[Answer] = []
+        for index in range(num_answers):
+            own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
+            leader = answers[0].sequence if answers and not self.config.is_prefix_lm else None
+            answers.append(self.begin(prompt, own, num_logprobs=num_logprobs, leader=leader))
+        return answers
+
+    def score(self, token_ids: AbstractSequence[int], *, num_prompt: int | None = None) -> list[TokenLogprob]:
+        """The log-probability of every token, given those before it.
+
+        Of a causal family that is all tokens but the first. Of a prefix LM it is those behind the prompt, `num_prompt`
+        tokens that end with the bos token: its tokens see each other both ways.
+
+        Raises:
+            GenerationError: it does not fit the model's context, or a stage could not do it.
+        """
+        self._check_prompt(token_ids)
+        layout = prompt_layout(token_ids[:num_prompt], self.config)
+        sequence = Sequence(
+            self.engine.new_sequence_id(),
+            token_ids,
+            Sampler(SamplingParams(greedy=True), guard_id=self.defaults.guard_id),
+            layout=layout,
+            end_ids=frozenset(),
+            max_new_tokens=0,
+            max_length=self.max_model_len,
+            max_context=self.max_model_len,
+            wants_prompt_logprobs=True,
+        )
+        self.engine.add(sequence)
+        try:
+            while not sequence.is_finished:
+                self.engine.step()
+        finally:
+            self.engine.cancel(sequence)
+        if sequence.error is not None:
+            raise sequence.error
+        return sequence.prompt_logprobs
+
+    def notes(self, answer: Answer) -> tuple[str, ...]:
+        """What was chosen for an answer's steps, and why, for people."""
+        sequence = answer.sequence
+        notes = [
+            f"speculation: {sequence.num_accepted} of {sequence.num_drafted} drafted tokens were right"
+            if sequence.num_drafted
+            else "",
+            f"{sequence.num_reused} of {sequence.num_prompt} prompt tokens were cached already" if sequence.num_reused else "",
+            f"computed again {sequence.num_set_back} times for want of KV cache" if sequence.num_set_back else "",
+            "the whole prompt is computed at every turn: this family's prompt tokens see each other both ways"
+            if self.config.is_prefix_lm
+            else "",
+            self.engine.pacing_reason or "",
+        ]
+        return tuple(filter(None, notes))
 
     def step(self, answers: AbstractSequence[Answer]) -> list[tuple[Answer, client.Delta]]:
         """One walk of the chain for all queued requests; what became final in the given answers."""
@@ -297,6 +404,13 @@ class ChatModel(Closing):
             raise GenerationError(
                 f"the conversation has {len(prompt_ids)} tokens, the model's context holds {self.config.max_context}: "
                 "shorten it or start a new one"
+            )
+        if len(prompt_ids) >= self.max_model_len:
+            settings = self.engine.settings
+            limit = "max_model_len" if self.max_model_len == settings.max_model_len else "the tightest stage's KV budget"
+            raise GenerationError(
+                f"the conversation has {len(prompt_ids)} tokens, {limit} allows {self.max_model_len} with the answer: "
+                "shorten it, or raise that"
             )
         wrong = [i for i in prompt_ids if not 0 <= i < self.config.vocab_size]
         if wrong:

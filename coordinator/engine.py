@@ -69,6 +69,11 @@ class Engine:
         """Its place among those that wait, from 1; 0 when it is being served (or is finished)."""
         return next((at for at, other in enumerate(self._waiting, start=1) if other is sequence), 0)
 
+    @property
+    def pacing_reason(self) -> str | None:
+        """How the sequences that decode now are dealt out to steps, and why; None with a single one."""
+        return self.pacing.reason(sum(not sequence.is_prefilling for sequence in self._running))
+
     def load(self) -> EngineLoad:
         """What is going on, in numbers."""
         return EngineLoad(

@@ -43,6 +43,7 @@ class Service:
         self._chat_model = chat_model
         self._router = router
         self._answers: dict[tuple[bytes, int], Answer] = {}
+        self._positions: dict[int, int] = {}
         self._owed: list[tuple[bytes, client.Error]] = []
         self._num_malformed = 0
 
@@ -91,7 +92,9 @@ class Service:
         try:
             if key in self._answers:
                 raise GenerationError(f"request {message.request_id} is already being answered")
-            self._answers[key] = self._chat_model.begin(message.prompt, message.sampling, message.request_id)
+            self._answers[key] = self._chat_model.begin(
+                message.prompt, message.sampling, message.request_id, num_logprobs=message.num_logprobs
+            )
         except (CoordinatorError, GlmError) as error:
             self._send(identity, client.Error(message.request_id, type(error).__name__, clip_text(str(error))))
 
@@ -99,9 +102,22 @@ class Service:
         owners = {id(answer): identity for (identity, _), answer in self._answers.items()}
         for answer, delta in self._chat_model.step(list(self._answers.values())):
             self._send(owners[id(answer)], delta)
+        self._tell_positions()
         for (identity, _), answer in list(self._answers.items()):
             if answer.sequence.is_finished:
                 self._finish(identity, answer)
+
+    def _tell_positions(self) -> None:
+        """Whoever waits hears its place in the queue, each time it has changed."""
+        positions = {}
+        for (identity, request_id), answer in list(self._answers.items()):
+            sequence = answer.sequence
+            position = self._chat_model.engine.queue_position(sequence)
+            if position:
+                positions[sequence.sequence_id] = position
+                if position != self._positions.get(sequence.sequence_id):
+                    self._send(identity, client.Queued(request_id, position))
+        self._positions = positions
 
     def _finish(self, identity: bytes, answer: Answer) -> None:
         if self._answers.pop((identity, answer.request_id), None) is None:
@@ -110,7 +126,7 @@ class Service:
         if error is not None:
             self._send(identity, client.Error(answer.request_id, type(error).__name__, clip_text(str(error))))
             return
-        tail, finished = answer.close()
+        tail, finished = answer.close(self._chat_model.notes(answer))
         if tail is not None:
             self._send(identity, tail)
         self._send(identity, finished)

@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from protocol.limits import (
+    MAX_NOTES,
     MAX_STAGES,
     MAX_STOP_STRINGS,
+    MAX_TOKENS,
+    MAX_TOP_LOGPROBS,
     MAX_TURNS,
     Count,
     FloatRange,
     Id,
+    IntRange,
+    Logprob,
     MaxLength,
     Name,
     PositiveCount,
@@ -72,20 +77,51 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Client -> launch. Answered by any number of Delta and one Finished, or by Error. `sampling` None: defaults."""
+    """Client -> launch. Answered by any number of Queued and Delta and one Finished, or by Error.
+
+    `sampling` None: the launch's defaults. `num_logprobs`: of how many of the likeliest tokens to report the
+    log-probability beside each new token's; None reports nothing.
+    """
 
     request_id: Id
     prompt: ChatPrompt | TextPrompt | TokenPrompt
     sampling: SamplingParams | None
+    num_logprobs: Annotated[int, IntRange(0, MAX_TOP_LOGPROBS)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopToken:
+    """One of the likeliest tokens in some place, with its natural log-probability."""
+
+    token_id: Count
+    logprob: Logprob
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log-probability before temperature and every other rule, and the likeliest ones, best first."""
+
+    token_id: Count
+    logprob: Logprob
+    top: Annotated[tuple[TopToken, ...], MaxLength(MAX_TOP_LOGPROBS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits for room in the KV caches (or for a free place); `position` 1 is next."""
+
+    request_id: Id
+    position: PositiveCount
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The next piece of an answer."""
+    """The next piece of an answer; `logprobs`, one for each token id, only where they were asked for."""
 
     request_id: Id
     text: Prompt
     token_ids: TokenIds
+    logprobs: Annotated[tuple[TokenLogprob, ...], MaxLength(MAX_TOKENS)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +142,23 @@ class GenerationStats:
     """What an answer cost.
 
     Each of `guarded_tokens` stands in for one that could not be chosen, as scores were NaN or infinite.
+    `reused_tokens` of the prompt were cached already. Of `drafted_tokens`, guessed and then verified, `accepted_tokens`
+    were right. `set_backs` is how often the stages had to forget and compute again what they had of it, for want of
+    room. `notes` are for people: what was chosen for this answer's steps, and why.
     """
 
     prompt_tokens: Count
     prefill_s: Seconds
     new_tokens: Count
     guarded_tokens: Count
+    reused_tokens: Count
+    drafted_tokens: Count
+    accepted_tokens: Count
+    set_backs: Count
     decode_s: Seconds
     total_s: Seconds
     stages: Annotated[tuple[StageStats, ...], MaxLength(MAX_STAGES)]
+    notes: Annotated[tuple[Text, ...], MaxLength(MAX_NOTES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,4 +207,4 @@ class Description:
     defaults: SamplingParams
 
 
-ClientMessage = Generate | Delta | Finished | Error | Cancel | Describe | Description
+ClientMessage = Generate | Queued | Delta | Finished | Error | Cancel | Describe | Description

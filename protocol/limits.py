@@ -22,6 +22,8 @@ MAX_STAGES = 256
 MAX_TOKENS = 2**20
 MAX_TURNS = 4096
 MAX_STOP_STRINGS = 64
+MAX_TOP_LOGPROBS = 20
+MAX_NOTES = 16
 MAX_NAME = 256
 MAX_TEXT = 16_384
 MAX_PROMPT = 2**20
@@ -59,6 +61,8 @@ Index = Annotated[int, IntRange(0, 2**31 - 1)]
 Seconds = Annotated[float, FloatRange(0.0, 1e12)]
 PositiveSeconds = Annotated[float, FloatRange(1e-3, 1e9)]
 Probability = Annotated[float, FloatRange(0.0, 1.0)]
+Logprob = Annotated[float, FloatRange(-1e30, 1e-3)]
+"""Natural; -1e30 stands for a token without any chance. Rounding may lift a certain one above 0."""
 Name = Annotated[str, MaxLength(MAX_NAME)]
 PathText = Annotated[str, MaxLength(4096)]
 Text = Annotated[str, MaxLength(MAX_TEXT)]
