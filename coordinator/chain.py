@@ -26,6 +26,7 @@ class InFlight:
     step_id: int
     kind: StepKind | None
     chunks: tuple[Chunk, ...]
+    spans: tuple[Span, ...]
     clock: EndsClock = field(default_factory=EndsClock)
 
 
@@ -101,11 +102,11 @@ class Chain:
 
     def _submit(self, kind: StepKind | None, chunks: tuple[Chunk, ...]) -> int:
         updates = tuple(self.updates[:MAX_UPDATES])
-        flight = InFlight(next(self._step_ids), kind, chunks)
+        flight = InFlight(next(self._step_ids), kind, chunks, tuple(map(_span, chunks)))
         with flight.clock.embedding:
             ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
             hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
-        self._pipeline.submit(Step(EPOCH, flight.step_id, updates, tuple(map(_span, chunks)), ()), hidden)
+        self._pipeline.submit(Step(EPOCH, flight.step_id, updates, flight.spans, ()), hidden)
         self._in_flight.append(flight)
         del self.updates[: len(updates)]
         return flight.step_id

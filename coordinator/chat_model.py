@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 
 from coordinator.answer import Answer
+from coordinator.chain import EPOCH
 from coordinator.closing import Closing
 from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
-from coordinator.chain import EPOCH
 from coordinator.engine import Engine
 from coordinator.errors import GenerationError
 from coordinator.launcher import LogSink
@@ -245,7 +245,9 @@ class ChatModel(Closing):
     def max_model_len(self) -> int:
         """Prompt and answer together, at most: the model's context, what the plan says, the tightest KV budget."""
         settings = self.engine.settings
-        return min(self.config.max_context, settings.max_model_len or self.config.max_context, settings.kv_budget_tokens)
+        return min(
+            self.config.max_context, settings.max_model_len or self.config.max_context, settings.kv_budget_tokens
+        )
 
     def begin(
         self,
@@ -302,7 +304,7 @@ class ChatModel(Closing):
     ) -> list[Answer]:
         """Queue several answers to one prompt, which is computed once where the family is causal.
 
-        Answer i has the seed of `sampling` plus i, so that each is what a request with that seed gets. Raises as `begin`.
+        Answer i has the seed of `sampling` plus i: each is what a request with that seed gets. Raises as `begin`.
         """
         sampling = sampling or _to_wire(self.defaults.sampling)
         answers: list[Answer] = []
@@ -351,12 +353,14 @@ class ChatModel(Closing):
             f"speculation: {sequence.num_accepted} of {sequence.num_drafted} drafted tokens were right"
             if sequence.num_drafted
             else "",
-            f"{sequence.num_reused} of {sequence.num_prompt} prompt tokens were cached already" if sequence.num_reused else "",
+            f"{sequence.num_reused} of {sequence.num_prompt} prompt tokens were cached already"
+            if sequence.num_reused
+            else "",
             f"computed again {sequence.num_set_back} times for want of KV cache" if sequence.num_set_back else "",
             "the whole prompt is computed at every turn: this family's prompt tokens see each other both ways"
             if self.config.is_prefix_lm
             else "",
-            self.engine.pacing_reason or "",
+            self.engine.pacing.reason() or "",
         ]
         return tuple(filter(None, notes))
 
@@ -407,7 +411,9 @@ class ChatModel(Closing):
             )
         if len(prompt_ids) >= self.max_model_len:
             settings = self.engine.settings
-            limit = "max_model_len" if self.max_model_len == settings.max_model_len else "the tightest stage's KV budget"
+            limit = (
+                "max_model_len" if self.max_model_len == settings.max_model_len else "the tightest stage's KV budget"
+            )
             raise GenerationError(
                 f"the conversation has {len(prompt_ids)} tokens, {limit} allows {self.max_model_len} with the answer: "
                 "shorten it, or raise that"

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +25,7 @@ from protocol.client import (
     Error,
     Finished,
     Generate,
+    Queued,
     SamplingParams,
 )
 from protocol.endpoints import checked_endpoint, ipc_path
@@ -93,6 +94,8 @@ class RemoteBackend(Closing):
         self._request_ids = itertools.count(1)
         self._cancelled = threading.Event()
         self._description: Description | None = None
+        self.on_queued: Callable[[int], None] | None = None
+        """Told its place whenever a request waits for room at the launch; 1 is next."""
 
     def greet(self, deadline_s: float) -> None:
         """Connect and learn what the launch is. Raises ConnectError when it does not say so in time."""
@@ -163,6 +166,8 @@ class RemoteBackend(Closing):
                 until_s = time.monotonic() + CANCEL_DEADLINE_S
                 self._send(Cancel(request_id))
             message = self._receive()
+            if isinstance(message, Queued) and message.request_id == request_id and self.on_queued is not None:
+                self.on_queued(message.position)
             if not isinstance(message, Delta | Finished | Error) or message.request_id != request_id:
                 continue
             if not was_cancelled:

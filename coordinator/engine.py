@@ -14,7 +14,7 @@ from coordinator.pacing import Pacing
 from coordinator.pipeline import Outcome, Pipeline
 from coordinator.scheduler import Decision, SchedulerSettings, StepKind, admissible, next_step, with_drafts
 from coordinator.sequence import Sequence
-from coordinator.timing import EngineLoad, SpanRecord, StepRecord, StepTiming, step_record, step_timing
+from coordinator.timing import EngineLoad, StepRecord, StepTiming, step_record, step_timing
 from glm.ends import Embedding, Head
 from glm.speculation import PromptLookup, StepCost
 from protocol.data import DropSequence, ForkSequence, StepFailed, TruncateSequence
@@ -68,11 +68,6 @@ class Engine:
     def queue_position(self, sequence: Sequence) -> int:
         """Its place among those that wait, from 1; 0 when it is being served (or is finished)."""
         return next((at for at, other in enumerate(self._waiting, start=1) if other is sequence), 0)
-
-    @property
-    def pacing_reason(self) -> str | None:
-        """How the sequences that decode now are dealt out to steps, and why; None with a single one."""
-        return self.pacing.reason(sum(not sequence.is_prefilling for sequence in self._running))
 
     def load(self) -> EngineLoad:
         """What is going on, in numbers."""
@@ -225,8 +220,8 @@ class Engine:
             self._learn(flight, timing)
         if self.observers:
             num_new = sum(len(chunk.sequence.token_ids) for chunk in flight.chunks) - num_before
-            spans = tuple(SpanRecord(c.sequence.sequence_id, c.start_pos, len(c.token_ids)) for c in flight.chunks)
-            record = step_record(outcome, spans, flight.clock, flight.kind or "updates", num_new)
+            kind = flight.kind or "updates"
+            record = step_record(outcome, flight.spans, flight.clock, kind=kind, num_new_tokens=num_new)
             for observer in self.observers:
                 observer(record)
         return [(chunk.sequence, timing) for chunk in flight.chunks]

@@ -1,4 +1,4 @@
-"""What ended sequences left in the stages' KV caches, for sequences that begin with the same tokens: bookkeeping only."""
+"""What ended sequences left in the stages' KV caches, for those that begin with the same tokens: bookkeeping only."""
 
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
@@ -30,7 +30,9 @@ class KeptPrefixes:
         """Remember a sequence; returns the kv ids of older ones that it contains, which are forgotten."""
         new = KeptPrefix(kv_id, tuple(token_ids))
         contained = [
-            old.kv_id for old in self._kept.values() if common_length(old.token_ids, new.token_ids) == len(old.token_ids)
+            old.kv_id
+            for old in self._kept.values()
+            if common_length(old.token_ids, new.token_ids) == len(old.token_ids)
         ]
         for old_id in contained:
             del self._kept[old_id]

@@ -22,7 +22,9 @@ def next_tokens(head: Head, chunks: tuple[Chunk, ...], hidden: torch.Tensor, clo
         hidden: [num_tokens, hidden_size], the chunks' tokens one after the other.
     """
     starts = itertools.accumulate((len(chunk.token_ids) for chunk in chunks), initial=0)
-    parts = [(chunk, hidden[start : start + len(chunk.token_ids)]) for chunk, start in zip(chunks, starts, strict=False)]
+    parts = [
+        (chunk, hidden[start : start + len(chunk.token_ids)]) for chunk, start in zip(chunks, starts, strict=False)
+    ]
     live = [(chunk, rows) for chunk, rows in parts if not chunk.sequence.is_finished]
     wanted = [(chunk, rows[chunk.num_tokens - 1 :]) for chunk, rows in live if chunk.completes]
     try:

@@ -36,6 +36,7 @@ class Pacing:
         self._fixed = fixed
         self._sizes: dict[int, _Size] = {}
         self._size: int | None = None
+        self._last_size = 0
         self._window_setting = 0
         self._settling = 0
         self._started_at_s = 0.0
@@ -58,6 +59,7 @@ class Pacing:
     def observe(self, num_sequences: int, num_in_step: int, now_s: float) -> None:
         """A decode step came back, with so many of the sequences in it."""
         setting = self.choose(num_sequences)
+        self._last_size = num_sequences
         if self._fixed is not None or num_sequences < 2 or self._most == 1:
             return
         if self._size != num_sequences or self._window_setting != setting:
@@ -72,8 +74,9 @@ class Pacing:
             self._window_ended(self._state(num_sequences), self._num_tokens / max(1e-9, now_s - self._started_at_s))
             self._started_at_s, self._num_tokens = now_s, 0
 
-    def reason(self, num_sequences: int) -> str | None:
-        """Why it is as it is, for people; None where there is nothing to choose."""
+    def reason(self) -> str | None:
+        """What was chosen for the sequences that decoded last, and why, for people; None where there is no choice."""
+        num_sequences = self._last_size
         setting = self.choose(num_sequences)
         if min(self._most, num_sequences) < 2:
             return None

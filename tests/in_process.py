@@ -3,11 +3,13 @@
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from coordinator.engine import Engine
 from coordinator.pipeline import Outcome
+from coordinator.scheduler import SchedulerSettings
 from coordinator.sequence import Sequence
 from glm.checkpoint import Checkpoint
 from glm.config import ModelConfig, load_config
@@ -56,9 +58,14 @@ class InProcessPipeline:
 
 
 def in_process_engine(
-    model_dir: Path, ranges: list[tuple[int, int]], *, kv_budget_tokens: int = 100_000, stage_budget: int = 100_000
+    model_dir: Path,
+    ranges: list[tuple[int, int]],
+    *,
+    kv_budget_tokens: int = 100_000,
+    stage_budget: int = 100_000,
+    **settings: Any,
 ) -> tuple[Engine, InProcessPipeline, ModelConfig]:
-    """An engine over stages with these layer ranges, everything in fp32 on the CPU."""
+    """An engine over stages with these layer ranges, everything in fp32 on the CPU; it keeps no prefixes."""
     config, checkpoint = load_config(model_dir), Checkpoint(model_dir)
     placement = end_placement(Precision.FP32, CPU, config)
     stages = [
@@ -68,7 +75,8 @@ def in_process_engine(
     pipeline = InProcessPipeline(stages)
     embedding = Embedding.load(checkpoint, config, placement)
     head = Head.load(checkpoint, config, placement, placement)
-    return Engine(embedding, head, pipeline, kv_budget_tokens), pipeline, config  # type: ignore[arg-type]
+    scheduling = SchedulerSettings(**{"kv_budget_tokens": kv_budget_tokens, "reuse": False, **settings})
+    return Engine(embedding, head, pipeline, scheduling), pipeline, config  # type: ignore[arg-type]
 
 
 def sequence_for(

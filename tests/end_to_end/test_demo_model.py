@@ -10,6 +10,7 @@ from coordinator.engine import Engine
 from coordinator.plan import EndsPlan, Plan, StagePlan
 from coordinator.plan_request import Option, PlanRequest
 from coordinator.planning import even_split, resolve
+from coordinator.scheduler import SchedulerSettings
 from coordinator.sequence import Sequence
 from glm.chat_format import ChatMessage, chat_format_for
 from glm.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def engine_for(config: ModelConfig, precision: Precision, num_stages: int) -> En
     stages = [Stage(LayerStack.load(checkpoint, config, *layers, precision, CPU), 100_000) for layers in ranges]
     embedding = Embedding.load(checkpoint, config, table, lm_head)
     head = Head.load(checkpoint, config, norm, lm_head, embedding)
-    return Engine(embedding, head, InProcessPipeline(stages), 100_000)  # type: ignore[arg-type]
+    return Engine(embedding, head, InProcessPipeline(stages), SchedulerSettings(100_000))  # type: ignore[arg-type]
 
 
 def answers(engine: Engine, tokenizer: Tokenizer, config: ModelConfig, chats: list[list[ChatMessage]]) -> list[str]:
