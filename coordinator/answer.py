@@ -13,7 +13,7 @@ from glm.logprobs import TokenLogprob
 from glm.tokenizer import Tokenizer
 from protocol import client
 from protocol.client import Delta, Finished, FinishReason, GenerationStats, StageStats
-from protocol.limits import MAX_NOTES, clip_text
+from protocol.limits import clip_text
 
 NO_CHANCE = -1e30
 """The log-probability, on the wire, of a token that the model gave no chance at all."""
@@ -81,10 +81,10 @@ class Answer:
         logprobs = tuple(map(_to_wire, self.sequence.logprobs[start : self._num_seen]))
         return Delta(self.request_id, text, tuple(new_ids[start : self._num_seen]), logprobs)
 
-    def close(self, notes: AbstractSequence[str] = ()) -> tuple[Delta | None, Finished]:
+    def close(self, pacing: str | None = None) -> tuple[Delta | None, Finished]:
         """What was held back, or came in steps that nobody looked at, if anything; and the whole outcome.
 
-        `notes` become part of its stats.
+        `pacing`: how its steps shared the chain with others, for the notes of its stats.
         """
         missed = self.advance() or Delta(self.request_id, "", ())
         tail = self._matcher.push(self._decoder.flush()) if self._decoder else ""
@@ -98,7 +98,7 @@ class Answer:
             "stop_string" if self.found_stop_string else finish_reason,
             "".join(self._text),
             tuple(self.sequence.new_ids[: self._num_seen]),
-            self._stats(notes),
+            self._stats(pacing),
         )
         last = Delta(self.request_id, missed.text + tail, missed.token_ids, missed.logprobs)
         return (last if last.text or last.token_ids else None), finished
@@ -115,7 +115,7 @@ class Answer:
         self._text.append(text)
         return text
 
-    def _stats(self, notes: AbstractSequence[str]) -> GenerationStats:
+    def _stats(self, pacing: str | None) -> GenerationStats:
         now_s = time.monotonic()
         first_s = self._first_token_at_s or now_s
         return GenerationStats(
@@ -127,7 +127,7 @@ class Answer:
             drafted_tokens=self.sequence.num_drafted,
             accepted_tokens=self.sequence.num_accepted,
             set_backs=self.sequence.num_set_back,
-            notes=tuple(clip_text(note) for note in notes[:MAX_NOTES]),
+            notes=tuple(map(clip_text, self._notes(pacing))),
             decode_s=now_s - first_s,
             total_s=now_s - self._started_at_s,
             stages=tuple(
@@ -143,6 +143,19 @@ class Answer:
                 for number, (stage, share) in enumerate(zip(self._plan.stages, self._shares, strict=True), start=1)
             ),
         )
+
+    def _notes(self, pacing: str | None) -> list[str]:
+        """What was done to save time, what it gave, and why other things were not."""
+        sequence, notes = self.sequence, []
+        if sequence.num_reused:
+            notes.append(f"{sequence.num_reused} of {sequence.num_prompt} prompt tokens were cached already")
+        if sequence.layout is not None:
+            notes.append("prompts are computed whole, nothing is reused: this family's tokens see each other both ways")
+        if sequence.num_drafted:
+            notes.append(f"{sequence.num_accepted} of {sequence.num_drafted} drafted tokens were right")
+        if sequence.num_set_back:
+            notes.append(f"computed again for want of KV cache: {sequence.num_set_back} times")
+        return [*notes, pacing] if pacing else notes
 
 
 def _to_wire(logprob: TokenLogprob) -> client.TokenLogprob:

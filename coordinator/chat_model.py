@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -14,15 +14,14 @@ from coordinator.chain import EPOCH
 from coordinator.closing import Closing
 from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
 from coordinator.engine import Engine
-from coordinator.errors import GenerationError
 from coordinator.launcher import LogSink
 from coordinator.limits import limits_of
 from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
+from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
 from coordinator.scheduler import SchedulerSettings
 from coordinator.sequence import Sequence
-from glm.chat_format import ChatMessage, Role, chat_format_for
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
@@ -43,7 +42,6 @@ from protocol.limits import MAX_NAME, clip_text
 
 History = list[dict[str, str]]
 StreamEvent = client.Delta | client.Finished
-Prompt = client.ChatPrompt | client.TextPrompt | client.TokenPrompt
 KV_BUDGET_CONTEXTS = 4
 """Full contexts that a stage's KV cache may hold together, if memory allows, where the plan states no budget."""
 
@@ -177,7 +175,7 @@ class ChatModel(Closing):
             family=self.config.family,
             max_context=self.config.max_context,
             plan_lines=describe_stages(self.cluster.plan),
-            defaults=_to_wire(self.defaults.sampling),
+            defaults=to_wire(self.defaults.sampling),
         )
 
     def chat(
@@ -236,18 +234,10 @@ class ChatModel(Closing):
             self.engine.cancel(answer.sequence)
         if answer.sequence.error is not None:
             raise answer.sequence.error
-        tail, finished = answer.close(self.notes(answer))
+        tail, finished = answer.close(self.engine.pacing.reason())
         if tail is not None:
             yield tail
         yield finished
-
-    @property
-    def max_model_len(self) -> int:
-        """Prompt and answer together, at most: the model's context, what the plan says, the tightest KV budget."""
-        settings = self.engine.settings
-        return min(
-            self.config.max_context, settings.max_model_len or self.config.max_context, settings.kv_budget_tokens
-        )
 
     def begin(
         self,
@@ -267,18 +257,18 @@ class ChatModel(Closing):
         Raises:
             GenerationError: it does not fit the model's context. TokenizerError: text for a model without tokenizer.
         """
-        params = self.defaults.sampling if sampling is None else _from_wire(sampling)
-        prompt_ids = self.prompt_ids(prompt)
-        self._check_prompt(prompt_ids)
+        params = self.defaults.sampling if sampling is None else from_wire(sampling)
+        ids = self.prompt_ids(prompt)
+        check_prompt(ids, self.config, self.engine.settings)
         sequence = Sequence(
             self.engine.new_sequence_id(),
-            prompt_ids,
-            Sampler(params, prompt_ids, guard_id=self.defaults.guard_id),
-            layout=prompt_layout(prompt_ids, self.config),
+            ids,
+            Sampler(params, ids, guard_id=self.defaults.guard_id),
+            layout=prompt_layout(ids, self.config),
             end_ids=frozenset() if params.ignore_eos else frozenset(self.defaults.end_ids),
             max_new_tokens=params.max_new_tokens,
             max_length=self.defaults.max_length,
-            max_context=self.max_model_len,
+            max_context=max_model_len(self.config, self.engine.settings),
             num_logprobs=num_logprobs,
             leader=leader,
         )
@@ -306,7 +296,7 @@ class ChatModel(Closing):
 
         Answer i has the seed of `sampling` plus i: each is what a request with that seed gets. Raises as `begin`.
         """
-        sampling = sampling or _to_wire(self.defaults.sampling)
+        sampling = sampling or to_wire(self.defaults.sampling)
         answers: list[Answer] = []
         for index in range(num_answers):
             own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
@@ -323,7 +313,7 @@ class ChatModel(Closing):
         Raises:
             GenerationError: it does not fit the model's context, or a stage could not do it.
         """
-        self._check_prompt(token_ids)
+        check_prompt(token_ids, self.config, self.engine.settings)
         layout = prompt_layout(token_ids[:num_prompt], self.config)
         sequence = Sequence(
             self.engine.new_sequence_id(),
@@ -332,8 +322,8 @@ class ChatModel(Closing):
             layout=layout,
             end_ids=frozenset(),
             max_new_tokens=0,
-            max_length=self.max_model_len,
-            max_context=self.max_model_len,
+            max_length=self.config.max_context,
+            max_context=self.config.max_context,
             wants_prompt_logprobs=True,
         )
         self.engine.add(sequence)
@@ -345,24 +335,6 @@ class ChatModel(Closing):
         if sequence.error is not None:
             raise sequence.error
         return sequence.prompt_logprobs
-
-    def notes(self, answer: Answer) -> tuple[str, ...]:
-        """What was chosen for an answer's steps, and why, for people."""
-        sequence = answer.sequence
-        notes = [
-            f"speculation: {sequence.num_accepted} of {sequence.num_drafted} drafted tokens were right"
-            if sequence.num_drafted
-            else "",
-            f"{sequence.num_reused} of {sequence.num_prompt} prompt tokens were cached already"
-            if sequence.num_reused
-            else "",
-            f"computed again {sequence.num_set_back} times for want of KV cache" if sequence.num_set_back else "",
-            "the whole prompt is computed at every turn: this family's prompt tokens see each other both ways"
-            if self.config.is_prefix_lm
-            else "",
-            self.engine.pacing.reason() or "",
-        ]
-        return tuple(filter(None, notes))
 
     def step(self, answers: AbstractSequence[Answer]) -> list[tuple[Answer, client.Delta]]:
         """One walk of the chain for all queued requests; what became final in the given answers."""
@@ -394,41 +366,7 @@ class ChatModel(Closing):
         Raises:
             TokenizerError: it is text, and the model directory has no tokenizer.
         """
-        if isinstance(prompt, client.TokenPrompt):
-            return list(prompt.token_ids)
-        if isinstance(prompt, client.TextPrompt):
-            return self.tokenizer.encode_prompt(prompt.text)
-        messages = [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata) for turn in prompt.turns]
-        return chat_format_for(self.tokenizer).encode(messages)
-
-    def _check_prompt(self, prompt_ids: AbstractSequence[int]) -> None:
-        if not prompt_ids:
-            raise GenerationError("the prompt has no tokens: give at least one")
-        if len(prompt_ids) >= self.config.max_context:
-            raise GenerationError(
-                f"the conversation has {len(prompt_ids)} tokens, the model's context holds {self.config.max_context}: "
-                "shorten it or start a new one"
-            )
-        if len(prompt_ids) >= self.max_model_len:
-            settings = self.engine.settings
-            limit = (
-                "max_model_len" if self.max_model_len == settings.max_model_len else "the tightest stage's KV budget"
-            )
-            raise GenerationError(
-                f"the conversation has {len(prompt_ids)} tokens, {limit} allows {self.max_model_len} with the answer: "
-                "shorten it, or raise that"
-            )
-        wrong = [i for i in prompt_ids if not 0 <= i < self.config.vocab_size]
-        if wrong:
-            raise GenerationError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size}")
+        return prompt_ids(prompt, lambda: self.tokenizer)
 
     def _sampling(self, given: Mapping[str, Any]) -> client.SamplingParams:
-        return _to_wire(replace(self.defaults.sampling, **given))
-
-
-def _to_wire(params: SamplingParams) -> client.SamplingParams:
-    return client.SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})
-
-
-def _from_wire(params: client.SamplingParams) -> SamplingParams:
-    return SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})
+        return to_wire(replace(self.defaults.sampling, **given))

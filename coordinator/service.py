@@ -126,7 +126,7 @@ class Service:
         if error is not None:
             self._send(identity, client.Error(answer.request_id, type(error).__name__, clip_text(str(error))))
             return
-        tail, finished = answer.close(self._chat_model.notes(answer))
+        tail, finished = answer.close(self._chat_model.engine.pacing.reason())
         if tail is not None:
             self._send(identity, tail)
         self._send(identity, finished)

@@ -1,0 +1,61 @@
+"""What clients ask for, as the network understands it: prompts as token ids, sampling params, and the room there is."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
+from typing import cast
+
+from coordinator.errors import GenerationError
+from coordinator.scheduler import SchedulerSettings
+from glm.chat_format import ChatMessage, Role, chat_format_for
+from glm.config import ModelConfig
+from glm.sampling_params import SamplingParams
+from glm.tokenizer import Tokenizer
+from protocol import client
+
+Prompt = client.ChatPrompt | client.TextPrompt | client.TokenPrompt
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Callable[[], Tokenizer]) -> list[int]:
+    """The token ids a prompt becomes; `tokenizer` is asked for only where there is text."""
+    if isinstance(prompt, client.TokenPrompt):
+        return list(prompt.token_ids)
+    if isinstance(prompt, client.TextPrompt):
+        return tokenizer().encode_prompt(prompt.text)
+    messages = [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata) for turn in prompt.turns]
+    return chat_format_for(tokenizer()).encode(messages)
+
+
+def max_model_len(config: ModelConfig, settings: SchedulerSettings) -> int:
+    """Prompt and answer together, at most: the model's context, what the plan says, the tightest KV budget."""
+    return min(config.max_context, settings.max_model_len or config.max_context, settings.kv_budget_tokens)
+
+
+def check_prompt(token_ids: AbstractSequence[int], config: ModelConfig, settings: SchedulerSettings) -> None:
+    """Raises GenerationError where there are no tokens, too many, or such as the model does not have."""
+    if not token_ids:
+        raise GenerationError("the prompt has no tokens: give at least one")
+    if len(token_ids) >= config.max_context:
+        raise GenerationError(
+            f"the conversation has {len(token_ids)} tokens, the model's context holds {config.max_context}: "
+            "shorten it or start a new one"
+        )
+    most = max_model_len(config, settings)
+    if len(token_ids) >= most:
+        limit = "max_model_len" if most == settings.max_model_len else "the KV budget of the tightest stage"
+        raise GenerationError(
+            f"the conversation has {len(token_ids)} tokens, {limit} allows {most} together with the answer: "
+            "shorten it, or raise that limit"
+        )
+    wrong = [i for i in token_ids if not 0 <= i < config.vocab_size]
+    if wrong:
+        raise GenerationError(f"token id {wrong[0]} is outside the vocabulary of {config.vocab_size}")
+
+
+def to_wire(params: SamplingParams) -> client.SamplingParams:
+    """As clients send it."""
+    return client.SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})
+
+
+def from_wire(params: client.SamplingParams) -> SamplingParams:
+    """As the sampler takes it. Raises SamplingError for impossible values."""
+    return SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})
