@@ -6,7 +6,7 @@ _COLUMNS = ("stage", "device", "layers", "precision", "compute", "share", "wire"
 
 
 def report_lines(stats: GenerationStats) -> tuple[str, ...]:
-    """Prompt, answer and total with their speed, then a table of the stages, then warnings.
+    """Prompt, answer and total with their speed, then a table of the stages, notes, and warnings.
 
     The first new token comes out of the prefill, so decoding is timed over the others. `share` is the part of the
     whole time that a stage computed; what is missing to 100 % went into the ends, sampling, and the wire.
@@ -31,6 +31,7 @@ def report_lines(stats: GenerationStats) -> tuple[str, ...]:
         _line("total", stats.prompt_tokens + stats.new_tokens, stats.total_s, average_tokens_per_s(stats))
         + " (new tokens over the whole time)",
         *_aligned(table),
+        *stats.notes,
         *warnings(stats),
     )
 

@@ -10,6 +10,9 @@ from protocol.limits import MAX_SPANS
 HEADROOM_TOKENS = 16
 """Room that each running sequence must keep to grow when another is admitted: or it would soon be set back again."""
 
+PREFILL_CHUNK_TOKENS = 256
+"""Most prompt tokens of a step, which bounds the memory of their attention; a prefix LM's prompts stay whole."""
+
 StepKind = Literal["prefill", "decode"]
 
 
@@ -26,7 +29,7 @@ class SchedulerSettings:
     kv_budget_tokens: int
     max_num_seqs: int = 64
     max_model_len: int | None = None
-    prefill_chunk: int = 256
+    prefill_chunk: int = PREFILL_CHUNK_TOKENS
     max_steps_in_flight: int = 2
     steps_in_flight: int | None = None
     speculate: bool = True

@@ -31,7 +31,8 @@ DEFAULTS = SamplingParams(
     ignore_eos=False,
     greedy=False,
 )
-STATS = GenerationStats(50, 0.5, 21, 0, 2.0, 2.5, (StageStats(1, "cpu", "1-6", "fp32", 1.0, 0.125, 70),))
+STAGES = (StageStats(1, "cpu", "1-6", "fp32", 1.0, 0.125, 70),)
+STATS = GenerationStats(50, 0.5, 21, 0, 0, 0, 0, 0, 2.0, 2.5, STAGES, ())
 
 
 class FakeBackend:

@@ -10,12 +10,17 @@ STATS = GenerationStats(
     prefill_s=0.5,
     new_tokens=21,
     guarded_tokens=0,
+    reused_tokens=0,
+    drafted_tokens=0,
+    accepted_tokens=0,
+    set_backs=0,
     decode_s=2.0,
     total_s=2.5,
     stages=(
         StageStats(1, "cuda:0", "1-12", "int8", compute_s=1.0, wire_s=0.125, kv_tokens=70),
         StageStats(2, "cpu", "13", "fp32", compute_s=0.25, wire_s=0.5, kv_tokens=70),
     ),
+    notes=("half of the prompt was cached already",),
 )
 
 
@@ -30,7 +35,8 @@ def test_the_report_names_tokens_seconds_and_speeds() -> None:
 
 def test_each_stage_has_a_row_with_its_share_of_the_wall_time() -> None:
     """Device, layers, precision, compute seconds, share, wire seconds, KV tokens."""
-    header, first, second = report_lines(STATS)[3:]
+    header, first, second, note = report_lines(STATS)[3:]
+    assert note == "half of the prompt was cached already"
     assert header.split() == ["stage", "device", "layers", "precision", "compute", "share", "wire", "KV", "tokens"]
     assert first.split() == ["1", "cuda:0", "1-12", "int8", "1.000", "s", "40.0", "%", "0.125", "s", "70"]
     assert second.split()[5:8] == ["s", "10.0", "%"]
@@ -39,7 +45,7 @@ def test_each_stage_has_a_row_with_its_share_of_the_wall_time() -> None:
 
 def test_an_answer_that_took_no_time_is_reported_all_the_same() -> None:
     """One token from the prefill leaves nothing to divide by."""
-    lines = report_lines(GenerationStats(3, 0.0, 1, 0, 0.0, 0.0, ()))
+    lines = report_lines(GenerationStats(3, 0.0, 1, 0, 0, 0, 0, 0, 0.0, 0.0, (), ()))
     assert "0.0 tokens/s" in lines[1]
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.scheduler import PREFILL_CHUNK_TOKENS, next_step
+from coordinator.scheduler import PREFILL_CHUNK_TOKENS, SchedulerSettings, admissible, next_step
 from coordinator.sequence import Sequence
 from glm.positions import PromptLayout
 from glm.sampling import Sampler, SamplingParams
@@ -22,8 +22,11 @@ def a_sequence(sequence_id: int, num_prompt: int, num_new: int, num_cached: int,
         max_context=10**6,
     )
     sequence.token_ids += [2] * num_new
-    sequence.num_cached = num_cached
+    sequence.num_cached = sequence.num_sent = sequence.num_held = num_cached
     return sequence
+
+
+SETTINGS = SchedulerSettings(kv_budget_tokens=10**6, max_num_seqs=10**6)
 
 
 @st.composite
@@ -42,42 +45,64 @@ def states(draw: st.DrawFn) -> list[Sequence]:
     return found
 
 
-@given(states(), st.integers(1, 12_000))
-def test_a_step_is_always_possible_and_within_the_budget(running: list[Sequence], budget: int) -> None:
-    """Every chunk starts where its cache ends; kept sequences fit; something happens whenever something lives."""
-    decision = next_step(running, budget)
-    kept = [s for s in running if s not in decision.rejected]
-    assert sum(len(s.token_ids) for s in kept) <= budget
-    assert decision.chunks or decision.rejected
-    for chunk in decision.chunks:
+@given(states())
+def test_a_step_is_always_possible(running: list[Sequence]) -> None:
+    """Every chunk starts where its cache ends; whatever lives can be fed in one of the two kinds of steps."""
+    chunks = []
+    for kind in ("prefill", "decode"):
+        chunks += next_step(running, SETTINGS, kind=kind).chunks  # type: ignore[arg-type]
+    assert chunks
+    for chunk in chunks:
         assert chunk.start_pos == chunk.sequence.num_cached
         assert 0 < chunk.num_tokens <= len(chunk.sequence.token_ids) - chunk.start_pos
-        whole = chunk.start_pos + chunk.num_tokens == len(chunk.sequence.token_ids)
-        assert chunk.completes is whole
-        assert whole or (chunk.sequence.layout is None and chunk.num_tokens == PREFILL_CHUNK_TOKENS)
+        assert chunk.completes is (chunk.end == len(chunk.sequence.token_ids))
 
 
 @given(states())
-def test_the_oldest_waiting_prompt_goes_first_and_alone(running: list[Sequence]) -> None:
-    """Nobody overtakes: the first sequence with an unfed prompt makes the step, else all decode together."""
-    decision = next_step(running, 10**9)
-    waiting = [s for s in running if s.num_cached < s.num_prompt]
-    fed = [chunk.sequence for chunk in decision.chunks]
-    assert fed == (waiting[:1] or running)
+def test_prompts_go_in_order_and_fill_a_chunk(running: list[Sequence]) -> None:
+    """The oldest first; a causal step has at most a chunk's tokens, a prefix LM's prompts are whole."""
+    chunks = next_step(running, SETTINGS, kind="prefill").chunks
+    waiting = [s for s in running if s.is_prefilling]
+    assert [chunk.sequence for chunk in chunks][:1] == waiting[:1]
+    if not waiting or waiting[0].layout is not None:
+        assert all(chunk.completes for chunk in chunks)
+    else:
+        assert [chunk.sequence for chunk in chunks] == waiting[: len(chunks)]
+        assert sum(chunk.num_tokens for chunk in chunks) <= PREFILL_CHUNK_TOKENS
+        assert all(chunk.completes for chunk in chunks[:-1])
+
+
+@given(states(), st.integers(1, 12_000))
+def test_growth_stays_within_the_budget(running: list[Sequence], budget: int) -> None:
+    """After the newest have given way, what is held and what is fed fit together; the oldest never gives way."""
+    settings = SchedulerSettings(kv_budget_tokens=budget)
+    decision = next_step(running, settings, kind="decode")
+    kept = [s for s in running if s not in decision.set_back]
+    if decision.chunks:
+        fed = {id(chunk.sequence): chunk.end for chunk in decision.chunks}
+        assert sum(max(s.num_reserved, fed.get(id(s), 0)) for s in kept) <= budget
+    assert running[0] in kept
+    assert set(map(id, decision.set_back)) == set(map(id, running[len(kept) :]))
 
 
 def test_finished_sequences_are_left_alone() -> None:
-    """A finished sequence takes no part and needs no room."""
-    done, live = (a_sequence(i, 10, 1, 10, False) for i in range(2))
+    """A finished sequence takes no part."""
+    done, live = (a_sequence(i, 10, 1, 10, is_prefix=False) for i in range(2))
     done.finish_reason = "stop"
-    decision = next_step([done, live], 11)
-    assert [chunk.sequence for chunk in decision.chunks] == [live]
-    assert decision.rejected == ()
+    assert [chunk.sequence for chunk in next_step([done, live], SETTINGS, kind="decode").chunks] == [live]
 
 
 def test_a_step_carries_no_more_sequences_than_a_message_may() -> None:
-    """The oldest are fed; the others wait their turn and are not rejected."""
+    """The longest waiting are fed; the others wait their turn."""
     crowd = [a_sequence(i, 1, 1, 1, is_prefix=False) for i in range(MAX_SPANS + 5)]
-    decision = next_step(crowd, 10**6)
+    decision = next_step(crowd, SETTINGS, kind="decode")
     assert [chunk.sequence for chunk in decision.chunks] == crowd[:MAX_SPANS]
-    assert decision.rejected == ()
+    assert decision.set_back == ()
+
+
+def test_admission_keeps_to_places_and_to_room() -> None:
+    """As many as there are places, as far as there is room for each with some to grow, in order of arrival."""
+    waiting = [a_sequence(i, 10, 0, 0, is_prefix=False) for i in range(5)]
+    assert admissible(waiting, [], SchedulerSettings(1000, max_num_seqs=3)) == waiting[:3]
+    assert admissible(waiting, [], SchedulerSettings(53)) == waiting[:2]
+    assert admissible(waiting, [], SchedulerSettings(9)) == []

@@ -107,7 +107,7 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "error", "words"),
     [
         (set_in("p", to="http"), FrameError, '"glmpipe"'),
-        (set_in("v", to=1), VersionError, "version 1, this program version 2: install the same"),
+        (set_in("v", to=1), VersionError, "version 1, this program version 3: install the same"),
         (set_in("v", to=True), VersionError, "version True"),
         (set_in("t", to="Stop"), MessageError, "'Stop' is no message type"),
         (set_in("t", to="Ping"), MessageError, "Ping: fields: missing request_id; unknown"),
@@ -207,7 +207,7 @@ def test_header_limits_per_plane() -> None:
     for plane in (Plane.CONTROL, Plane.DATA):
         with pytest.raises(FrameError, match="at most"):
             decode(encode(long), plane)
-    padded = {"p": "glmpipe", "v": 2, "t": "Ping", "b": {"request_id": 1}, "x": [], "y": "a" * 2**18}
+    padded = {"p": "glmpipe", "v": 3, "t": "Ping", "b": {"request_id": 1}, "x": [], "y": "a" * 2**18}
     with pytest.raises(FrameError):
         decode([msgpack.packb(padded)])
 
