@@ -102,6 +102,9 @@ def launch(
         budgets = [stage.kv_budget_tokens or budget for stage in checked_plan.stages]
         scheduling = SchedulerSettings(
             kv_budget_tokens=min(budgets),
+            max_num_seqs=checked_plan.max_num_seqs,
+            max_model_len=checked_plan.max_model_len,
+            prefill_chunk=checked_plan.prefill_chunk,
             max_steps_in_flight=len(checked_plan.stages) + 1,
             steps_in_flight=steps_in_flight,
             speculate=speculate,

@@ -4,14 +4,12 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Literal
 
+from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK
 from coordinator.sequence import Sequence
 from protocol.limits import MAX_SPANS
 
 HEADROOM_TOKENS = 16
 """Room that each running sequence must keep to grow when another is admitted: or it would soon be set back again."""
-
-PREFILL_CHUNK_TOKENS = 256
-"""Most prompt tokens of a step, which bounds the memory of their attention; a prefix LM's prompts stay whole."""
 
 StepKind = Literal["prefill", "decode"]
 
@@ -27,9 +25,9 @@ class SchedulerSettings:
     """
 
     kv_budget_tokens: int
-    max_num_seqs: int = 64
+    max_num_seqs: int = MAX_NUM_SEQS
     max_model_len: int | None = None
-    prefill_chunk: int = PREFILL_CHUNK_TOKENS
+    prefill_chunk: int = PREFILL_CHUNK
     max_steps_in_flight: int = 2
     steps_in_flight: int | None = None
     speculate: bool = True

@@ -3,10 +3,10 @@
 A product with few rows of activations costs what reading the weights costs. bf16 weights are multiplied by bf16
 activations and summed in fp32. Integer weights enter exactly. AVX-512 rounds activations, relative to the largest of
 each 32 columns, and multiplies byte by byte. Where the integers are the published model it rounds to 24 bits, which
-makes products as exact as torch's in fp32 (relative rms error 3e-7). Else int8 weights have 16 bits in two thirds of the
-time (2e-5, a tenth of what fp16 activations would lose), and beyond 64 tokens, in long prompts, 8 bits in half of that
-(5e-3, as bf16 activations). int4 weights, which lose twenty times as much themselves, always have 8 bits: a decode step
-is a sixth faster than with 16. The other libraries are exact always.
+makes products as exact as torch's in fp32 (relative rms error 3e-7). Else int8 weights have 16 bits in two thirds of
+the time (2e-5, a tenth of what fp16 activations would lose), and beyond 64 tokens, in long prompts, 8 bits in half of
+that (5e-3, as bf16 activations). int4 weights, which lose twenty times as much themselves, always have 8 bits: a decode
+step is a sixth faster than with 16. The other libraries are exact always.
 """
 
 import ctypes
@@ -144,8 +144,8 @@ class NativeKernels:
     def product(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
         """x [num_tokens, columns] times the weight [rows, columns], plus its bias -> [num_tokens, rows].
 
-        Both in bf16 for a bf16 weight, in fp32 for an integer one. A row of the result depends on its row of `x` alone, bit for
-        bit, and on no number of threads; for int8 weights made here that holds up to 64 tokens, and again beyond.
+        Both in bf16 for a bf16 weight, in fp32 for an integer one. A row of the result depends on its row of `x` alone,
+        bit for bit, and on no number of threads; for int8 weights made here that holds up to 64 tokens, and again beyond.
         """
         assert x.dtype == weight.dtype and x.shape[1] == weight.pointers.columns
         x = x.contiguous()

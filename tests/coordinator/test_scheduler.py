@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.scheduler import PREFILL_CHUNK_TOKENS, SchedulerSettings, admissible, next_step
+from coordinator.plan import PREFILL_CHUNK
+from coordinator.scheduler import SchedulerSettings, admissible, next_step
 from coordinator.sequence import Sequence
 from glm.positions import PromptLayout
 from glm.sampling import Sampler, SamplingParams
@@ -35,9 +36,9 @@ def states(draw: st.DrawFn) -> list[Sequence]:
     is_prefix = draw(st.booleans())
     found = []
     for sequence_id in range(draw(st.integers(1, 6))):
-        num_prompt = draw(st.integers(1, 3 * PREFILL_CHUNK_TOKENS))
+        num_prompt = draw(st.integers(1, 3 * PREFILL_CHUNK))
         if draw(st.booleans()):
-            cached = 0 if is_prefix else draw(st.sampled_from([0, min(num_prompt - 1, PREFILL_CHUNK_TOKENS)]))
+            cached = 0 if is_prefix else draw(st.sampled_from([0, min(num_prompt - 1, PREFILL_CHUNK)]))
             found.append(a_sequence(sequence_id, num_prompt, 0, cached, is_prefix))
         else:
             num_new = draw(st.integers(1, 50))
@@ -68,7 +69,7 @@ def test_prompts_go_in_order_and_fill_a_chunk(running: list[Sequence]) -> None:
         assert all(chunk.completes for chunk in chunks)
     else:
         assert [chunk.sequence for chunk in chunks] == waiting[: len(chunks)]
-        assert sum(chunk.num_tokens for chunk in chunks) <= PREFILL_CHUNK_TOKENS
+        assert sum(chunk.num_tokens for chunk in chunks) <= PREFILL_CHUNK
         assert all(chunk.completes for chunk in chunks[:-1])
 
 

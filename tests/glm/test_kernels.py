@@ -24,7 +24,7 @@ from glm.rotary import RotaryTable, rotate_neighbours
 
 KERNELS = [kernels for name in INSTRUCTION_SETS if (kernels := load_kernels(name)) is not None]
 FORMATS = ("int8", "int4", "int4 a scale per row", "bf16")
-# Bounds on the error: of exact sums (torch in fp32 has the same), of 16-bit activations, of 8-bit ones and of rounding to bf16.
+# Bounds on the error: of exact sums (torch in fp32 has the same), of 16-bit activations, of 8-bit ones and bf16's.
 EXACT, FAST, HALF = 2e-6, 2e-4, 1e-2
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="no native kernels were built here (no C++ compiler?)")
