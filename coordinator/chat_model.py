@@ -20,7 +20,7 @@ from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
 from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
-from coordinator.scheduler import SchedulerSettings
+from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
@@ -64,7 +64,7 @@ def launch(
     """Start the workers of a plan and load a model into them.
 
     Args:
-        model: a model directory, hub id or `random:SHAPE`; None is the demo model that comes with glmpipe.
+        model: a directory, hub id or `random:SHAPE`; None is the demo model that comes with glmpipe.
         plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
         chat_format: overrides the chat format found from the model's files.
         on_progress, on_log: receive load progress, and the workers' log lines.
@@ -100,12 +100,8 @@ def launch(
         embedding, head = _load_ends(checkpoint, config, checked_plan)  # while the workers load
         cluster.load()
         budgets = [stage.kv_budget_tokens or budget for stage in checked_plan.stages]
-        scheduling = SchedulerSettings(
-            kv_budget_tokens=min(budgets),
-            max_num_seqs=checked_plan.max_num_seqs,
-            max_model_len=checked_plan.max_model_len,
-            prefill_chunk=checked_plan.prefill_chunk,
-            max_steps_in_flight=len(checked_plan.stages) + 1,
+        scheduling = replace(
+            scheduler_settings(checked_plan, min(budgets)),
             steps_in_flight=steps_in_flight,
             speculate=speculate,
             reuse=reuse,

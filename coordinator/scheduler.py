@@ -4,7 +4,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Literal
 
-from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK
+from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK, Plan
 from coordinator.sequence import Sequence
 from protocol.limits import MAX_SPANS
 
@@ -32,6 +32,17 @@ class SchedulerSettings:
     steps_in_flight: int | None = None
     speculate: bool = True
     reuse: bool = True
+
+
+def scheduler_settings(plan: Plan, kv_budget_tokens: int) -> SchedulerSettings:
+    """What a plan says of it; one step more than there are stages, so that none waits for the coordinator."""
+    return SchedulerSettings(
+        kv_budget_tokens,
+        max_num_seqs=plan.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        prefill_chunk=plan.prefill_chunk,
+        max_steps_in_flight=len(plan.stages) + 1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
