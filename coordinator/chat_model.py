@@ -75,8 +75,7 @@ def launch(
         steps_in_flight: how many decode steps the sequences are dealt out to; None finds out what is fastest.
 
     Raises:
-        GlmError: the model is not usable. PlanError: the plan is not. LaunchError: a worker is not; of these
-        NotEnoughMemory: the plan does not fit.
+        GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
     """
     model = demo_model_dir() if model is None else model
     description = resolve_description(model, revision)
@@ -85,9 +84,9 @@ def launch(
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
     settings = ClusterSettings(
-        model_dir=model_dir,
-        fingerprint=checkpoint.fingerprint(),
-        epoch=EPOCH,
+        model_dir,
+        checkpoint.fingerprint(),
+        EPOCH,
         default_kv_budget_tokens=KV_BUDGET_CONTEXTS * config.max_context,
         record_hidden_states=record_hidden_states,
     )
@@ -99,13 +98,8 @@ def launch(
         cluster.assign(budget)
         embedding, head = _load_ends(checkpoint, config, checked_plan)  # while the workers load
         cluster.load()
-        budgets = [stage.kv_budget_tokens or budget for stage in checked_plan.stages]
-        scheduling = replace(
-            scheduler_settings(checked_plan, min(budgets)),
-            steps_in_flight=steps_in_flight,
-            speculate=speculate,
-            reuse=reuse,
-        )
+        limits = scheduler_settings(checked_plan, budget)
+        scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
         engine = Engine(embedding, head, cluster.pipeline, scheduling)
         return ChatModel(cluster, engine, config, model_dir, chat_format)
     except BaseException:

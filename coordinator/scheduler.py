@@ -34,10 +34,10 @@ class SchedulerSettings:
     reuse: bool = True
 
 
-def scheduler_settings(plan: Plan, kv_budget_tokens: int) -> SchedulerSettings:
+def scheduler_settings(plan: Plan, default_kv_budget_tokens: int) -> SchedulerSettings:
     """What a plan says of it; one step more than there are stages, so that none waits for the coordinator."""
     return SchedulerSettings(
-        kv_budget_tokens,
+        min(stage.kv_budget_tokens or default_kv_budget_tokens for stage in plan.stages),
         max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,
         prefill_chunk=plan.prefill_chunk,

@@ -145,7 +145,7 @@ class NativeKernels:
         """x [num_tokens, columns] times the weight [rows, columns], plus its bias -> [num_tokens, rows].
 
         Both in bf16 for a bf16 weight, in fp32 for an integer one. A row of the result depends on its row of `x` alone,
-        bit for bit, and on no number of threads; of int8 weights made here that is so up to 64 tokens, and again beyond.
+        bit for bit, and on no number of threads; of int8 weights made here it is so up to 64 tokens, and again beyond.
         """
         assert x.dtype == weight.dtype and x.shape[1] == weight.pointers.columns
         x = x.contiguous()
