@@ -23,6 +23,11 @@ class Segment:
     num_tokens: int
     layout: PromptLayout | None = None
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether none of its tokens sees a later one: true of all but the prompts of a prefix LM."""
+        return self.layout is None or self.num_tokens == 1 or self.start_pos >= self.layout.context_length
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -34,13 +39,17 @@ class Geometry:
     kernels: NativeKernels | None = None
 
     @property
-    def is_decode(self) -> bool:
-        """Whether every segment has one token."""
-        return len(self.segments) == len(self.rotary.cos)
+    def is_causal(self) -> bool:
+        """Whether every token sees the keys up to its own and no others."""
+        return all(segment.is_causal for segment in self.segments)
 
     def caches(self, layer: int) -> list[CacheView]:
-        """Where each segment's keys and values of a layer of the range lie."""
-        return [CacheView(*segment.cache.tensors(layer), segment.start_pos) for segment in self.segments]
+        """Where each token's keys and values of a layer of the range lie, and how many there are before it."""
+        return [
+            CacheView(*segment.cache.tensors(layer), segment.start_pos + index)
+            for segment in self.segments
+            for index in range(segment.num_tokens)
+        ]
 
 
 def make_geometry(

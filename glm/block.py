@@ -81,7 +81,7 @@ class _Layer:
         raise NotImplementedError
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
-        if self.native is not None and geometry.is_decode and len(hidden) <= self.native.most_tokens:
+        if self.native is not None and len(hidden) <= self.native.most_tokens and geometry.is_causal:
             return self.native(hidden, geometry.rotary.cos, geometry.rotary.sin, geometry.caches(layer))
         residual, *attended = self.open(hidden, geometry.rotary)
         return self.close(residual, attend(geometry, layer, *attended))

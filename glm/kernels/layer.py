@@ -1,4 +1,4 @@
-"""A whole layer in one call of the native kernels, for one token of each sequence: nothing is left for Python to do."""
+"""A whole layer in one call of the native kernels, for a few tokens: nothing is left for Python to do."""
 
 import ctypes
 from collections.abc import Sequence
@@ -83,7 +83,9 @@ class NativeLayer:
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; each token's key and value go into its cache, in this layer.
 
-        `cos` and `sin` as in `rotary.RotaryTable`.
+        `cos` and `sin` as in `rotary.RotaryTable`. `caches`: one for each token. Tokens of one sequence follow each
+        other there, each behind one more cached token than the one before: it sees these and those and itself. Bit for
+        bit what it would be if they came one by one.
         """
         return self._kernels.layer(ctypes.addressof(self._layer), hidden, cos, sin, caches)
 

@@ -1,4 +1,4 @@
-// A whole layer for one token each of some sequences: nothing but arithmetic from one end to the other.
+// A whole layer for a few tokens of some sequences: nothing but arithmetic from one end to the other.
 #include "export.h"
 #include "step.h"
 
@@ -112,8 +112,8 @@ struct Step {
 
 }  // namespace
 
-// out [tokens, hidden_size] = the layer of `hidden`, a token of each of the caches' sequences; the tokens' keys and
-// values are cached. All in fp32, or all in bf16.
+// out [tokens, hidden_size] = the layer of `hidden`, each token with a cache: where its sequence's keys and values lie,
+// and how many are before its own, which are put there first. All in fp32, or all in bf16.
 EXPORTED void glm_layer(const Layer *layer, const void *hidden, int64_t tokens, const float *cos, const float *sin,
                         const Cache *caches, void *out, int threads) {
     const auto run = [&](auto scalar) {

@@ -148,10 +148,10 @@ inline float exponentials(float *scores, int64_t length) {
 struct Cache {
     void *keys, *values;  // [kv_heads, capacity, head_dim]
     int64_t capacity;
-    int64_t length;  // tokens cached before this one
+    int64_t length;  // tokens before this one: cached, or earlier ones of the same call
 };
 
-// One token each of some sequences. Mirrored by native.py.
+// Some tokens; of a sequence one, or several that follow each other. Mirrored by native.py.
 struct Attention {
     const void *query, *key, *value;                                    // [tokens, heads, head_dim], or kv_heads
     int64_t token_stride;                                               // elements from one token to the next, ...
