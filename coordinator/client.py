@@ -5,12 +5,14 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from coordinator.batch import Ended, Progress, Request
 from coordinator.closing import Closing
 from coordinator.conversation import Prompt
 from coordinator.errors import ConnectError, CoordinatorError, GenerationError, StageLost
@@ -83,8 +85,21 @@ def _as_exception(error: Error) -> CoordinatorError:
     return StageLost(error.text) if error.code == StageLost.__name__ else GenerationError(error.text)
 
 
+def _ended(message: Finished | Error) -> Ended:
+    """Raises StageLost where the whole launch ends."""
+    if isinstance(message, Finished):
+        return Ended(message.request_id, message)
+    error = _as_exception(message)
+    if isinstance(error, StageLost):
+        raise error
+    return Ended(message.request_id, None, str(error))
+
+
 class RemoteBackend(Closing):
-    """A `ChatBackend` that is a running launch. A context manager; made by `connect`."""
+    """A running launch, as a `ChatBackend` (one answer at a time, streamed) and as a `BatchBackend` (many at once).
+
+    A context manager; made by `connect`. While answers that `submit` opened are under way, nothing is to be streamed.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -96,6 +111,8 @@ class RemoteBackend(Closing):
         self._description: Description | None = None
         self.on_queued: Callable[[int], None] | None = None
         """Told its place whenever a request waits for room at the launch; 1 is next."""
+        self._open: set[int] = set()
+        self._heard_at_s = 0.0
 
     def greet(self, deadline_s: float) -> None:
         """Connect and learn what the launch is. Raises ConnectError when it does not say so in time."""
@@ -127,11 +144,7 @@ class RemoteBackend(Closing):
             ConnectError: the launch is gone, or has been silent for too long.
         """
         self._cancelled.clear()
-        request_id = next(self._request_ids)
-        try:
-            self._send(Generate(request_id, prompt, sampling))
-        except ProtocolError as error:
-            raise GenerationError(f"the launch could not take this request: {error}") from error
+        request_id = self._ask(prompt, sampling)
         is_over = False
         try:
             for message in self._answers(request_id):
@@ -144,6 +157,48 @@ class RemoteBackend(Closing):
                 with contextlib.suppress(ConnectError):
                     self._send(Cancel(request_id))
 
+    def submit(self, request: Request) -> list[int]:
+        """See `BatchBackend`. Raises GenerationError when the launch could not take it."""
+        seed = request.sampling.seed
+        if not self._open:
+            self._heard_at_s = time.monotonic()
+        tickets = []
+        for index in range(request.num_answers):
+            sampling = replace(request.sampling, seed=None if seed is None else seed + index)
+            tickets.append(self._ask(request.prompt, sampling))
+        self._open |= set(tickets)
+        return tickets
+
+    def poll(self) -> Progress:
+        """See `BatchBackend`: waits a moment for the first message, then takes what else is there.
+
+        Raises:
+            StageLost: the launch ends because a stage is gone. ConnectError: the launch is gone, or has been silent
+            for too long.
+        """
+        num_new_tokens, ended = 0, []
+        message = self._receive()
+        if message is None and time.monotonic() > self._heard_at_s + SILENCE_DEADLINE_S:
+            raise ConnectError(
+                f"the launch at {self.endpoint} said nothing for {SILENCE_DEADLINE_S:g} s: it seems stuck"
+            )
+        while message is not None:
+            self._heard_at_s = time.monotonic()
+            if isinstance(message, Delta | Finished | Error) and message.request_id in self._open:
+                if isinstance(message, Delta):
+                    num_new_tokens += len(message.token_ids)
+                else:
+                    self._open.remove(message.request_id)
+                    ended.append(_ended(message))
+            message = self._receive() if self._socket.poll(0) else None
+        return Progress(num_new_tokens, tuple(ended))
+
+    def drop(self) -> None:
+        """See `BatchBackend`; nothing of these answers comes any more."""
+        dropped, self._open = self._open, set()
+        for ticket in sorted(dropped):
+            self._send(Cancel(ticket))
+
     def cancel(self) -> None:
         """Stop the answer being streamed. Safe in a signal handler and in another thread."""
         self._cancelled.set()
@@ -155,6 +210,14 @@ class RemoteBackend(Closing):
             self._monitor.close(linger=0)
             self._socket.close()
         self._context.term()
+
+    def _ask(self, prompt: Prompt, sampling: SamplingParams | None) -> int:
+        request_id = next(self._request_ids)
+        try:
+            self._send(Generate(request_id, prompt, sampling))
+        except ProtocolError as error:
+            raise GenerationError(f"the launch could not take this request: {error}") from error
+        return request_id
 
     def _answers(self, request_id: int) -> Iterator[Delta | Finished | Error]:
         """What the launch sends for one request, up to its end; a cancel is passed on once, when it is asked for."""

@@ -3,19 +3,23 @@
     CoordinatorError              exit code 1
     ├── UsageError                exit code 2: the request itself cannot be meant; nothing was started
     │   ├── PlanError             the plan has faults; all of them are listed
-    │   └── CompareError          a file to compare is missing or unreadable
+    │   ├── CompareError          a file to compare is missing or unreadable
+    │   ├── PromptFileError       lines of a file of prompts are no requests; the first of them are listed
+    │   └── ResultFileError       a file of results is of other prompts, or of something else
     ├── LaunchError               a worker could not be started, died before joining, or could not load
     │   └── NotEnoughMemory       the plan does not fit; nothing was loaded
     ├── StageLost                 a worker that was serving died or fell silent
     ├── GenerationError           one request failed; the pipeline lives on
     ├── CacheError                the cache of quantised layers cannot be read or pruned
     ├── DumpError                 what the pipeline computed cannot be written
+    ├── ResultsError              answers cannot be written to their file any more; those in it stay
     └── ConnectError              no running launch was found, or it does not answer
 
 Every message names the culprit, the number and the remedy, and is meant to be shown as it is.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -47,6 +51,23 @@ class CompareError(UsageError):
     """A file to compare is missing or unreadable."""
 
 
+class PromptFileError(UsageError):
+    """Lines of a file of prompts are no requests. `faults` are sentences, the first of them if there are many."""
+
+    def __init__(self, path: Path, faults: Sequence[str], num_faults: int | None = None) -> None:
+        self.faults = tuple(faults)
+        num_faults = len(self.faults) if num_faults is None else num_faults
+        if num_faults == 1:
+            super().__init__(f"{path}, {self.faults[0]}")
+            return
+        lines = [*self.faults, f"... and {num_faults - len(self.faults)} more"][: min(num_faults, len(faults) + 1)]
+        super().__init__(f"{path} has {num_faults} faults:" + "".join(f"\n  - {line}" for line in lines))
+
+
+class ResultFileError(UsageError):
+    """A file of results is of other prompts, or of something else, or somebody else writes it."""
+
+
 class LaunchError(CoordinatorError):
     """A worker could not be started, died before joining, or could not load."""
 
@@ -69,6 +90,10 @@ class CacheError(CoordinatorError):
 
 class DumpError(CoordinatorError):
     """What the pipeline computed cannot be written to the file."""
+
+
+class ResultsError(CoordinatorError):
+    """Answers cannot be written to their file any more; those in it stay."""
 
 
 class ConnectError(CoordinatorError):

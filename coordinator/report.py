@@ -1,5 +1,8 @@
 """What an answer cost, in lines for a terminal."""
 
+from collections.abc import Callable, Iterable, Iterator
+
+from glm.logprobs import TokenLogprob
 from protocol.client import GenerationStats
 
 _COLUMNS = ("stage", "device", "layers", "precision", "compute", "share", "wire", "KV tokens")
@@ -44,6 +47,14 @@ def warnings(stats: GenerationStats) -> tuple[str, ...]:
         f"warning: the scores of {stats.guarded_tokens} of {stats.new_tokens} tokens were not finite, so that a fixed "
         "token stands in their places: the arithmetic overflows, or weights are damaged; try bf16 or fp32",
     )
+
+
+def logprob_lines(logprobs: Iterable[TokenLogprob], spell: Callable[[int], str]) -> Iterator[str]:
+    """A line for each token: its log-probability, its id and what that stands for; then the likeliest ones."""
+    for each in logprobs:
+        others = ", ".join(f"{token_id} {spell(token_id)} {logprob:.3f}" for token_id, logprob in each.top)
+        line = f"{each.logprob:9.3f}  {each.token_id:>6} {spell(each.token_id):<12}"
+        yield f"{line}  likeliest: {others}" if others else line.rstrip()
 
 
 def average_tokens_per_s(stats: GenerationStats) -> float:

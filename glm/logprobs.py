@@ -1,11 +1,18 @@
-"""Log-probabilities of tokens: what the model itself thought of them, before temperature and every other rule."""
+"""Log-probabilities of tokens: what the model itself thought of them, before temperature and every other rule.
+
+Nothing heavy is imported before there are scores: clients without a model use `TokenLogprob`.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor, float64, tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_TOP = 20
 """Alternatives that may be asked for of each token."""
@@ -64,7 +71,9 @@ def perplexity(logprobs: AbstractSequence[TokenLogprob]) -> float:
 
 
 def _block(logits: Tensor, token_ids: AbstractSequence[int], num_top: int) -> list[TokenLogprob]:
-    totals = logits.to(float64).logsumexp(-1, keepdim=True)  # not finite if any score is NaN or +inf, or none is finite
+    from torch import tensor
+
+    totals = logits.double().logsumexp(-1, keepdim=True)  # not finite if any score is NaN or +inf, or none is finite
     chosen = logits.gather(-1, tensor(list(token_ids), device=logits.device).unsqueeze(-1)) - totals
     scores, ids = logits.topk(num_top, dim=-1)
     rows = zip(

@@ -2,14 +2,13 @@
 
 import argparse
 
-from coordinator.commands.generate import opened
 from coordinator.commands.options import (
     add_connect_option,
     add_model_options,
     add_placement_options,
     add_sampling_options,
 )
-from coordinator.commands.session import check_sampling, chosen_sampling
+from coordinator.commands.session import check_sampling, chosen_sampling, opened
 
 HELP = "chat with a model"
 EXAMPLES = """\

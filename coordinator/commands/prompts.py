@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from protocol.client import ChatPrompt, TextPrompt, TokenPrompt
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """`--prompt`, `--prompt-file` or `--ids`, one of them, and `--raw`."""
-    group = parser.add_argument_group("prompt", "One of --prompt, --prompt-file and --ids.")
+def add_prompt_options(parser: argparse.ArgumentParser, *, many: bool = False) -> None:
+    """`--prompt`, `--prompt-file` or `--ids`, one of them, and `--raw`; with `many` also `--prompts`."""
+    names = ["--prompt", "--prompt-file", "--ids"] + ["--prompts"] * many
+    group = parser.add_argument_group("prompt", f"One of {', '.join(names[:-1])} and {names[-1]}.")
     one = group.add_mutually_exclusive_group(required=True)
     one.add_argument("--prompt", metavar="TEXT", help="a question, put into the model's chat format")
     one.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file, or from stdin (-)")
     one.add_argument("--ids", metavar="5,64286", type=token_ids, help="token ids, taken as they are")
+    if many:
+        one.add_argument(
+            "--prompts", metavar="FILE", type=Path, help="many, one JSON object a line (see below); needs --out"
+        )
     group.add_argument("--raw", action="store_true", help="continue the text itself instead of answering it in a chat")
 
 

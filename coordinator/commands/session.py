@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from coordinator.commands.options import choose_cache, plan_request, sampling_overrides
+from coordinator.commands.options import choose_cache, plan_request, refuse_with_connect, sampling_overrides
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.chat_model import ChatModel
+    from coordinator.conversation import ChatBackend
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
     from glm.config import ModelConfig
@@ -74,6 +75,20 @@ def launched(
         say(*_kernel_lines(chat_model))
         say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))
         yield chat_model
+
+
+@contextmanager
+def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = lambda _: None) -> Iterator[ChatBackend]:
+    """The running launch that `--connect` means, or a model launched for this command, if `check` raises nothing."""
+    if options.connect is None:
+        with launched(options, check=check) as chat_model:
+            yield chat_model
+        return
+    refuse_with_connect(options)
+    from coordinator.client import connect
+
+    with connect(options.connect or None) as backend:
+        yield backend
 
 
 def _kernel_lines(chat_model: ChatModel) -> list[str]:

@@ -1,0 +1,123 @@
+"""`glmpipe generate --prompts`: a file of prompts in, a file of answers out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+from coordinator.commands.options import sampling_overrides
+from coordinator.commands.session import opened, say
+from coordinator.errors import UsageError
+
+if TYPE_CHECKING:
+    from coordinator.batch import BatchBackend, Survey
+    from coordinator.batch_view import WorkView
+    from coordinator.chat_model import ChatModel
+    from coordinator.client import RemoteBackend
+    from coordinator.conversation import ChatBackend
+    from glm.config import ModelConfig
+
+REMOTE_SEQUENCES = 32
+"""Taken for the most sequences at once of a launch that this command only connects to, and that may have others."""
+
+HELP = """\
+a file of prompts (--prompts) has a JSON object a line, with one of
+  {"prompt": "..."}                                            a question (with --raw a text to continue)
+  {"messages": [{"role": "user", "content": "..."}, ...]}      a conversation
+  {"token_ids": [5, 64286, ...]}                               taken as they are
+and, where wanted, "id", "n", "logprobs", and sampling options by their names ("max_new_tokens", "seed", "stop", ...),
+which go before the command's. Every line is checked before a model is loaded.
+
+--out gets a JSON object for each answer, as soon as it is complete: "id", "line", "index" (of n), "text", "token_ids",
+"finish_reason", "prompt_tokens", "new_tokens", "logprobs" where wanted, "prompt_digest". A request that failed by
+itself has "error" in place of its answer. The same command again does what is missing, failed ones included; an answer
+is recognised by its "id", or else by the number of its prompt's line.
+"""
+
+
+def run_file(options: argparse.Namespace) -> int:
+    """Check all prompts, launch or connect, answer what is missing; 1 if requests failed by themselves."""
+    _check(options)
+    from coordinator.batch import ANSWERS_OPEN, missing_jobs, run_batch, survey
+    from coordinator.batch_prompts import BatchDefaults
+    from coordinator.batch_results import ResultFile
+
+    defaults = BatchDefaults(sampling_overrides(options), options.n, options.logprobs, options.raw)
+    with ResultFile(options.out) as results:
+        found = survey(options.prompts, defaults, results)
+        if results.num_cut_bytes:
+            say(f"note: {options.out} ended within a line, as after a kill: {results.num_cut_bytes} bytes are cut")
+        if not found.num_missing:
+            say(f"{_answers(found.num_answers)} in {options.out} already: nothing is left to do")
+            return 0
+        with opened(options, lambda config: _check_ids(found, options, config)) as opened_backend:
+            backend, num_sequences = batch_backend(options, opened_backend)
+            with _shown(options, found) as view:
+                jobs = missing_jobs(options.prompts, defaults, results)
+                run_batch(backend, jobs, results, view, most_open=ANSWERS_OPEN * num_sequences)
+    return 1 if view.totals.num_failed else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise UsageError("--prompts needs --out: the file that the answers go to")
+    for name in ("json", "stats"):
+        if getattr(options, name):
+            raise UsageError(f"--{name} is about a single answer; with --prompts, drop it")
+    if not options.prompts.is_file():
+        raise UsageError(f"--prompts {options.prompts} is not a file; it is read twice, so a pipe will not do")
+    if options.out.exists() and options.out.samefile(options.prompts):
+        raise UsageError(f"--out {options.out} is the file of prompts itself; name another one")
+
+
+def _check_ids(found: Survey, options: argparse.Namespace, config: ModelConfig) -> None:
+    """Before anything is loaded: ids that the model does not have are a mistake, not a request that failed."""
+    if found.largest_id is not None and found.largest_id[1] >= config.vocab_size:
+        line, token_id = found.largest_id
+        raise UsageError(
+            f"{options.prompts}, line {line}: token id {token_id} is outside the vocabulary, the model's ids are 0 to "
+            f"{config.vocab_size - 1}"
+        )
+
+
+def batch_backend(options: argparse.Namespace, backend: ChatBackend) -> tuple[BatchBackend, int]:
+    """What answers, and how many sequences it works on at once."""
+    if options.connect is not None:
+        return cast("RemoteBackend", backend), REMOTE_SEQUENCES
+    from coordinator.batch import LocalBackend
+
+    chat_model = cast("ChatModel", backend)
+    return LocalBackend(chat_model), chat_model.engine.settings.max_num_seqs
+
+
+@contextmanager
+def _shown(options: argparse.Namespace, found: Survey) -> Iterator[WorkView]:
+    """Progress while the block runs; however it ends, how far it came."""
+    from coordinator.batch_view import WorkView
+
+    done_before = found.num_answers - found.num_missing
+    view = WorkView(sys.stderr, "answers", found.num_answers, done_before)
+    try:
+        with view:
+            yield view
+    finally:
+        say(_outcome(options, found, view))
+
+
+def _outcome(options: argparse.Namespace, found: Survey, view: WorkView) -> str:
+    totals = view.totals
+    num_there = found.num_answers - found.num_missing + totals.num_done - totals.num_failed
+    text = f"{num_there} of {_answers(found.num_answers)} in {options.out}"
+    text += f", {totals.num_tokens} tokens in this run, {view.tokens_per_s:.1f} tokens/s"
+    if totals.num_failed:
+        text += f'; {totals.num_failed} failed by themselves (their lines have "error")'
+    if num_there < found.num_answers:
+        text += "; the same command does what is missing"
+    return text
+
+
+def _answers(number: int) -> str:
+    return f"{number} answer{'' if number == 1 else 's'}"
