@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zmq
 
 from coordinator import client as client_module
+from coordinator.batch import Request
 from coordinator.client import RemoteBackend, connect
 from coordinator.errors import ConnectError, GenerationError, StageLost
 from coordinator.runtime_dir import CLIENT_SOCKET, RuntimeDir
@@ -237,3 +239,82 @@ def test_the_newest_launch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 assert backend.endpoint == running.endpoint
         finally:
             running.close()
+
+
+def request(num_answers: int = 1, seed: int | None = None) -> Request:
+    return Request(PROMPT, replace(DEFAULTS, seed=seed), num_answers)
+
+
+def test_many_answers_at_once_on_one_connection(launch: LaunchMaker) -> None:
+    """Each is found by its ticket, whatever the order; one that fails does so alone; streaming goes on as before."""
+    asked: list[int] = []
+
+    def script(message: ClientMessage) -> list[ClientMessage]:
+        assert isinstance(message, Generate)
+        asked.append(message.request_id)
+        if len(asked) < 3:
+            return [Delta(message.request_id, "a", (1, 2))]
+        if len(asked) > 3:
+            return answering(message)
+        return [Error(asked[1], "GenerationError", "it failed"), finished(asked[2]), finished(asked[0])]
+
+    running = launch(script)
+    with connect(running.endpoint) as backend:
+        tickets = [*backend.submit(request(2, seed=7)), *backend.submit(request())]
+        ended, num_tokens = [], 0
+        while len(ended) < 3:
+            progress = backend.poll()
+            ended += progress.ended
+            num_tokens += progress.num_new_tokens
+        assert len(list(backend.stream(PROMPT))) == 3
+    assert tickets == asked[:3]
+    assert num_tokens == 4
+    assert {each.ticket: (each.error, each.finished is not None) for each in ended} == {
+        tickets[0]: (None, True),
+        tickets[1]: ("it failed", False),
+        tickets[2]: (None, True),
+    }
+    assert [message.sampling.seed for message in running.received[1:4]] == [7, 8, None]  # type: ignore[union-attr]
+
+
+def test_dropping_cancels_all_that_is_open(launch: LaunchMaker) -> None:
+    """And what still comes of it is not mistaken for anything else."""
+    cancelled = threading.Event()
+
+    def script(message: ClientMessage) -> list[ClientMessage]:
+        if isinstance(message, Cancel):
+            if message.request_id == 3:
+                cancelled.set()
+            return [finished(message.request_id, "cancelled")]
+        return []
+
+    running = launch(script)
+    with connect(running.endpoint) as backend:
+        backend.submit(request(2))
+        backend.drop()
+        assert cancelled.wait(10)
+        assert backend.poll().ended == ()
+    assert running.received[3:] == [Cancel(2), Cancel(3)]
+
+
+def test_a_lost_launch_ends_all_answers(launch: LaunchMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that is gone, a launch that is gone, one that is silent, and a request that it could not take."""
+
+    def lost(message: ClientMessage) -> list[ClientMessage]:
+        return [Error(message.request_id, "StageLost", "stage 2 died")]
+
+    def poll_to_the_end(backend: RemoteBackend) -> None:
+        backend.submit(request())
+        while True:
+            backend.poll()
+
+    with connect(launch(lost).endpoint) as backend, pytest.raises(StageLost, match="stage 2 died"):
+        poll_to_the_end(backend)
+    with connect(launch(lambda _: None).endpoint) as backend, pytest.raises(ConnectError, match="is gone"):
+        poll_to_the_end(backend)
+    with connect(launch(lambda _: []).endpoint) as backend:
+        with pytest.raises(GenerationError, match="could not take this request"):
+            backend.submit(replace(request(), prompt=TextPrompt("x" * (MAX_PROMPT + 1))))
+        monkeypatch.setattr(client_module, "SILENCE_DEADLINE_S", 0.2)
+        with pytest.raises(ConnectError, match=r"said nothing for 0\.2 s"):
+            poll_to_the_end(backend)
