@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from coordinator.commands import bench, cache, chat, compare, convert, doctor, dump, generate, launch, worker
+from coordinator.commands import bench, cache, chat, compare, convert, doctor, dump, generate, launch, score, worker
 from coordinator.errors import CoordinatorError
 from coordinator.signals import leaving_on_signals
 from protocol.version import VERSION
@@ -32,6 +32,7 @@ COMMANDS = {
     "launch": launch,
     "convert": convert,
     "cache": cache,
+    "score": score,
     "bench": bench,
     "dump": dump,
     "compare": compare,

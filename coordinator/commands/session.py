@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from coordinator.commands.options import choose_cache, plan_request, refuse_with_connect, sampling_overrides
+from coordinator.errors import UsageError
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
 
@@ -133,6 +135,18 @@ def check_sampling(options: argparse.Namespace) -> None:
     from glm.sampling_params import SamplingParams
 
     SamplingParams(**given)
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Of a file that is to be replaced: found out now rather than after a large model has loaded."""
+    if path.is_dir():
+        raise UsageError(f"{name} {path} is a directory; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{name} {path} is a device or a socket, which would be replaced; name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{name} {path}: the directory {path.parent} does not exist; create it first")
+    if not all(os.access(place, os.W_OK) for place in (path, path.parent) if place.exists()):
+        raise UsageError(f"{name} {path} is not writable; choose another place")
 
 
 def say(*lines: str) -> None:

@@ -1,0 +1,157 @@
+"""Files of prompts, several answers and scores through real worker processes, with the demo model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glm.checkpoint import Checkpoint
+from glm.config import load_config
+from glm.demo import demo_model_dir
+from glm.model import Model, Segment
+from glm.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+SPLIT = ("--stages", "2", "--threads", "1")
+QUESTIONS = ("你好", "What is a stage worker?", "日本的首都是哪里？", "What is 17 + 15?", "显存不够怎么办？")
+
+
+@contextmanager
+def start(*arguments: str | Path) -> "Iterator[subprocess.Popen[str]]":
+    """The command in a process of its own, killed at the end of the block if it still runs."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "coordinator.cli", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def glmpipe(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    with start(*arguments) as process:
+        out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Each question several times, one with two answers, one with log-probabilities, one too long for the model."""
+    lines: list[dict[str, Any]] = [
+        {"prompt": QUESTIONS[number % 5], "id": f"q{number}", "seed": number} for number in range(40)
+    ]
+    lines += [{"prompt": QUESTIONS[0], "n": 2, "seed": 5, "temperature": 1.5}]
+    lines += [{"prompt": QUESTIONS[2], "greedy": True, "logprobs": 2}, {"prompt": "长" * 2000}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def results(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """The last line of each answer."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(line["line"], line["index"]): line for line in lines}
+
+
+def texts(path: Path) -> dict[tuple[int, int], str]:
+    return {key: line["text"] for key, line in results(path).items() if "error" not in line}
+
+
+def test_a_file_is_answered_interrupted_and_finished(prompts: Path, tmp_path: Path) -> None:
+    """Ctrl-C and a torn line lose nothing that was written; all runs together give what one run gives, and what a
+    running launch gives to one that connects; what cannot be answered has an error and spoils nothing."""
+    out, again, remote = (tmp_path / name for name in ("out", "again", "remote"))
+    with start("generate", "--prompts", prompts, "--out", out, *SPLIT, "--max-num-seqs", "4") as process:
+        while not out.exists() or out.read_bytes().count(b"\n") < 5:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command does what is missing" in err
+    assert "Traceback" not in err
+    first = out.read_bytes()
+    num_first = first.count(b"\n")
+    assert 5 <= num_first < 43
+    out.write_bytes(first + b'{"id": "q3", "li')
+    code, _, err = glmpipe("generate", "--prompts", prompts, "--out", out, *SPLIT)
+    assert code == 1, err
+    assert "16 bytes are cut" in err
+    assert "42 of 43 answers" not in err
+    assert "43 of 44 answers in " in err and "1 failed by themselves" in err
+    assert out.read_bytes().startswith(first)
+    found = results(out)
+    assert len(found) == 44
+    assert "has 4" not in found[43, 0].get("text", "") and "error" in found[43, 0]
+    assert "日本的首都是东京" in found[42, 0]["text"]
+    assert len(found[42, 0]["logprobs"]) == found[42, 0]["new_tokens"] == len(found[42, 0]["token_ids"])
+    assert all(each["top"][0][0] == each["token_id"] for each in found[42, 0]["logprobs"])
+    assert glmpipe("generate", "--prompts", prompts, "--out", again, "--stages", "1", "--threads", "1")[0] == 1
+    assert texts(again) == texts(out)
+    with start("launch", *SPLIT) as process:
+        assert process.stdout is not None
+        endpoint = process.stdout.readline().split()[-1]
+        code, _, err = glmpipe("generate", "--connect", endpoint, "--prompts", prompts, "--out", remote)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert code == 1, err
+    assert texts(remote) == texts(out)
+    for key in ("token_ids", "finish_reason", "prompt_digest", "prompt_tokens"):
+        assert results(remote)[42, 0][key] == found[42, 0][key]
+    assert [each["token_id"] for each in results(remote)[42, 0]["logprobs"]] == found[42, 0]["token_ids"]
+
+
+def test_several_answers_and_logprobs_to_one_prompt() -> None:
+    """As a list in JSON, else with a header each; answer i is what a request with the seed plus i gets."""
+    question = ("generate", "--prompt", QUESTIONS[1], "--temperature", "2", "--max-new-tokens", "8", *SPLIT)
+    code, out, err = glmpipe(*question, "--n", "3", "--seed", "4", "--json", "--logprobs", "2")
+    assert code == 0, err
+    answers = json.loads(out)
+    assert len(answers) == 3
+    assert all(len(each["logprobs"]) == len(each["ids"]) for each in answers)
+    code, alone, _ = glmpipe(*question, "--seed", "6")
+    assert (code, alone.rstrip("\n")) == (0, answers[2]["text"])
+    code, out, _ = glmpipe(*question, "--n", "3", "--seed", "4", "--logprobs", "1")
+    assert out.startswith(f"--- answer 1 of 3 ---\n{answers[0]['text']}\n")
+    assert out.count("likeliest:") == sum(len(each["ids"]) for each in answers)
+
+
+def test_a_text_is_scored_as_by_the_undivided_model(tmp_path: Path) -> None:
+    """The command's figures and each token's log-probability, over two stages and several windows."""
+    text = "".join(f"{question}\n" for question in QUESTIONS) * 3
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    words = ("score", "--text", tmp_path / "text", "--window", "100", "--stride", "40", *SPLIT)
+    code, out, err = glmpipe(*words, "--json", "--tokens", tmp_path / "tokens")
+    assert code == 0, err
+    score = json.loads(out)
+    config = load_config(demo_model_dir())
+    tokenizer = load_tokenizer(demo_model_dir(), config)
+    ids, prefix = tokenizer.encode(text), tokenizer.encode_prompt("")
+    tokens = [json.loads(line) for line in (tmp_path / "tokens").read_text(encoding="utf-8").splitlines()]
+    assert [each["token_id"] for each in tokens] == ids
+    assert (score["tokens"], score["scored_tokens"], score["bytes"]) == (len(ids), len(ids), len(text.encode()))
+    assert score["logprob"] == pytest.approx(sum(each["logprob"] for each in tokens))
+    model = Model.load(Checkpoint(demo_model_dir()), config)
+    for each in tokens[::7]:
+        start = each["position"] + len(prefix) - each["context_tokens"]
+        fed = [*prefix, *ids[start : each["position"]]]
+        hidden = model.embedding.forward(torch.tensor(fed))
+        hidden = model.layers.forward(hidden, [Segment(model.layers.new_cache(), 0, len(fed), None)])
+        expected = float(model.head.forward(hidden[-1:]).double().log_softmax(-1)[0, each["token_id"]])
+        assert each["logprob"] == pytest.approx(expected, abs=1e-4)
+    code, out, _ = glmpipe(*words)
+    assert f"perplexity       {score['perplexity']:.4f}\n" in out
