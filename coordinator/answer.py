@@ -13,10 +13,7 @@ from glm.logprobs import TokenLogprob
 from glm.tokenizer import Tokenizer
 from protocol import client
 from protocol.client import Delta, Finished, FinishReason, GenerationStats, StageStats
-from protocol.limits import clip_text
-
-NO_CHANCE = -1e30
-"""The log-probability, on the wire, of a token that the model gave no chance at all."""
+from protocol.limits import NO_CHANCE, clip_text
 
 
 class Answer:

@@ -122,7 +122,7 @@ def _close(ended: Answer) -> Ended:
     if sequence.error is not None:
         return Ended(ended.request_id, None, str(sequence.error))
     _, finished = ended.close()
-    logprobs = None if sequence.num_logprobs is None else tuple(sequence.logprobs)
+    logprobs = None if sequence.num_logprobs is None else tuple(sequence.logprobs[: len(finished.token_ids)])
     return Ended(ended.request_id, finished, None, logprobs)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from coordinator.closing import Closing
 from coordinator.conversation import Prompt
 from coordinator.errors import ConnectError, CoordinatorError, GenerationError, StageLost
 from coordinator.runtime_dir import find_running
+from glm.logprobs import TokenLogprob
 from protocol import sockets
 from protocol.client import (
     Cancel,
@@ -30,8 +32,10 @@ from protocol.client import (
     Queued,
     SamplingParams,
 )
+from protocol.client import TokenLogprob as WireLogprob
 from protocol.endpoints import checked_endpoint, ipc_path
 from protocol.errors import ProtocolError
+from protocol.limits import NO_CHANCE
 from protocol.messages import Plane
 from protocol.wire import decode
 
@@ -85,14 +89,24 @@ def _as_exception(error: Error) -> CoordinatorError:
     return StageLost(error.text) if error.code == StageLost.__name__ else GenerationError(error.text)
 
 
-def _ended(message: Finished | Error) -> Ended:
+def _ended(message: Finished | Error, logprobs: list[TokenLogprob] | None) -> Ended:
     """Raises StageLost where the whole launch ends."""
     if isinstance(message, Finished):
-        return Ended(message.request_id, message)
+        return Ended(message.request_id, message, None, None if logprobs is None else tuple(logprobs))
     error = _as_exception(message)
     if isinstance(error, StageLost):
         raise error
     return Ended(message.request_id, None, str(error))
+
+
+def _from_wire(logprob: WireLogprob) -> TokenLogprob:
+    """What stands for no chance at all on the wire is minus infinity again."""
+    top = tuple((each.token_id, _chance(each.logprob)) for each in logprob.top)
+    return TokenLogprob(logprob.token_id, _chance(logprob.logprob), top)
+
+
+def _chance(logprob: float) -> float:
+    return logprob if logprob > NO_CHANCE else -math.inf
 
 
 class RemoteBackend(Closing):
@@ -111,7 +125,7 @@ class RemoteBackend(Closing):
         self._description: Description | None = None
         self.on_queued: Callable[[int], None] | None = None
         """Told its place whenever a request waits for room at the launch; 1 is next."""
-        self._open: set[int] = set()
+        self._open: dict[int, list[TokenLogprob] | None] = {}
         self._heard_at_s = 0.0
 
     def greet(self, deadline_s: float) -> None:
@@ -165,8 +179,8 @@ class RemoteBackend(Closing):
         tickets = []
         for index in range(request.num_answers):
             sampling = replace(request.sampling, seed=None if seed is None else seed + index)
-            tickets.append(self._ask(request.prompt, sampling))
-        self._open |= set(tickets)
+            tickets.append(self._ask(request.prompt, sampling, request.num_logprobs))
+            self._open[tickets[-1]] = None if request.num_logprobs is None else []
         return tickets
 
     def poll(self) -> Progress:
@@ -184,19 +198,20 @@ class RemoteBackend(Closing):
             )
         while message is not None:
             self._heard_at_s = time.monotonic()
-            if isinstance(message, Delta | Finished | Error) and message.request_id in self._open:
-                if isinstance(message, Delta):
-                    num_new_tokens += len(message.token_ids)
-                else:
-                    self._open.remove(message.request_id)
-                    ended.append(_ended(message))
+            if isinstance(message, Delta) and message.request_id in self._open:
+                num_new_tokens += len(message.token_ids)
+                logprobs = self._open[message.request_id]
+                if logprobs is not None:
+                    logprobs += map(_from_wire, message.logprobs)
+            elif isinstance(message, Finished | Error) and message.request_id in self._open:
+                ended.append(_ended(message, self._open.pop(message.request_id)))
             message = self._receive() if self._socket.poll(0) else None
         return Progress(num_new_tokens, tuple(ended))
 
     def drop(self) -> None:
         """See `BatchBackend`; nothing of these answers comes any more."""
-        dropped, self._open = self._open, set()
-        for ticket in sorted(dropped):
+        dropped, self._open = self._open, {}
+        for ticket in dropped:
             self._send(Cancel(ticket))
 
     def cancel(self) -> None:
@@ -211,10 +226,10 @@ class RemoteBackend(Closing):
             self._socket.close()
         self._context.term()
 
-    def _ask(self, prompt: Prompt, sampling: SamplingParams | None) -> int:
+    def _ask(self, prompt: Prompt, sampling: SamplingParams | None, num_logprobs: int | None = None) -> int:
         request_id = next(self._request_ids)
         try:
-            self._send(Generate(request_id, prompt, sampling))
+            self._send(Generate(request_id, prompt, sampling, num_logprobs))
         except ProtocolError as error:
             raise GenerationError(f"the launch could not take this request: {error}") from error
         return request_id

@@ -61,8 +61,10 @@ Index = Annotated[int, IntRange(0, 2**31 - 1)]
 Seconds = Annotated[float, FloatRange(0.0, 1e12)]
 PositiveSeconds = Annotated[float, FloatRange(1e-3, 1e9)]
 Probability = Annotated[float, FloatRange(0.0, 1.0)]
-Logprob = Annotated[float, FloatRange(-1e30, 1e-3)]
-"""Natural; -1e30 stands for a token without any chance. Rounding may lift a certain one above 0."""
+NO_CHANCE = -1e30
+"""The log-probability, on the wire, of a token that the model gave no chance at all."""
+Logprob = Annotated[float, FloatRange(NO_CHANCE, 1e-3)]
+"""Natural. Rounding may lift a certain one above 0."""
 Name = Annotated[str, MaxLength(MAX_NAME)]
 PathText = Annotated[str, MaxLength(4096)]
 Text = Annotated[str, MaxLength(MAX_TEXT)]

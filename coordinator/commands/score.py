@@ -84,10 +84,11 @@ def _check(options: argparse.Namespace, config: ModelConfig) -> None:
 
 def _sizes(options: argparse.Namespace, chat_model: ChatModel) -> tuple[int, int]:
     """Window and stride, which leave room for the model's prefix."""
+    from coordinator.prompts import max_model_len
     from coordinator.score import DEFAULT_WINDOW
 
     num_prefix = len(chat_model.tokenizer.encode_prompt(""))
-    most = chat_model.max_model_len - 1 - num_prefix
+    most = max_model_len(chat_model.config, chat_model.engine.settings) - 1 - num_prefix
     window = min(DEFAULT_WINDOW - num_prefix, most) if options.window is None else options.window
     stride = (window + 1) // 2 if options.stride is None else options.stride
     if window > most:
