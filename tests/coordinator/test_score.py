@@ -18,9 +18,10 @@ from coordinator.planning import plan_for
 from coordinator.score import score_tokens, summarise, token_fields, windows
 from glm.checkpoint import Checkpoint
 from glm.logprobs import TokenLogprob
-from glm.model import Model, Segment
+from glm.model import LayerStack, Model, Segment
 from glm.positions import prompt_layout
-from tests.in_process import in_process_engine
+from glm.precision import Precision
+from tests.in_process import CPU, in_process_engine
 from tests.tiny_checkpoints import CAUSAL, FAMILIES, PREFIX, write_checkpoint
 
 
@@ -111,8 +112,9 @@ def chat_model_over(model_dir: Path, ranges: list[tuple[int, int]]) -> ChatModel
 def test_two_stages_say_what_the_undivided_model_says(family: str, tmp_path: Path) -> None:
     """For every family and over windows; a prefix LM's text follows an empty prompt."""
     config = write_checkpoint(tmp_path, FAMILIES[family])
-    model = Model.load(Checkpoint(tmp_path), config)
     chat_model = chat_model_over(tmp_path, [(0, 1), (1, config.num_layers)])
+    layers = LayerStack.load(Checkpoint(tmp_path), config, 0, config.num_layers, Precision.FP32, CPU)
+    model = Model(chat_model.engine.embedding, layers, chat_model.engine.head)
     prefix = (PREFIX["gmask_token_id"], PREFIX["bos_token_id"]) if config.is_prefix_lm else (7,)
     choice = random.Random(3)
     text = [choice.randrange(10, 80) for _ in range(150)]
