@@ -109,7 +109,9 @@ class LocalBackend:
         ended = [each for each in self._open if each.sequence.is_finished]
         if ended:
             self._open = [each for each in self._open if not each.sequence.is_finished]
-        return Progress(sum(len(delta.token_ids) for _, delta in deltas), tuple(map(_close, ended)))
+        pacing = self._chat_model.engine.pacing.reason() if ended else None
+        num_new_tokens = sum(len(delta.token_ids) for _, delta in deltas)
+        return Progress(num_new_tokens, tuple(_close(each, pacing) for each in ended))
 
     def drop(self) -> None:
         dropped, self._open = self._open, []
@@ -117,11 +119,11 @@ class LocalBackend:
             self._chat_model.engine.cancel(each.sequence)
 
 
-def _close(ended: Answer) -> Ended:
+def _close(ended: Answer, pacing: str | None) -> Ended:
     sequence = ended.sequence
     if sequence.error is not None:
         return Ended(ended.request_id, None, str(sequence.error))
-    _, finished = ended.close()
+    _, finished = ended.close(pacing)
     logprobs = None if sequence.num_logprobs is None else tuple(sequence.logprobs[: len(finished.token_ids)])
     return Ended(ended.request_id, finished, None, logprobs)
 

