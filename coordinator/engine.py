@@ -181,8 +181,8 @@ class Engine:
         for sequence in (chunk.sequence for chunk in decision.chunks):
             drafted: list[int] = []
             if sequence.drafter is not None:
-                most = min(sequence.draft_length.choose(self._step_cost, num_tokens - 1), sequence.most_drafts)
-                drafted = sequence.drafter.draft(most) if most else []
+                most = min(sequence.draft_length.choose(self._step_cost, num_tokens - 1), sequence.most_growth - 1)
+                drafted = sequence.drafter.draft(most) if most > 0 else []
             drafts.append(tuple(drafted))
             num_tokens += len(drafted)
         taken = sum(max(sequence.num_reserved, len(sequence.token_ids)) for sequence in self._running)

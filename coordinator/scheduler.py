@@ -89,17 +89,22 @@ def admissible(
     admitted: list[Sequence] = []
     num_running = len(running)
     taken = sum(sequence.num_reserved for sequence in running)
+    headroom = sum(map(_headroom, running))
     for sequence in waiting:
         if sequence.leader is not None and not _is_led(sequence.leader):
             continue
-        headroom = (1 + num_running) * HEADROOM_TOKENS if num_running else 0
-        needed = len(sequence.token_ids) + headroom
+        headroom += _headroom(sequence)
+        needed = len(sequence.token_ids) + (headroom if num_running else 0)
         if num_running >= settings.max_num_seqs or taken + needed > settings.kv_budget_tokens:
             break
         admitted.append(sequence)
         num_running += 1
         taken += len(sequence.token_ids)
     return admitted
+
+
+def _headroom(sequence: Sequence) -> int:
+    return min(HEADROOM_TOKENS, sequence.most_growth)
 
 
 def _is_led(leader: Sequence) -> bool:

@@ -107,12 +107,12 @@ class Sequence:
             self.finish_reason = "length"
 
     @property
-    def most_drafts(self) -> int:
-        """So many drafted tokens can count before the answer is at its end."""
+    def most_growth(self) -> int:
+        """So many tokens can still come."""
         end = self._max_context
         if self._max_new_tokens is not None:
             end = min(end, self.num_prompt + self._max_new_tokens)
-        return max(0, end - len(self.token_ids) - 1)
+        return max(0, end - len(self.token_ids))
 
     def set_back(self) -> None:
         """The stages have forgotten it: everything is to be fed again."""

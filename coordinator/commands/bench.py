@@ -47,6 +47,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_model_options(parser)
     add_placement_options(parser)
+    parser.set_defaults(no_speculation=True, no_prefix_reuse=True)  # every token of every prompt and answer is computed
 
 
 def run(options: argparse.Namespace) -> int:

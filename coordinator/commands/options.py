@@ -93,8 +93,30 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"prompt tokens in one step (default {PREFILL_CHUNK}); prompts of ChatGLM-6B stay whole",
     )
+    _add_scheduling_options(parser)
     group.add_argument("--no-memory-check", action="store_true", help="load even what does not seem to fit into memory")
     group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
+
+
+def _add_scheduling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "speed",
+        "None of these changes a token of a greedy or seeded answer. The report of --stats says what they gave.",
+    )
+    group.add_argument(
+        "--no-speculation",
+        action="store_true",
+        help="one token a step: do not guess what the text has said before and verify it",
+    )
+    group.add_argument(
+        "--no-prefix-reuse", action="store_true", help="compute every prompt anew, even where it begins as one before"
+    )
+    group.add_argument(
+        "--steps-in-flight",
+        metavar="N",
+        type=int,
+        help="deal the sequences that decode out to N steps under way at once (default: what measures fastest)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +204,12 @@ def plan_request(options: argparse.Namespace) -> PlanRequest:
     )
 
 
+def check_scheduling(options: argparse.Namespace) -> None:
+    """Raises UsageError for an impossible number of steps."""
+    if options.steps_in_flight is not None and options.steps_in_flight < 1:
+        raise UsageError(f"--steps-in-flight {options.steps_in_flight} must be 1 or more")
+
+
 def choose_cache(options: argparse.Namespace) -> None:
     """Let the cache options hold for this process and the workers that it starts. Raises UsageError."""
     if options.cache_dir is not None and options.no_cache:
@@ -195,8 +223,11 @@ def choose_cache(options: argparse.Namespace) -> None:
 def refuse_with_connect(options: argparse.Namespace) -> None:
     """A running launch has its model and placement already. Raises UsageError if any was given beside `--connect`."""
     given = [
-        name for name in (*PLACEMENT, "plan", "model", "revision", "cache_dir") if getattr(options, name) is not None
+        name
+        for name in (*PLACEMENT, "plan", "model", "revision", "cache_dir", "steps_in_flight")
+        if getattr(options, name) is not None
     ]
+    given += [name for name in ("no_speculation", "no_prefix_reuse") if getattr(options, name)]
     if given:
         names = ", ".join(map(_flag, given))
         raise UsageError(f"--connect uses a launch with a model and a placement of its own; drop {names}")

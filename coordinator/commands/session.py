@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from coordinator.commands.options import choose_cache, plan_request, refuse_with_connect, sampling_overrides
+from coordinator.commands.options import (
+    check_scheduling,
+    choose_cache,
+    plan_request,
+    refuse_with_connect,
+    sampling_overrides,
+)
 from coordinator.errors import UsageError
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
@@ -42,6 +48,7 @@ def launched(
     otherwise only warnings do, and the last lines in an error if there is one.
     """
     request = plan_request(options) if request is None else request
+    check_scheduling(options)
     choose_cache(options)
     from coordinator.chat_model import launch
     from coordinator.limits import context_line, limits_of
@@ -72,6 +79,9 @@ def launched(
                 on_note=view.log,
                 record_hidden_states=record_hidden_states,
                 check_memory=not options.no_memory_check,
+                speculate=not options.no_speculation,
+                reuse=not options.no_prefix_reuse,
+                steps_in_flight=options.steps_in_flight,
             )
             stack.enter_context(chat_model)
         say(*_kernel_lines(chat_model))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.sequence import Sequence
 from glm.checkpoint import Checkpoint
 from glm.config import load_config
 from glm.model import Model
@@ -215,3 +216,64 @@ def test_a_steps_timing_names_the_ends_own_parts(tmp_path: Path) -> None:
     ends = timing.ends
     assert min(ends.embedding_s, ends.head_s, ends.sampling_s) > 0
     assert ends.compute_s < time.monotonic() - started_s
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3", "glm4"])
+def test_a_second_turn_feeds_only_its_new_tokens(family: str, shared_dir: Path) -> None:
+    """What the first turn left is taken over; the tokens are those of a fresh start, in fp32."""
+    golden = GoldenSet(shared_dir, family)
+    row = next(row for row in golden.rows() if row.case == "short")
+    second = [*row.token_ids, *row.greedy_ids[:12], *row.token_ids[:5]]
+    fresh, _, config = in_process_engine(golden.checkpoint_dir, [(0, 2), (2, 5)])
+    wanted = sequence_for(fresh, config, second, 10)
+    drain(fresh)
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 2), (2, 5)], reuse=True, speculate=False)
+    sequence_for(engine, config, list(row.token_ids), 12)
+    drain(engine)
+    num_steps = len(pipeline.steps)
+    again = sequence_for(engine, config, second, 10)
+    drain(engine)
+    assert again.new_ids == wanted.new_ids
+    assert again.num_reused == len(row.token_ids) + 11  # the last token was sampled, never fed
+    assert pipeline.steps[num_steps].num_tokens == 6
+    engine.forget_prefixes()
+    assert all(stage.kv_tokens == 0 for stage in pipeline.stages)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_to_one_prompt_share_its_cache(family: str, shared_dir: Path) -> None:
+    """A leader's prompt is fed once and forked, if the family is causal; each answer is that of a request alone."""
+    golden = GoldenSet(shared_dir, family)
+    row = next(row for row in golden.rows() if row.case == "long")
+    prompt, hot = list(row.token_ids), {"greedy": False, "temperature": 1.5}
+    alone, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+    wanted = []
+    for seed in range(3):
+        wanted.append(sequence_for(alone, config, prompt, 8, seed=seed, **hot))
+        drain(alone)
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 5)], reuse=True)
+    together: list[Sequence] = []
+    for seed in range(3):
+        together.append(sequence_for(engine, config, prompt, 8, seed=seed, **hot))
+        if together[:-1] and not config.is_prefix_lm:
+            together[-1].leader = together[0]
+    drain(engine)
+    assert [sequence.new_ids for sequence in together] == [sequence.new_ids for sequence in wanted]
+    fed = sum(span.num_tokens for step in pipeline.steps for span in step.spans if span.num_tokens > 5)
+    assert fed == (3 if config.is_prefix_lm else 1) * len(prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_speculation_changes_no_token(family: str, shared_dir: Path) -> None:
+    """Answers that repeat themselves are drafted and verified: the same tokens in fewer steps, greedy and seeded."""
+    golden = GoldenSet(shared_dir, family)
+    row = next(row for row in golden.rows() if row.case == "short")
+    found = {}
+    for speculate in (False, True):
+        engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 2), (2, 5)], speculate=speculate)
+        greedy = sequence_for(engine, config, list(row.token_ids), 90)
+        seeded = sequence_for(engine, config, list(row.token_ids), 60, greedy=False, temperature=0.7, seed=3)
+        drain(engine)
+        found[speculate] = (greedy.new_ids, seeded.new_ids)
+        assert (greedy.num_drafted > 0) is speculate
+    assert found[True] == found[False]
