@@ -88,12 +88,14 @@ class Engine:
             StageLost: a stage is gone.
         """
         with self._chain.doubted():
-            rejected = self._admit()
-            while len(self._chain) < self.settings.max_steps_in_flight and self._send_next():
-                pass
-            if not len(self._chain):
-                rejected += self._reject_stuck()
-            took_part = self._take(*self._chain.collect()) if len(self._chain) else []
+            rejected, took_part = self._admit(), []
+            while not took_part:  # steps that carry updates only are nobody's
+                while len(self._chain) < self.settings.max_steps_in_flight and self._send_next():
+                    pass
+                if not len(self._chain):
+                    rejected += self._reject_stuck()
+                    break
+                took_part = self._take(*self._chain.collect())
         self._retire()
         return [*((sequence, None) for sequence in rejected), *took_part]
 
