@@ -88,7 +88,8 @@ class Engine:
             StageLost: a stage is gone.
         """
         with self._chain.doubted():
-            rejected, took_part = self._admit(), []
+            rejected = self._admit()
+            took_part: TookPart = []
             while not took_part:  # steps that carry updates only are nobody's
                 while len(self._chain) < self.settings.max_steps_in_flight and self._send_next():
                     pass
