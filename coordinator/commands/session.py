@@ -100,6 +100,7 @@ def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = l
     from coordinator.client import connect
 
     with connect(options.connect or None) as backend:
+        backend.on_queued = lambda position: say(f"waiting for room at the launch, place {position} in its queue")
         yield backend
 
 
