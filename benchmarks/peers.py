@@ -8,16 +8,18 @@ FOLDER has llama-batched-bench and ggml-rpc-server (CMake: Release, GGML_NATIVE=
 with the same threads, `--rounds` times; ratios are those of one round. Ours is what `glmpipe bench` measures: real
 workers, both ends, lm_head at the stages' precision; they stay loaded, asleep, while the other side has its turn.
 
-Parts: `single`: a prompt of 512 tokens, then decode at that context. `streams`: decode of 8 sequences at once, 64
-prompt tokens each. `stages`: two local stages, beside two local RPC servers. `contention`: how much of its decode speed
-is left when another process takes all it gets of one core.
+Parts: `single`: a prompt of 512 tokens, then decode at that context. `streams`: decode of 8 sequences at once (or
+each of `--streams 1 4 8 16`), 64 prompt tokens each. `stages`: two local stages, beside two local RPC servers.
+`contention`: how much of its decode speed is left when another process takes all it gets of one core.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,11 +34,12 @@ from coordinator.chat_model import ChatModel, launch
 from coordinator.plan_request import Option, PlanRequest
 
 SINGLE = Workload(num_prompt_tokens=512, num_new_tokens=64, num_streams=1)
-STREAMS = Workload(num_prompt_tokens=64, num_new_tokens=24, num_streams=8)
 CONTENTION = Workload(num_prompt_tokens=16, num_new_tokens=16, num_streams=1)
 MODEL = "random:chatglm2-6b"
 PARTS = ("single", "streams", "contention", "stages")
 PRECISIONS = ("int4", "int8", "bf16")
+STREAMS_TARGETS = {8: 1.5}
+"""Least ratio to the other side by number of sequences; of any other number it is 1."""
 
 Round = dict[str, float]
 """Figures of one round by name; those of the other side end in `, theirs`."""
@@ -75,10 +78,19 @@ def single_round(model: ChatModel, peer: LlamaCpp | None) -> Round:
     return found | theirs(peer, lambda llama: speed_of(llama, SINGLE))
 
 
-def streams_round(model: ChatModel, peer: LlamaCpp | None) -> Round:
-    """Decode of several sequences at once."""
-    found = {"decode": measure(model, STREAMS, silent).decode_tokens_per_s}
-    return found | theirs(peer, lambda llama: speed_of(llama, STREAMS))
+def streams_round(counts: Sequence[int], model: ChatModel, peer: LlamaCpp | None) -> Round:
+    """Decode of several sequences at once, for each of these numbers of them."""
+    found: Round = {}
+    for count in counts:
+        name, work = f"decode of {count}", streams_of(count)
+        found[name] = measure(model, work, silent).decode_tokens_per_s
+        found |= theirs(peer, lambda llama, name=name, work=work: {name: speed_of(llama, work)["decode"]})  # type: ignore[misc]
+    return found
+
+
+def streams_of(count: int) -> Workload:
+    """So many sequences at once."""
+    return Workload(num_prompt_tokens=64, num_new_tokens=24, num_streams=count)
 
 
 def contention_round(model: ChatModel, peer: LlamaCpp | None) -> Round:
@@ -114,18 +126,13 @@ def theirs(peer: LlamaCpp | None, run: Callable[[LlamaCpp], Round]) -> Round:
     return {} if peer is None else {f"{name}, theirs": value for name, value in run(peer).items()}
 
 
-ROUNDS: dict[str, Callable[[ChatModel, LlamaCpp | None], Round]] = {
-    "single": single_round,
-    "streams": streams_round,
-    "contention": contention_round,
-    "stages": stages_round,
-}
+Rounds = Callable[[ChatModel, LlamaCpp | None], Round]
 
 
-def run_round(part: str, model: ChatModel, peer: LlamaCpp | None) -> Round:
+def run_round(part: str, one_round: Rounds, model: ChatModel, peer: LlamaCpp | None) -> Round:
     """Both sides' turn of a part."""
     with disturbance() as others:
-        found = ROUNDS[part](model, peer)
+        found = one_round(model, peer)
     if others.cores is not None:
         found["others"] = others.cores
     say(f"{part}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
@@ -135,7 +142,18 @@ def run_round(part: str, model: ChatModel, peer: LlamaCpp | None) -> Round:
 def run(options: argparse.Namespace, precision: str, peer: LlamaCpp | None) -> dict[str, list[Round]]:
     """All rounds of all parts that were asked for, by part; a model is loaded once for the parts that can share it."""
     found: dict[str, list[Round]] = {}
-    workloads = {"single": SINGLE, "streams": STREAMS, "contention": CONTENTION, "stages": SINGLE}
+    workloads = {
+        "single": SINGLE,
+        "streams": streams_of(max(options.streams)),
+        "contention": CONTENTION,
+        "stages": SINGLE,
+    }
+    rounds: dict[str, Rounds] = {
+        "single": single_round,
+        "streams": partial(streams_round, options.streams),
+        "contention": contention_round,
+        "stages": stages_round,
+    }
     for num_stages in (1, 2):
         parts = [part for part in options.parts if (part == "stages") == (num_stages == 2)]
         if not parts:
@@ -143,7 +161,7 @@ def run(options: argparse.Namespace, precision: str, peer: LlamaCpp | None) -> d
         chosen = list(dict.fromkeys(workloads[part] for part in parts))
         with ours(precision, options.threads, num_stages, chosen) as model:
             for part in parts:
-                found[part] = [run_round(part, model, peer) for _ in range(options.rounds)]
+                found[part] = [run_round(part, rounds[part], model, peer) for _ in range(options.rounds)]
     return found
 
 
@@ -162,7 +180,10 @@ def comparisons(precision: str, found: dict[str, list[Round]]) -> list[Compariso
         row("single", "prefill efficiency", "prefill, of the best matmul", "share", 0.7),
         row("single", "read bandwidth", "reading memory", "GB/s"),
         row("single", "matmul", "torch's best matmul of 4096 cubed", "GFLOP/s"),
-        row("streams", "decode", "decode of 8 sequences at once", speed, 1.5),
+        *(
+            row("streams", name, f"{name} sequences at once", speed, STREAMS_TARGETS.get(count, 1.0))
+            for count, name in _stream_counts(found)
+        ),
         row("stages", "decode", "two stages: decode at context 512", speed, 2.5),
         row("stages", "prefill", "two stages: prefill of 512", speed, 4.0),
         _per_round(precision, "two stages beside one: decode", found, ("stages", "decode"), ("single", "decode")),
@@ -174,6 +195,12 @@ def comparisons(precision: str, found: dict[str, list[Round]]) -> list[Compariso
     if others:
         rows.append(Comparison(precision, "taken by other processes", "cores", others))
     return [line for line in rows if line is not None]
+
+
+def _stream_counts(found: dict[str, list[Round]]) -> list[tuple[int, str]]:
+    """The numbers of sequences that were decoded at once, and what their figures are called."""
+    names = [name for name in found.get("streams", [{}])[0] if re.fullmatch(r"decode of \d+", name)]
+    return [(int(name.split()[-1]), name) for name in names]
 
 
 def _values(found: dict[str, list[Round]], part: str, name: str) -> tuple[float, ...]:
@@ -213,11 +240,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["int4", "int8"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--streams", nargs="+", type=int, default=[8], help="sequences at once, in the part of this name"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of either side")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure of every round")
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.threads < 1:
-        parser.error("--rounds and --threads are 1 or more")
+    if min(options.rounds, options.threads, *options.streams) < 1:
+        parser.error("--rounds, --threads and --streams are 1 or more")
     given = [p for p in PRECISIONS if getattr(options, f"gguf_{p}") is not None]
     if given and options.llama_cpp is None:
         parser.error(f"--gguf-{given[0]} is for llama.cpp: say where that is with --llama-cpp")

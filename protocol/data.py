@@ -1,6 +1,6 @@
 """Data plane: coordinator -> stage 1 -> ... -> last stage -> coordinator, PUSH to PULL, each hop FIFO."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from protocol.errors import MessageError
@@ -104,6 +104,10 @@ class Step:
         """Rows of the tensor that travels with the step."""
         return sum(span.num_tokens for span in self.spans)
 
+    def with_timing(self, timing: StageTiming) -> "Step":
+        """The step as it goes on from a stage."""
+        return Step(self.epoch, self.step_id, self.updates, self.spans, (*self.timings, timing))
+
 
 @dataclass(frozen=True, slots=True)
 class StepFailed:
@@ -116,6 +120,10 @@ class StepFailed:
     text: Text
     updates: KvUpdates
     timings: StageTimings
+
+    def with_timing(self, timing: StageTiming) -> "StepFailed":
+        """The failure as it goes on from a stage."""
+        return replace(self, timings=(*self.timings, timing))
 
 
 DataMessage = Step | StepFailed

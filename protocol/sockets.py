@@ -56,12 +56,20 @@ def connect(socket: Socket, endpoint: str) -> None:
 
 def send(socket: Socket, message: Message, tensors: Sequence[RawTensor] = (), flags: int = 0) -> None:
     """Encode and send; large tensor buffers are not copied and must not change afterwards. zmq.Again if full."""
-    socket.send_multipart(encode(message, tensors), flags=flags, copy=False)
+    *frames, last = encode(message, tensors)
+    for frame in frames:
+        socket.send(frame, flags | zmq.SNDMORE, copy=False)
+    socket.send(last, flags, copy=False)
 
 
 def receive(socket: Socket, flags: int = 0) -> list[memoryview]:
     """The frames of the next message, uncopied; each view keeps its buffer alive."""
-    return [frame.buffer for frame in socket.recv_multipart(flags=flags, copy=False)]
+    frame = socket.recv(flags, copy=False)
+    frames = [frame.buffer]
+    while frame.more:
+        frame = socket.recv(flags, copy=False)
+        frames.append(frame.buffer)
+    return frames
 
 
 def _socket(context: "zmq.Context[Socket]", kind: int, queue: int, linger_ms: int) -> Socket:

@@ -1,5 +1,7 @@
 """torch.Tensor <-> RawTensor; the only module here that knows torch, imported only by those who have tensors."""
 
+import ctypes
+
 import torch
 
 from protocol.errors import TensorError
@@ -15,29 +17,37 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 64
+_SMALL_BYTES = 1 << 16
+"""Copied rather than shared: one token's hidden state is copied sooner than views of it are made."""
 
 
 def to_raw(tensor: torch.Tensor) -> RawTensor:
-    """A view of a CPU tensor's memory, or of a copy if it is elsewhere or not contiguous. Do not write to it after."""
+    """A view of a CPU tensor's memory, or a copy of what is small, elsewhere or not contiguous. Do not write to it."""
     if tensor.dtype not in _NAMES:
         raise TensorError(f"a tensor of {tensor.dtype} cannot travel: convert it to one of {', '.join(_DTYPES)}")
-    return RawTensor(_NAMES[tensor.dtype], tuple(tensor.shape), _bytes_of(tensor.detach().cpu().contiguous()))
+    tensor = tensor.detach().cpu().contiguous()
+    is_small = tensor.nbytes <= _SMALL_BYTES
+    data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if is_small else _bytes_of(tensor)
+    return RawTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
 
 
 def from_raw(raw: RawTensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """The values on `device`, in memory that may be written to.
 
-    Shares a writable, aligned buffer; copies others, since kernels may round differently on unaligned memory and the
-    same bytes must give the same result wherever they landed.
+    Shares a large, writable, aligned buffer; copies others, since kernels may round differently on unaligned memory and
+    the same bytes must give the same result wherever they landed.
     """
     view = memoryview(raw.data)
-    if view.nbytes and not view.readonly:
+    if view.nbytes > _SMALL_BYTES and not view.readonly:
         shared = torch.frombuffer(view, dtype=_DTYPES[raw.dtype]).reshape(raw.shape)
         if shared.data_ptr() % _ALIGNMENT == 0:
             return shared.to(device)
     tensor = torch.empty(raw.shape, dtype=_DTYPES[raw.dtype])
-    _bytes_of(tensor)[:] = view.cast("B")
-    return tensor.to(device)
+    if view.nbytes <= _SMALL_BYTES:
+        ctypes.memmove(tensor.data_ptr(), bytes(view), view.nbytes)
+    else:
+        _bytes_of(tensor)[:] = view.cast("B")
+    return tensor if device == "cpu" else tensor.to(device)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -20,6 +20,11 @@ class Status:
     num_sequences: int = 0
     weight_bytes: int = 0
 
+    def after_step(self, compute_s: float, kv_tokens: int, num_sequences: int) -> "Status":
+        """The status after one more step, and what is held then."""
+        busy_s, num_steps = self.busy_s + compute_s, self.num_steps + 1
+        return Status(self.state, self.epoch, busy_s, num_steps, kv_tokens, num_sequences, self.weight_bytes)
+
     def pong(self, request_id: int, device: torch.device) -> Pong:
         """The answer to a Ping; resident memory is measured now."""
         return Pong(

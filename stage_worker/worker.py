@@ -7,7 +7,7 @@ import torch
 import zmq
 
 from protocol.control import Assign, Failed, Inspect, Inspected, Progress, Ready, Release, Released
-from protocol.data import StageTiming, Step, StepFailed
+from protocol.data import DataMessage, StageTiming, Step, StepFailed
 from protocol.errors import EndpointError, ProtocolError
 from protocol.limits import clip_text
 from protocol.messages import Message, Plane
@@ -155,7 +155,7 @@ class Worker:
     def _take_data(self, frames: list[memoryview], received_at_s: float) -> None:
         try:
             message, tensors = decode(frames, Plane.DATA)
-            assert isinstance(message, Step | StepFailed)
+            assert isinstance(message, DataMessage)
             if self._stage is None or self._assign is None or message.epoch != self._assign.epoch:
                 serving = f"epoch {self._assign.epoch} is served" if self._assign else "nothing is assigned"
                 logger.info("dropped step %d of epoch %d: %s", message.step_id, message.epoch, serving)
@@ -176,17 +176,11 @@ class Worker:
     ) -> None:
         started_s = time.monotonic()
         answer, result = self._answer(assign, stage, message, tensors)
-        compute_s = time.monotonic() - started_s
-        status = self._link.status
-        self._link.status = replace(
-            status,
-            busy_s=status.busy_s + compute_s,
-            num_steps=status.num_steps + 1,
-            kv_tokens=stage.kv_tokens,
-            num_sequences=stage.num_sequences,
-        )
-        timing = StageTiming(assign.stage_index, received_at_s, compute_s, time.monotonic(), stage.kv_tokens)
-        self._forward(replace(answer, timings=(*answer.timings, timing)), result)
+        ended_s = time.monotonic()
+        compute_s = ended_s - started_s
+        self._link.status = self._link.status.after_step(compute_s, stage.kv_tokens, stage.num_sequences)
+        timing = StageTiming(assign.stage_index, received_at_s, compute_s, ended_s, stage.kv_tokens)
+        self._forward(answer.with_timing(timing), result)
 
     def _answer(
         self, assign: Assign, stage: Stage, message: Step | StepFailed, tensors: tuple[RawTensor, ...]
@@ -219,10 +213,14 @@ class Worker:
         """Send to the next hop. Waits while that is busy or gone, but not for ever, nor if nobody wants the result."""
         assert self._data_out is not None
         deadline_s = time.monotonic() + SEND_TIMEOUT_S
-        while not self._data_out.poll(100, zmq.POLLOUT):
+        while True:
+            try:
+                send(self._data_out, message, tensors, zmq.NOBLOCK)
+                return
+            except zmq.Again:
+                self._data_out.poll(100, zmq.POLLOUT)
             if self._link.abandoned():
                 return
             if time.monotonic() > deadline_s:
                 logger.warning("dropped a step: the next hop has taken nothing for %g s", SEND_TIMEOUT_S)
                 return
-        send(self._data_out, message, tensors)

@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 8), (1, 5), (3, 4, 2), ()], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 5), (3, 4, 2), (), (20, 4096)], ids=str)
 def test_bits_survive(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Tensor to raw and back is the same tensor, from writable and read-only buffers."""
     tensor = (torch.rand(shape) * 200).to(dtype)
@@ -25,20 +25,22 @@ def test_bits_survive(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert bytes(read_only.data) == bytes(raw.data)
 
 
-def test_views_are_not_copied_but_strides_are_made_plain() -> None:
-    """A contiguous tensor's own memory travels; a transposed one travels row by row."""
+def test_large_views_are_not_copied_but_strides_are_made_plain() -> None:
+    """A large contiguous tensor's own memory travels; a transposed one travels row by row."""
+    large = torch.zeros(20, 4096)
+    shared = from_raw(to_raw(large))
+    assert shared.data_ptr() == large.data_ptr()
     tensor = torch.arange(6.0).reshape(2, 3)
-    shared = from_raw(to_raw(tensor))
-    assert shared.data_ptr() == tensor.data_ptr()
     assert from_raw(to_raw(tensor.T)).tolist() == tensor.T.tolist()
 
 
 def test_unaligned_buffers_are_realigned() -> None:
     """Frames land anywhere in a receive buffer; kernels get aligned memory all the same."""
-    buffer = memoryview(bytearray(4 * 8 + 1))[1:]
-    tensor = from_raw(RawTensor("float32", (2, 4), buffer))
-    assert tensor.data_ptr() % 64 == 0
-    assert tensor.tolist() == [[0.0] * 4] * 2
+    for num_rows in (2, 20_000):
+        buffer = memoryview(bytearray(num_rows * 4 * 4 + 1))[1:]
+        tensor = from_raw(RawTensor("float32", (num_rows, 4), buffer))
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.tolist() == [[0.0] * 4] * num_rows
 
 
 def test_other_dtypes_are_refused() -> None:
