@@ -23,8 +23,8 @@ import torch
 import zmq
 
 from benchmarks.figures import Figure, in_turns, options_parser, over, publish, say
+from coordinator.chain import EPOCH
 from coordinator.cluster import Cluster, ClusterSettings
-from coordinator.engine import EPOCH
 from coordinator.pipeline import Outcome, Pipeline
 from coordinator.plan_request import Option, PlanRequest
 from coordinator.planning import plan_for
@@ -55,7 +55,10 @@ class NoLayers(LayerStack):
         return "none"
 
     def forward(
-        self, hidden: torch.Tensor, segments: Sequence[Segment], observer: LayerObserver | None = None
+        self,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        observer: LayerObserver | None = None,  # noqa: ARG002 - as the base has it
     ) -> torch.Tensor:
         for segment in segments:
             segment.cache.commit(segment.num_tokens)

@@ -58,7 +58,7 @@ def ours(precision: str, num_threads: int, num_stages: int, workloads: Sequence[
         lm_head_precision=wish,
     )
     say(f"{precision}: loading {num_stages} stage(s)")
-    with launch(MODEL, request) as chat_model:
+    with launch(MODEL, request, speculate=False, reuse=False, steps_in_flight=1) as chat_model:
         for workload in workloads:
             warm_up(chat_model, workload, silent)
         yield chat_model
