@@ -1,26 +1,25 @@
 """Runs a workload through a launched model and takes the times. What they mean is `bench_report`'s business."""
 
-import random
-import time
-from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
 
 import torch
 
-from coordinator.answer import Answer
-from coordinator.bench_report import NUM_UNTIMED_STEPS, BenchReport, Measured, Phase, Workload, summarise
+from coordinator.bench_report import NUM_UNTIMED_STEPS, BenchReport, Measured, Workload, summarise
+from coordinator.bench_streams import Reporter, Streams
 from coordinator.chat_model import ChatModel
 from coordinator.errors import UsageError
 from coordinator.memory import resident_bytes
 from coordinator.plan import Plan
 from coordinator.roofline import MemoryReader, Roofline, matmul_flops_per_s
-from coordinator.timing import StepTiming
+from coordinator.scheduler import HEADROOM_TOKENS
 from glm.config import ModelConfig
-from protocol.client import SamplingParams, TokenPrompt
 
 STEPS_A_READING = 2
-Reporter = Callable[[str, int, int], None]
-"""Takes what is being done, how much of it is done, and of how much."""
+"""Of a single stream: decode steps between two readings of memory."""
+SHORT_PROMPT = 8
+MOST_TRIAL_ROUNDS = 60
+"""Rounds in which the engine may try how many steps to have in flight, before anything is timed."""
 
 
 def check_workload(workload: Workload, config: ModelConfig) -> None:
@@ -57,22 +56,37 @@ def run_bench(chat_model: ChatModel, workload: Workload, report: Reporter, warm:
 def measure(
     chat_model: ChatModel, workload: Workload, report: Reporter, devices: AbstractSequence[str] = ()
 ) -> Measured:
-    """Prefill every stream, one after the other, then decode all together, reading the devices' memory in between.
+    """Prefill all streams, then decode them together, reading the devices' memory in between.
 
     Raises as `run_bench` does.
     """
-    answers = [_begin(chat_model, workload, stream) for stream in range(workload.num_streams)]
-    try:
-        first_token_s, prefill = _prefill(chat_model, answers, report)
-        _decode(chat_model, answers, NUM_UNTIMED_STEPS)
+    check_room(chat_model, workload)
+    with Streams(chat_model, workload) as streams:
+        first_token_s, prefill = streams.prefill(report)
+        streams.rounds(NUM_UNTIMED_STEPS)
         health, resident = chat_model.cluster.health(), resident_bytes()
         readers = {device: MemoryReader(torch.device(device)) for device in devices}
-        decode = _decode(chat_model, answers, workload.num_new_tokens, report, tuple(readers.values()))
-        bandwidths = {device: reader.bandwidth_bytes_per_s for device, reader in readers.items()}
-        return Measured(workload, first_token_s, prefill, decode, health, resident, bandwidths)
-    finally:
-        for answer in answers:
-            chat_model.engine.cancel(answer.sequence)
+        decode = streams.decode(report, tuple(readers.values()))
+    bandwidths = {device: reader.bandwidth_bytes_per_s for device, reader in readers.items()}
+    return Measured(workload, first_token_s, prefill, decode, health, resident, bandwidths)
+
+
+def check_room(chat_model: ChatModel, workload: Workload) -> None:
+    """Raises UsageError where the streams cannot all run at the same time."""
+    settings = chat_model.engine.settings
+    if settings.max_num_seqs < workload.num_streams:
+        raise UsageError(f"{workload.num_streams} streams, but max_num_seqs is {settings.max_num_seqs}: raise it")
+    needed = kv_tokens(workload)
+    if settings.kv_budget_tokens < needed:
+        raise UsageError(
+            f"{workload.num_streams} streams need {needed} tokens of KV cache, the tightest stage has "
+            f"{settings.kv_budget_tokens}: raise its KV budget, or ask for less"
+        )
+
+
+def kv_tokens(workload: Workload) -> int:
+    """KV cache that the streams need to run all at once, none of them waiting or set back."""
+    return workload.num_streams * (workload.tokens_per_stream + HEADROOM_TOKENS)
 
 
 def _devices(plan: Plan) -> tuple[str, ...]:
@@ -89,79 +103,21 @@ def _matmuls(devices: AbstractSequence[str], report: Reporter) -> dict[str, tupl
 
 
 def warm_up(chat_model: ChatModel, workload: Workload, report: Reporter) -> None:
-    """A prompt of the same length and two steps: what is allocated, packed and compiled at first use is then there."""
+    """A prompt of the same length and two steps: what is allocated, packed and compiled at first use is then there.
+
+    Several streams over several stages go on with short prompts until the engine has tried how to deal them out.
+    """
     report("warm-up", 0, 2)
-    answer = _begin(chat_model, workload, stream=workload.num_streams)
-    try:
-        _prefill(chat_model, [answer], lambda *_: None)
-        report("warm-up", 1, 2)
-        _decode(chat_model, [answer], min(2, workload.num_new_tokens))
-    finally:
-        chat_model.engine.cancel(answer.sequence)
-
-
-def _begin(chat_model: ChatModel, workload: Workload, stream: int) -> Answer:
-    prompt = TokenPrompt(prompt_ids(chat_model.config, workload.num_prompt_tokens, stream))
-    most = workload.tokens_per_stream
-    greedy = SamplingParams(1.0, 0, 1.0, 0.0, 1.0, None, (), most, ignore_eos=True, greedy=True)
-    return chat_model.begin(prompt, greedy)
-
-
-def prompt_ids(config: ModelConfig, num_tokens: int, stream: int) -> tuple[int, ...]:
-    """Any ids, other ones for every stream; a prefix LM's prompt ends with the marks that its layout needs."""
-    marks = (config.gmask_id, config.bos_id) if config.is_prefix_lm else ()
-    special = {config.mask_id, config.gmask_id, config.bos_id}
-    choice = random.Random(stream)
-    ids: list[int] = []
-    while len(ids) < num_tokens - len(marks):
-        token_id = choice.randrange(config.vocab_size)
-        if token_id not in special:
-            ids.append(token_id)
-    return (*ids, *(mark for mark in marks if mark is not None))
-
-
-def _prefill(chat_model: ChatModel, answers: AbstractSequence[Answer], report: Reporter) -> tuple[float, Phase]:
-    """Step until every stream has its first token; seconds until the first stream had it, and the whole."""
-    started_s = time.monotonic()
-    first_token_s: float | None = None
-    timings: list[StepTiming] = []
-    num_done = 0
-    while num_done < len(answers):
-        report("prefill", num_done, len(answers))
-        timings.append(_step(chat_model, answers))
-        num_done = sum(bool(answer.sequence.new_ids) for answer in answers)
-        if num_done and first_token_s is None:
-            first_token_s = time.monotonic() - started_s
-    assert first_token_s is not None
-    return first_token_s, Phase(time.monotonic() - started_s, tuple(timings))
-
-
-def _decode(
-    chat_model: ChatModel,
-    answers: AbstractSequence[Answer],
-    num_steps: int,
-    report: Reporter = lambda *_: None,
-    readers: AbstractSequence[MemoryReader] = (),
-) -> Phase:
-    """So many steps of all streams together; what is read in between does not count."""
-    timings, wall_s = [], 0.0
-    for step in range(num_steps):
-        report("decode", step, num_steps)
-        if step % STEPS_A_READING == 0:
-            for reader in readers:
-                reader.read()
-        started_s = time.monotonic()
-        timings.append(_step(chat_model, answers))
-        wall_s += time.monotonic() - started_s
-    return Phase(wall_s, tuple(timings))
-
-
-def _step(chat_model: ChatModel, answers: AbstractSequence[Answer]) -> StepTiming:
-    """One walk of the chain. Raises GenerationError where that did not work for one of the streams."""
-    took_part = chat_model.engine.step()
-    for answer in answers:
-        if answer.sequence.error is not None:
-            raise answer.sequence.error
-    timing = took_part[0][1]
-    assert timing is not None
-    return timing
+    with Streams(chat_model, replace(workload, num_streams=1), first=workload.num_streams) as streams:
+        streams.prefill(lambda *_: None)
+        streams.rounds(min(2, workload.num_new_tokens))
+    report("warm-up", 1, 2)
+    pacing, num_prompt = chat_model.engine.pacing, min(workload.num_prompt_tokens, SHORT_PROMPT)
+    if pacing.has_tried_all(workload.num_streams):
+        return
+    with Streams(chat_model, Workload(num_prompt, MOST_TRIAL_ROUNDS, workload.num_streams)) as streams:
+        streams.prefill(lambda *_: None)
+        for _ in range(min(MOST_TRIAL_ROUNDS, workload.tokens_per_stream - num_prompt - 2)):
+            if pacing.has_tried_all(workload.num_streams):
+                break
+            streams.rounds(1)

@@ -14,7 +14,11 @@ from glm.cost import prefill_flops
 from protocol.control import Pong
 
 NUM_UNTIMED_STEPS = 1
-"""Decode steps of all streams together before the timed ones: the first of a new size prepares what others reuse."""
+"""Rounds of decoding before the timed ones: the first step of a new size prepares what others reuse."""
+STEPS_A_READING = 2
+"""Timed rounds of a single stream between two readings of memory."""
+ROUNDS_A_READING = 16
+"""The same of several streams, where the chain is emptied for each reading and then filled again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +30,29 @@ class Workload:
     num_streams: int
 
     @property
+    def rounds_a_reading(self) -> int:
+        """Timed rounds between two readings of memory."""
+        return STEPS_A_READING if self.num_streams == 1 else ROUNDS_A_READING
+
+    @property
+    def num_untimed_rounds(self) -> int:
+        """At most: before the timed ones, and where several streams empty and fill the chain around readings."""
+        readings = -(-self.num_new_tokens // self.rounds_a_reading)
+        return NUM_UNTIMED_STEPS + (0 if self.num_streams == 1 else 2 * readings + 2)
+
+    @property
     def tokens_per_stream(self) -> int:
-        """The prompt, the token that comes out of its prefill, and one for each decode step."""
-        return self.num_prompt_tokens + 1 + NUM_UNTIMED_STEPS + self.num_new_tokens
+        """The prompt, the token that comes out of its prefill, and one for each round."""
+        return self.num_prompt_tokens + 1 + self.num_untimed_rounds + self.num_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Consecutive steps and the seconds that they took together."""
+    """Steps, the seconds that they took together, and the new tokens that came out of them."""
 
     wall_s: float
     timings: tuple[StepTiming, ...]
+    num_new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +78,23 @@ class Measured:
 
     @property
     def decode_step_s(self) -> float:
-        """Of all streams together."""
-        return self.decode.wall_s / len(self.decode.timings)
+        """Seconds a round, in which every stream gets a token, by one step or by several in flight."""
+        return self.workload.num_streams / self.decode_tokens_per_s
 
     @property
     def decode_tokens_per_s(self) -> float:
         """All streams together."""
-        return self.workload.num_streams / self.decode_step_s
+        return self.decode.num_new_tokens / self.decode.wall_s
 
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
     """What one process did: seconds over prefill and decode together, and those of decode alone.
 
-    `busy_share` is `compute_s` over the measured time. For a stage, `wire_s` is the step's travel to it (and back to
-    the coordinator from the last one); for the coordinator the way back alone. `weight_bytes` of the coordinator are
-    lm_head's: of the embeddings a token needs one row.
+    `busy_share` is `compute_s` over the measured time; with several steps in flight the sum of all parts' passes 1. For
+    a stage, `wire_s` is the step's travel to it, waiting for its turn included (and back to the coordinator from the
+    last one); for the coordinator the way back alone. `weight_bytes` of the coordinator are lm_head's: of the
+    embeddings a token needs one row.
     """
 
     device: str
@@ -97,8 +114,9 @@ class PartReport:
 class BenchReport:
     """The outcome, with the names of `glmpipe bench --json`.
 
-    `decode_efficiency`: bytes of weights a decode step reads, times steps a second, over the read bandwidth between
-    the steps.
+    `decode_step_s` is a round: a token for each stream, by one step or by several in flight.
+    `decode_efficiency`: bytes of weights that a round needs at least, times rounds a second, over the read bandwidth
+    between the rounds.
     `prefill_efficiency`: operations a second of the prefill over those of a large matmul. Where parts are on several
     devices, bandwidth and matmul are what those devices reach when they take turns with their parts.
     """
@@ -121,14 +139,15 @@ class BenchReport:
     matmul_flops_per_s: float
     matmul_dtype: str
     step_weight_bytes: int
+    pacing: str | None
     stages: tuple[PartReport, ...]
     coordinator: PartReport
 
     @property
     def context(self) -> tuple[int, int]:
         """Cached tokens of a stream before the first and after the last timed decode step."""
-        first = self.prompt_tokens + NUM_UNTIMED_STEPS
-        return first, first + self.new_tokens
+        workload = Workload(self.prompt_tokens, self.new_tokens, self.streams)
+        return self.prompt_tokens + NUM_UNTIMED_STEPS, workload.tokens_per_stream - 1
 
 
 def summarise(chat_model: ChatModel, measured: Measured, rooflines: Mapping[str, Roofline]) -> BenchReport:
@@ -161,6 +180,7 @@ def summarise(chat_model: ChatModel, measured: Measured, rooflines: Mapping[str,
         matmul_flops_per_s=flops,
         matmul_dtype="/".join(dict.fromkeys(roofline.matmul_dtype for roofline in rooflines.values())),
         step_weight_bytes=step_bytes,
+        pacing=chat_model.engine.pacing.reason(),
         stages=stages,
         coordinator=ends,
     )

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.bench import Reporter
 from coordinator.bench_report import BenchReport, PartReport
+from coordinator.bench_streams import Reporter
 from coordinator.progress import format_bytes
 
 _BAR_WIDTH = 24
@@ -73,6 +73,7 @@ def _headlines(report: BenchReport) -> tuple[str, ...]:
         f"first token after {report.time_to_first_token_s:.2f} s",
         f"decode   {report.decode_tokens_per_s:10.1f} tokens/s   {1000 * report.decode_step_s:.1f} ms a step over "
         f"{report.new_tokens} steps, context {first} to {last}",
+        *([] if report.pacing is None else [f"         {report.pacing}"]),
     )
 
 
@@ -102,12 +103,15 @@ def _parts(report: BenchReport) -> list[tuple[str, PartReport]]:
 
 
 def _step_bars(report: BenchReport) -> list[Text]:
-    """Where the time of a decode step goes."""
+    """Where the time of a decode step goes; of several streams, whose steps overlap, how busy each part is."""
     decode_s = report.decode_step_s * report.new_tokens
     rows = [(name, part.decode_compute_s) for name, part in _parts(report)]
-    rows.append(("wire", sum(stage.decode_wire_s for stage in report.stages)))
-    rows.append(("the rest", max(0.0, decode_s - sum(seconds for _, seconds in rows))))
-    lines = [Text("\na decode step", style="bold")]
+    title = "busy while decoding, a token of each stream"
+    if report.streams == 1:
+        title = "a decode step"
+        rows.append(("wire", sum(stage.decode_wire_s for stage in report.stages)))
+        rows.append(("the rest", max(0.0, decode_s - sum(seconds for _, seconds in rows))))
+    lines = [Text(f"\n{title}", style="bold")]
     for name, seconds in rows:
         share = seconds / decode_s
         lines.append(_bar(name, share, "cyan", f"{1000 * seconds / report.new_tokens:8.2f} ms {share:6.1%}"))

@@ -30,6 +30,8 @@ class Engine:
         self.head = head
         self.settings = settings
         self.observers: list[Callable[[StepRecord], None]] = []
+        self.holds_answers = False
+        """While true, prompts are fed and no answer goes on: for measuring one without the other."""
         self.pacing = Pacing(settings.max_steps_in_flight, settings.steps_in_flight)
         self._chain = Chain(embedding, pipeline)
         self._waiting: list[Sequence] = []
@@ -170,7 +172,7 @@ class Engine:
     def _decide(self, kind: StepKind) -> Decision:
         if kind == "prefill":
             return next_step(self._running, self.settings, kind="prefill")
-        num_decoding = sum(not sequence.is_prefilling for sequence in self._running)
+        num_decoding = 0 if self.holds_answers else sum(not sequence.is_prefilling for sequence in self._running)
         steps = self.pacing.choose(num_decoding)
         if not num_decoding or self._chain.num_in_flight("decode") >= steps:
             return Decision("decode")

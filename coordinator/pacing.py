@@ -74,6 +74,11 @@ class Pacing:
             self._window_ended(self._state(num_sequences), self._num_tokens / max(1e-9, now_s - self._started_at_s))
             self._started_at_s, self._num_tokens = now_s, 0
 
+    def has_tried_all(self, num_sequences: int) -> bool:
+        """Whether every setting for so many sequences was measured once, or there is nothing to choose."""
+        most = min(self._most, num_sequences)
+        return self._fixed is not None or most < 2 or len(self._state(num_sequences).ratios) == most - 1
+
     def reason(self) -> str | None:
         """What was chosen for the sequences that decoded last, and why, for people; None where there is no choice."""
         num_sequences = self._last_size

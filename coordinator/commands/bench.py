@@ -9,7 +9,7 @@ from coordinator.commands.options import add_model_options, add_placement_option
 from coordinator.commands.session import launched
 from coordinator.errors import UsageError
 from coordinator.limits import MAX_KV_TOKENS
-from coordinator.plan import CPU_PRECISIONS, is_gpu
+from coordinator.plan import CPU_PRECISIONS, MAX_NUM_SEQS, is_gpu
 from coordinator.plan_request import Option, PlanRequest
 
 HELP = "measure prefill and decode speed, and hold them against what the machine can do"
@@ -23,8 +23,9 @@ examples:
 decode efficiency: bytes of weights read in a step, times steps a second, over the measured read bandwidth
 prefill efficiency: the model's operations a second over those of a 4096-cubed matmul in its best dtype
 
-With --streams, prompts are fed one after the other and then decoded together; tokens/s count all streams. A prompt of
-the same length and one decode step go before what is timed.
+With --streams, all prompts are fed first, then all answers go on together; tokens/s count all streams. Before what is
+timed go a prompt of the same length, one round of decoding, and, with several streams, rounds in which the engine tries
+how many steps to have in flight (--steps-in-flight N settles that). Speculation and reuse of prefixes are off.
 """
 
 
@@ -42,7 +43,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         help="of all layers, wherever they are, and of lm_head as chats do it (default: the devices' own)",
     )
     group.add_argument("--prompt-tokens", metavar="N", type=int, default=512, help="of each stream (default 512)")
-    group.add_argument("--new-tokens", metavar="N", type=int, default=64, help="timed decode steps (default 64)")
+    group.add_argument("--new-tokens", metavar="N", type=int, default=64, help="of each stream, timed (default 64)")
     group.add_argument("--streams", metavar="N", type=int, default=1, help="sequences at once (default 1)")
     group.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_model_options(parser)
@@ -57,13 +58,13 @@ def run(options: argparse.Namespace) -> int:
         options.model = f"random:{options.shape}"
     import torch
 
-    from coordinator.bench import check_workload, run_bench
+    from coordinator.bench import check_workload, kv_tokens, run_bench
     from coordinator.bench_report import Workload
     from coordinator.bench_view import progress_on, show
     from coordinator.worker_command import usable_cores
 
     workload = Workload(options.prompt_tokens, options.new_tokens, options.streams)
-    request = _request(options, workload.num_streams * workload.tokens_per_stream)
+    request = _request(options, kv_tokens(workload))
     torch.set_num_threads(request.num_threads or usable_cores())
     with (
         launched(options, request, check=lambda config: check_workload(workload, config)) as chat_model,
@@ -92,8 +93,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _request(options: argparse.Namespace, kv_budget_tokens: int) -> PlanRequest:
-    """The placement that was asked for, with `--precision` for all layers, and room for the streams' KV."""
+    """The placement that was asked for, with `--precision` for all layers, and room for the streams and their KV."""
     request = plan_request(options)
+    if request.max_num_seqs is None:
+        request = dataclasses.replace(request, max_num_seqs=max(MAX_NUM_SEQS, options.streams))
     if request.kv_budget_tokens is None and request.kv_budget is None:
         request = dataclasses.replace(request, kv_budget_tokens=min(kv_budget_tokens, MAX_KV_TOKENS))
     if options.precision is None:
