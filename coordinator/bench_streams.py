@@ -32,6 +32,8 @@ class Streams(Closing):
         self._engine = chat_model.engine
         self._workload = workload
         self._engine.forget_prefixes()
+        while self._engine.load().steps_in_flight:  # of answers that were cancelled
+            self._engine.step()
         self._answers: list[Answer] = []
         for number in range(first, first + workload.num_streams):
             self._answers.append(_begin(chat_model, workload, number))
