@@ -13,6 +13,9 @@ from glm.kv_cache import SequenceCache
 from glm.positions import PromptLayout, token_positions, visible_keys
 from glm.rotary import RotaryTable, rotary_table
 
+# Of one segment; of more, in prompts, torch's attention.
+_MOST_NATIVE_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -44,12 +47,12 @@ class Geometry:
         return all(segment.is_causal for segment in self.segments)
 
     def caches(self, layer: int) -> list[CacheView]:
-        """Where each token's keys and values of a layer of the range lie, and how many there are before it."""
-        return [
-            CacheView(*segment.cache.tensors(layer), segment.start_pos + index)
-            for segment in self.segments
-            for index in range(segment.num_tokens)
-        ]
+        """Where each segment's keys and values of a layer of the range lie."""
+        return [_cache_view(segment, layer) for segment in self.segments]
+
+
+def _cache_view(segment: Segment, layer: int) -> CacheView:
+    return CacheView(*segment.cache.tensors(layer), segment.start_pos, segment.num_tokens)
 
 
 def make_geometry(
@@ -105,16 +108,14 @@ def attend(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tenso
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     start = 0
     for segment, visible in zip(geometry.segments, geometry.visible, strict=True):
-        if geometry.kernels is not None and segment.num_tokens == 1:
-            cached = segment.cache.tensors(layer)
-            parts = (query[start], key[start], value[start])
-            geometry.kernels.attend(*parts, cached, segment.start_pos, out[start])
-            start += 1
-            continue
         new = slice(start, start + segment.num_tokens)
+        start = new.stop
+        parts = (query[new], key[new], value[new])
+        if geometry.kernels is not None and segment.num_tokens <= _MOST_NATIVE_TOKENS and segment.is_causal:
+            geometry.kernels.attend(*parts, [_cache_view(segment, layer)], out[new])
+            continue
         keys, values = segment.cache.write(layer, key[new], value[new])
         out[new] = _attend_one(query[new], keys, values, visible)
-        start = new.stop
     return out.flatten(1)
 
 

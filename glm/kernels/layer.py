@@ -83,9 +83,8 @@ class NativeLayer:
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; each token's key and value go into its cache, in this layer.
 
-        `cos` and `sin` as in `rotary.RotaryTable`. `caches`: one for each token. Tokens of one sequence follow each
-        other there, each behind one more cached token than the one before: it sees these and those and itself. Bit for
-        bit what it would be if they came one by one.
+        `cos` and `sin` as in `rotary.RotaryTable`. `caches`: of each sequence, as in `NativeKernels.attend`. A token
+        gets what it would get alone, bit for bit.
         """
         return self._kernels.layer(ctypes.addressof(self._layer), hidden, cos, sin, caches)
 

@@ -25,7 +25,7 @@ from glm.kernels.packed import BLOCK_ROWS, GROUP_COLUMNS, PackedWeight, packed_s
 from glm.quantization import QuantizedWeight
 
 # Raised, here and in native/kernels.cpp, with every change of a signature or a structure.
-_INTERFACE = 2
+_INTERFACE = 3
 # Best first.
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 # Beyond this, torch's bf16 matmul is the faster one: docs/measurements.md.
@@ -48,20 +48,21 @@ class WeightPointers(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    """Mirrors `Cache` in native/step.h."""
+    """Mirrors `Cache` in native/attention.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("keys", "values")],
-        *[(name, ctypes.c_int64) for name in ("capacity", "length")],
+        *[(name, ctypes.c_int64) for name in ("capacity", "length", "tokens")],
     )
 
 
 class _Attention(ctypes.Structure):
-    """Mirrors `Attention` in native/step.h."""
+    """Mirrors `Attention` in native/attention.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("query", "key", "value")],
-        *[(name, ctypes.c_int64) for name in ("token_stride", "query_stride", "key_stride", "value_stride")],
+        *[(f"{name}_token_stride", ctypes.c_int64) for name in ("query", "key", "value")],
+        *[(f"{name}_stride", ctypes.c_int64) for name in ("query", "key", "value")],
         *[(name, ctypes.c_int64) for name in ("tokens", "heads", "kv_heads", "head_dim")],
         ("caches", ctypes.POINTER(_Cache)),
         ("out", ctypes.c_void_p),
@@ -70,11 +71,13 @@ class _Attention(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class CacheView:
-    """Of one sequence in one layer: keys and values, both [num_kv_heads, capacity, head_dim], and how many count."""
+    """Of one sequence in one layer: keys and values, both [num_kv_heads, capacity, head_dim] and contiguous, how many
+    count, and for how many new tokens behind them there is room."""
 
     keys: torch.Tensor
     values: torch.Tensor
     length: int
+    num_new: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,27 +207,29 @@ class NativeKernels:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        cached: tuple[torch.Tensor, torch.Tensor],
-        length: int,
+        caches: Sequence[CacheView],
         out: torch.Tensor,
     ) -> None:
-        """One token's attention; its key and value go into the cache behind `length` others.
+        """Attention of the new tokens of some sequences; their keys and values go into the caches first.
 
-        query [num_heads, head_dim], key and value [num_kv_heads, head_dim], `cached` both [num_kv_heads, capacity,
-        head_dim] and contiguous, out [num_heads, head_dim].
+        query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim], elements of a head
+        side by side, `out` as query and contiguous. The tokens of one sequence follow each other: each sees what was
+        cached, those before it and itself. What it gets depends neither on the others that come along nor on the number
+        of threads, bit for bit.
         """
-        num_heads, head_dim = query.shape
-        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
-        strides = (0, query.stride(0), key.stride(0), value.stride(0))
-        caches = _caches([CacheView(*cached, length)])
-        call = _Attention(*pointers, *strides, 1, num_heads, key.shape[0], head_dim, caches, out.data_ptr())
+        assert len(query) == sum(cache.num_new for cache in caches)
+        parts = (query, key, value)
+        pointers = [part.data_ptr() for part in parts]
+        strides = [part.stride(axis) for axis in (0, 1) for part in parts]
+        sizes = (len(query), query.shape[1], key.shape[1], query.shape[2])
+        call = _Attention(*pointers, *strides, *sizes, _caches(caches), out.data_ptr())
         self._attend(ctypes.addressof(call), query.dtype == torch.bfloat16, torch.get_num_threads())
 
     def layer(
         self, layer: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: Sequence[CacheView]
     ) -> torch.Tensor:
         """`layer.NativeLayer`, whose structure lies at the address `layer`."""
-        assert len(hidden) == len(caches)
+        assert len(hidden) == sum(cache.num_new for cache in caches)
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
         tables = (cos.data_ptr(), sin.data_ptr())
@@ -239,7 +244,7 @@ class NativeKernels:
 
 def _caches(views: Sequence[CacheView]) -> ctypes.Array[_Cache]:
     return (_Cache * len(views))(
-        *[_Cache(v.keys.data_ptr(), v.values.data_ptr(), v.keys.shape[1], v.length) for v in views]
+        *[_Cache(v.keys.data_ptr(), v.values.data_ptr(), v.keys.shape[1], v.length, v.num_new) for v in views]
     )
 
 

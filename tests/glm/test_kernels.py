@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from glm.kernels import native
 from glm.kernels.memory import empty_weight
-from glm.kernels.native import INSTRUCTION_SETS, NativeKernels, best_kernels, load_kernels
+from glm.kernels.native import INSTRUCTION_SETS, CacheView, NativeKernels, best_kernels, load_kernels
 from glm.linear import DenseLinear, NativeLinear, QuantizedLinear, make_linear, pack
 from glm.norm import RMSNorm
 from glm.precision import Precision
@@ -270,24 +270,40 @@ def test_rotation(kernels: NativeKernels, dtype: torch.dtype, tokens: int, heads
     shared=st.sampled_from([1, 2, 4, 8]),
     head_dim=st.sampled_from([2, 8, 24, 128]),
     length=st.integers(0, 70),
+    num_tokens=st.sampled_from([1, 1, 2, 3, 5, 16]),
 )
-def test_attention_of_one_token(
-    kernels: NativeKernels, dtype: torch.dtype, groups: int, shared: int, head_dim: int, length: int
+def test_attention(
+    kernels: NativeKernels,
+    dtype: torch.dtype,
+    groups: int,
+    shared: int,
+    head_dim: int,
+    length: int,
+    num_tokens: int,
 ) -> None:
-    """The same as torch's over the cache with the new key and value behind it; beyond, the cache is not touched."""
-    cached = tuple(normal(groups, length + 3, head_dim, seed=seed).to(dtype) for seed in (1, 2))
-    new = normal(groups * shared + 2 * groups, head_dim).to(dtype)
-    query, key, value = new.split([groups * shared, groups, groups])
+    """The same as torch's over the cache with the new keys and values behind it, as far as each token may look; beyond,
+    the cache is not touched. Bit for bit the same if the tokens come one by one."""
+    end = length + num_tokens
+    cached = [normal(groups, end + 2, head_dim, seed=seed).to(dtype) for seed in (1, 2)]
+    new = normal(num_tokens, groups * shared + 2 * groups, head_dim).to(dtype)
+    query, key, value = new.split([groups * shared, groups, groups], dim=1)
     wanted_cache = [tensor.clone() for tensor in cached]
     for tensor, part in zip(wanted_cache, (key, value), strict=True):
-        tensor[:, length] = part
-    keys, values = (t[:, : length + 1].repeat_interleave(shared, 0).float() for t in wanted_cache)
-    wanted = functional.scaled_dot_product_attention(query.float().unsqueeze(1), keys, values).squeeze(1)
-    out = torch.empty_like(query)
-    kernels.attend(query, key, value, (cached[0], cached[1]), length, out)
+        tensor[:, length:end] = part.transpose(0, 1)
+    keys, values = (t[:, :end].repeat_interleave(shared, 0).float() for t in wanted_cache)
+    visible = torch.arange(end) <= torch.arange(length, end).unsqueeze(1)
+    queries = query.float().transpose(0, 1)
+    wanted = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=visible).transpose(0, 1)
+    one_by_one = [tensor.clone() for tensor in cached]
+    out, each_out = torch.empty(query.shape, dtype=dtype), torch.empty(query.shape, dtype=dtype)
+    kernels.attend(query, key, value, [CacheView(cached[0], cached[1], length, num_tokens)], out)
     assert all(torch.equal(a, b) for a, b in zip(cached, wanted_cache, strict=True))
     bound = {"atol": 2e-6, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1.6e-2}
     torch.testing.assert_close(out, wanted.to(dtype), **bound)
+    for i in range(num_tokens):
+        parts = [part[i : i + 1] for part in (query, key, value)]
+        kernels.attend(*parts, [CacheView(one_by_one[0], one_by_one[1], length + i)], each_out[i : i + 1])
+    assert torch.equal(out, each_out)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1 << 10, 1 << 10), (1031, 4099)])

@@ -247,56 +247,60 @@ inline __m512 load_lanes(const uint16_t *values, __mmask16 lanes) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-template <class Scalar>
-inline float dot(const float *x, const Scalar *values, int64_t count) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 lanes = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
-        sum = _mm512_fmadd_ps(load_lanes(x + i, lanes), load_lanes(values + i, lanes), sum);
-    }
-    return _mm512_reduce_add_ps(sum);
-}
-
-// out[h * stride] = dot(x + h * count, values, count) for four h.
-template <class Scalar>
-inline void four_dots(const float *x, const Scalar *values, int64_t count, float *out, int64_t stride) {
-    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 lanes = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
-        const __m512 v = load_lanes(values + i, lanes);
-        for (int h = 0; h < 4; ++h) sums[h] = _mm512_fmadd_ps(load_lanes(x + h * count + i, lanes), v, sums[h]);
-    }
+// Sums of four vectors, in order.
+inline __m128 four_sums(const __m512 (&x)[4]) {
     const auto pair = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
-    const __m512 all = pair(pair(sums[0], sums[2]), pair(sums[1], sums[3]));  // in each four lanes: one of each h
+    const __m512 all = pair(pair(x[0], x[2]), pair(x[1], x[3]));  // in each four lanes: one of each
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    alignas(16) float four[4];
-    _mm_store_ps(four, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-    for (int h = 0; h < 4; ++h) out[h * stride] = four[h];
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// sums[h][i] = the sum over p of scores[h * stride + p] * values[p * size + i], for some heads and all i < size. Heads
-// that go together read the values once.
-template <int Heads, class Scalar>
+// out[r * stride + p] = the dot product of x[r] and keys[p], for some rows of x [.., size] and `count` keys [.., size].
+template <int Rows, class Scalar>
+inline void dots(const float *x, const Scalar *keys, int64_t count, int64_t size, float *out, int64_t stride) {
+    for (int64_t p = 0; p < count; p += 4) {
+        const int64_t left = std::min<int64_t>(4, count - p);
+        __m512 sums[Rows][4];
+        for (auto &row : sums)
+            for (auto &sum : row) sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < size; i += 16) {
+            const __mmask16 lanes = size - i >= 16 ? 0xffff : __mmask16((1u << (size - i)) - 1);
+            __m512 wide[4];
+            for (int k = 0; k < 4; ++k)  // behind the last key: that one again
+                wide[k] = load_lanes(keys + (p + std::min<int64_t>(k, left - 1)) * size + i, lanes);
+            for (int r = 0; r < Rows; ++r) {
+                const __m512 row = load_lanes(x + r * size + i, lanes);
+                for (int k = 0; k < 4; ++k) sums[r][k] = _mm512_fmadd_ps(row, wide[k], sums[r][k]);
+            }
+        }
+        for (int r = 0; r < Rows; ++r)
+            _mm_mask_storeu_ps(out + r * stride + p, __mmask8((1u << left) - 1), four_sums(sums[r]));
+    }
+}
+
+// sums[r][i] += the sum over p of scores[r * stride + p] * values[p * size + i], one p after the other, for some rows and
+// all i < size. Rows that go together read the values once.
+template <int Rows, class Scalar>
 inline void weighted_sums(const float *scores, int64_t stride, const Scalar *values, int64_t length, int64_t size,
                           float *sums) {
-    constexpr int64_t width = 64;  // the sums of four heads take half of the registers
+    constexpr int64_t width = 64;  // the sums of four rows take half of the registers
     for (int64_t start = 0; start < size; start += width) {
         __mmask16 lanes[4];
         for (int i = 0; i < 4; ++i)
             lanes[i] = __mmask16((1u << std::clamp<int64_t>(size - start - 16 * i, 0, 16)) - 1);
-        __m512 parts[Heads][4];
-        for (auto &part : parts)
-            for (auto &sum : part) sum = _mm512_setzero_ps();
+        __m512 parts[Rows][4];
+        for (int r = 0; r < Rows; ++r)
+            for (int i = 0; i < 4; ++i) parts[r][i] = load_lanes(sums + r * size + start + 16 * i, lanes[i]);
         for (int64_t p = 0; p < length; ++p) {
             const Scalar *from = values + p * size + start;
             __m512 wide[4];
             for (int i = 0; i < 4; ++i) wide[i] = load_lanes(from + 16 * i, lanes[i]);
-            for (int h = 0; h < Heads; ++h) {
-                const __m512 score = _mm512_set1_ps(scores[h * stride + p]);
-                for (int i = 0; i < 4; ++i) parts[h][i] = _mm512_fmadd_ps(score, wide[i], parts[h][i]);
+            for (int r = 0; r < Rows; ++r) {
+                const __m512 score = _mm512_set1_ps(scores[r * stride + p]);
+                for (int i = 0; i < 4; ++i) parts[r][i] = _mm512_fmadd_ps(score, wide[i], parts[r][i]);
             }
         }
-        for (int h = 0; h < Heads; ++h)
-            for (int i = 0; i < 4; ++i) _mm512_mask_storeu_ps(sums + h * size + start + 16 * i, lanes[i], parts[h][i]);
+        for (int r = 0; r < Rows; ++r)
+            for (int i = 0; i < 4; ++i) _mm512_mask_storeu_ps(sums + r * size + start + 16 * i, lanes[i], parts[r][i]);
     }
 }

@@ -110,10 +110,11 @@ inline float dot(const float *x, const Scalar *values, int64_t count) {
     return sum;
 }
 
-// out[h * stride] = dot(x + h * count, values, count) for four h.
-template <class Scalar>
-inline void four_dots(const float *x, const Scalar *values, int64_t count, float *out, int64_t stride) {
-    for (int h = 0; h < 4; ++h) out[h * stride] = dot(x + h * count, values, count);
+// out[r * stride + p] = the dot product of x[r] and keys[p], for some rows of x [.., size] and `count` keys [.., size].
+template <int Rows, class Scalar>
+inline void dots(const float *x, const Scalar *keys, int64_t count, int64_t size, float *out, int64_t stride) {
+    for (int64_t p = 0; p < count; ++p)
+        for (int r = 0; r < Rows; ++r) out[r * stride + p] = dot(x + r * size, keys + p * size, size);
 }
 
 struct Halves {
@@ -136,14 +137,14 @@ struct Halves {
     }
 };
 
-// sums[h][i] = the sum over p of scores[h * stride + p] * values[p * size + i], for some heads and all i < size.
-template <int Heads, class Scalar>
+// sums[r][i] += the sum over p of scores[r * stride + p] * values[p * size + i], one p after the other, for some rows and
+// all i < size.
+template <int Rows, class Scalar>
 inline void weighted_sums(const float *scores, int64_t stride, const Scalar *values, int64_t length, int64_t size,
                           float *sums) {
-    std::fill(sums, sums + Heads * size, 0.0f);
-    for (int h = 0; h < Heads; ++h)
+    for (int r = 0; r < Rows; ++r)
         for (int64_t p = 0; p < length; ++p)
             for (int64_t i = 0; i < size; ++i)
-                sums[h * size + i] =
-                    multiply_add(scores[h * stride + p], one_widened(values[p * size + i]), sums[h * size + i]);
+                sums[r * size + i] =
+                    multiply_add(scores[r * stride + p], one_widened(values[p * size + i]), sums[r * size + i]);
 }

@@ -1,6 +1,6 @@
 // A whole layer for a few tokens of some sequences: nothing but arithmetic from one end to the other.
+#include "attention.h"
 #include "export.h"
-#include "step.h"
 
 // Weight, and in a layer norm bias; no weight: no such norm.
 struct Norm {
@@ -67,12 +67,18 @@ struct Step {
         }
     }
 
+    // Of fused queries, keys and values: where the first key and the first value are, and how far it is to the next head.
+    Attention attention(const Scalar *fused, int64_t key, int64_t value, int64_t stride, Scalar *attended) const {
+        const int64_t width = layer.query_key_value->rows;
+        return {fused, fused + key, fused + value, width, width, width, stride, stride, stride, tokens, layer.heads,
+                layer.kv_heads, layer.head_dim, caches, attended};
+    }
+
     // fused [tokens, query heads, key heads, value heads], neighbours rotated
     Attention grouped(Scalar *fused, Scalar *attended) const {
         const int64_t dim = layer.head_dim, width = layer.query_key_value->rows, turning = layer.heads + layer.kv_heads;
         rotate(fused, tokens, width, turning, dim, cos, sin, layer.pairs, threads);
-        return {fused, fused + layer.heads * dim, fused + turning * dim, width, dim, dim, dim, tokens, layer.heads,
-                layer.kv_heads, dim, caches, attended};
+        return attention(fused, layer.heads * dim, turning * dim, dim, attended);
     }
 
     // fused [tokens, heads, (query, key, value)], halves rotated
@@ -84,8 +90,7 @@ struct Step {
                     rotate_halves(fused + t * width + i * dim, cos + t * angles, sin + t * angles, layer.parts,
                                   layer.pairs);
         });
-        return {fused, fused + dim, fused + 2 * dim, width, 3 * dim, 3 * dim, 3 * dim, tokens, layer.heads,
-                layer.kv_heads, dim, caches, attended};
+        return attention(fused, dim, 2 * dim, 3 * dim, attended);
     }
 
     void activate(const Scalar *wide, Scalar *narrow) const {
@@ -112,8 +117,8 @@ struct Step {
 
 }  // namespace
 
-// out [tokens, hidden_size] = the layer of `hidden`, each token with a cache: where its sequence's keys and values lie,
-// and how many are before its own, which are put there first. All in fp32, or all in bf16.
+// out [tokens, hidden_size] = the layer of `hidden`, tokens of the sequences of `caches`, one sequence after the other;
+// their keys and values are cached. All in fp32, or all in bf16.
 EXPORTED void glm_layer(const Layer *layer, const void *hidden, int64_t tokens, const float *cos, const float *sin,
                         const Cache *caches, void *out, int threads) {
     const auto run = [&](auto scalar) {

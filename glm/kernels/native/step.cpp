@@ -1,6 +1,7 @@
 // The parts of a layer one by one, for callers that do the rest themselves.
 #include "step.h"
 
+#include "attention.h"
 #include "export.h"
 
 // All take fp32, or bf16 where `is_bf16`; sums are in fp32.
