@@ -15,8 +15,8 @@ from glm.ends import Embedding
 from protocol.data import KvUpdate, Span, Step
 from protocol.limits import MAX_UPDATES
 
-EPOCH = 1
-"""Rises with every change of the pipeline; a pipeline never changes yet."""
+FIRST_EPOCH = 1
+"""The epoch rises with every change of the pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Chain:
     def __init__(self, embedding: Embedding, pipeline: Pipeline) -> None:
         self.embedding = embedding
         self.updates: list[KvUpdate] = []
+        self._epoch = FIRST_EPOCH
         self._pipeline = pipeline
         self._in_flight: deque[InFlight] = deque()
         self._is_doubtful = False
@@ -77,7 +78,7 @@ class Chain:
             self._submit(None, ())  # its outcome at least will come
             self._is_doubtful = False
         while True:
-            outcome = self._pipeline.collect(EPOCH)
+            outcome = self._pipeline.collect(self._epoch)
             while self._in_flight and self._in_flight[0].step_id <= outcome.message.step_id:
                 flight = self._in_flight.popleft()
                 was_lost = flight.step_id < outcome.message.step_id
@@ -90,6 +91,13 @@ class Chain:
                         sequence.num_cached = chunk.end
                 if not was_lost:
                     return flight, outcome
+
+    def start_over(self, epoch: int) -> None:
+        """The stages have forgotten everything, and nothing that was on its way comes back."""
+        self._epoch = epoch
+        self._in_flight.clear()
+        self.updates.clear()
+        self._is_doubtful = False
 
     @contextmanager
     def doubted(self) -> Iterator[None]:
@@ -106,7 +114,7 @@ class Chain:
         with flight.clock.embedding:
             ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
             hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
-        self._pipeline.submit(Step(EPOCH, flight.step_id, updates, flight.spans, ()), hidden)
+        self._pipeline.submit(Step(self._epoch, flight.step_id, updates, flight.spans, ()), hidden)
         self._in_flight.append(flight)
         del self.updates[: len(updates)]
         return flight.step_id

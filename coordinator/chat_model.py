@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from coordinator.answer import Answer
-from coordinator.chain import EPOCH
+from coordinator.chain import FIRST_EPOCH
 from coordinator.closing import Closing
 from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
 from coordinator.engine import Engine
@@ -20,8 +20,10 @@ from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
 from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
+from coordinator.recovery import DEFAULT_RECOVERY, RecoveryPolicy
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
+from coordinator.supervisor import Supervisor
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
@@ -60,6 +62,7 @@ def launch(
     speculate: bool = True,
     reuse: bool = True,
     steps_in_flight: int | None = None,
+    recovery: RecoveryPolicy = DEFAULT_RECOVERY,
 ) -> "ChatModel":
     """Start the workers of a plan and load a model into them.
 
@@ -67,12 +70,12 @@ def launch(
         model: a directory, hub id or `random:SHAPE`; None is the demo model that comes with glmpipe.
         plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
         chat_format: overrides the chat format found from the model's files.
-        on_progress, on_log: receive load progress, and the workers' log lines.
+        on_progress, on_log: receive load progress, and the workers' log lines. recovery: how often to restart those.
         on_note: receives what the memory of each device is going to hold, before anything loads.
         check_memory: refuse a plan that does not fit.
         speculate: guess tokens that the text has had before, and verify several in one step.
         reuse: keep what ended requests cached, for those that begin alike.
-        steps_in_flight: how many decode steps the sequences are dealt out to; None finds out what is fastest.
+        steps_in_flight: how many decode steps the sequences are dealt out to; None finds the fastest number.
 
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
@@ -86,7 +89,7 @@ def launch(
     settings = ClusterSettings(
         model_dir,
         checkpoint.fingerprint(),
-        EPOCH,
+        FIRST_EPOCH,
         default_kv_budget_tokens=KV_BUDGET_CONTEXTS * config.max_context,
         record_hidden_states=record_hidden_states,
     )
@@ -101,7 +104,7 @@ def launch(
         limits = scheduler_settings(checked_plan, budget)
         scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
         engine = Engine(embedding, head, cluster.pipeline, scheduling)
-        return ChatModel(cluster, engine, config, model_dir, chat_format)
+        return ChatModel(cluster, engine, config, model_dir, chat_format, recovery)
     except BaseException:
         cluster.close()
         raise
@@ -130,10 +133,17 @@ class ChatModel(Closing):
     """
 
     def __init__(
-        self, cluster: Cluster, engine: Engine, config: ModelConfig, model_dir: Path, chat_format: str | None
+        self,
+        cluster: Cluster,
+        engine: Engine,
+        config: ModelConfig,
+        model_dir: Path,
+        chat_format: str | None,
+        recovery: RecoveryPolicy,
     ) -> None:
         self.cluster = cluster
         self.engine = engine
+        self.supervisor = Supervisor(engine, cluster, recovery)
         self.config = config
         self.model_dir = model_dir
         self._no_tokenizer: TokenizerError | None = None
@@ -209,7 +219,7 @@ class ChatModel(Closing):
         Closing the iterator, or `cancel`, stops the answer.
 
         Raises:
-            GenerationError: this request failed; the model goes on. StageLost: the pipeline is broken.
+            GenerationError: this request failed; the model goes on. A lost stage is brought back.
         """
         self._cancelled.clear()
         answer = self.begin(prompt, sampling)
@@ -319,7 +329,7 @@ class ChatModel(Closing):
         self.engine.add(sequence)
         try:
             while not sequence.is_finished:
-                self.engine.step()
+                self.supervisor.step()
         finally:
             self.engine.cancel(sequence)
         if sequence.error is not None:
@@ -330,7 +340,7 @@ class ChatModel(Closing):
         """One walk of the chain for all queued requests; what became final in the given answers."""
         by_sequence = {id(answer.sequence): answer for answer in answers}
         events = []
-        for sequence, timing in self.engine.step():
+        for sequence, timing in self.supervisor.step():
             answer = by_sequence.get(id(sequence))
             if answer is None:
                 continue

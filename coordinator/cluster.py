@@ -11,7 +11,7 @@ import zmq
 
 from coordinator.closing import Closing
 from coordinator.control import ControlPlane, Reply, expect
-from coordinator.errors import LaunchError, StageLost
+from coordinator.errors import StageLost, WorkerDied
 from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
@@ -118,19 +118,36 @@ class Cluster(Closing):
         if not self._assigned:
             self.assign()
         self.ready = self._wait_until_ready(self._assigned)
+        self._on_progress = None  # what is loaded again later, nobody watches
         self.pipeline.connect(self._joins[0].data_endpoint)
         return self.ready
 
     def check(self) -> None:
         """Raises StageLost when a worker has died, left or fallen silent."""
-        dead = self._launcher.poll()
-        if dead is not None:
+        for dead in self._launcher.dead():
             raise StageLost(dead.describe("while serving"))
-        lost = self._control.lost()
-        if lost is not None:
-            worker_id, what = lost
+        for worker_id, what in self._control.lost().items():
             stage = self.plan.stages[self._worker_ids.index(worker_id)]
             raise StageLost(f"{worker_id} ({stage.device}, layers {stage.layers_text}) {what}")
+
+    def recover(self) -> int:
+        """Start workers anew in the place of those lost, and assign all stages in a new epoch, which is returned.
+
+        The other workers keep their weights; all forget every sequence.
+
+        Raises:
+            StageLost: another worker was lost meanwhile. LaunchError: one cannot load its layers.
+        """
+        lost = {dead.stage_index for dead in self._launcher.dead()}
+        lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.lost()}
+        for index in sorted(lost):
+            self._control.forget(self._worker_ids[index])
+            self._launcher.restart(index)
+        self._joins = ()
+        self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
+        self.assign()
+        self.load()
+        return self._settings.epoch
 
     def inspect(self, layer: int, sequence_id: int, what: InspectedPart) -> torch.Tensor:
         """What the stage that holds `layer` (from 0) has of a sequence, fp32 [num_tokens, ...].
@@ -204,7 +221,7 @@ class Cluster(Closing):
             try:
                 self.check()
             except StageLost as error:
-                raise LaunchError(str(error).replace("while serving", "while loading")) from None
+                raise WorkerDied(str(error).replace("while serving", "while loading")) from None
         return tuple(ready[index] for index in range(len(futures)))
 
     def _ready(self, index: int, future: Future[Reply]) -> Ready:

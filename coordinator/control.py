@@ -30,8 +30,10 @@ from protocol.version import VERSION
 from protocol.wire import Frame, decode, encode
 
 HEARTBEAT_INTERVAL_S = 1.0
-SILENCE_LIMIT_S = 15.0
-"""A worker that answered no ping for so long counts as lost. Its control thread answers during loads and long steps."""
+SILENCE_LIMIT_S = 2.8
+"""A serving worker that answered no ping for so long counts as lost. Its control thread answers during long steps."""
+LOADING_SILENCE_LIMIT_S = 15.0
+"""The same for one that starts or loads, when a disk or a whole machine may be stuck for a while."""
 ORPHAN_TIMEOUT_S = 20.0
 """A worker that hears nothing from its coordinator for so long leaves."""
 
@@ -130,15 +132,22 @@ class ControlPlane(Closing):
             name = type(message).__name__
             raise StageLost(f"{worker_id} did not answer {name} within {deadline_s:g} s") from None
 
-    def lost(self) -> tuple[str, str] | None:
-        """The id of a worker that left or fell silent, and what happened; None while all are well."""
+    def lost(self) -> dict[str, str]:
+        """The ids of workers that left or fell silent, and what happened; empty while all are well."""
+        found = {}
         with self._shared.changed:
             for worker_id, worker in self._shared.workers.items():
+                is_serving = worker.pong is not None and worker.pong.state == "serving"
                 if worker.left is not None:
-                    return worker_id, f"left: {worker.left}"
-                if worker.silent_s > SILENCE_LIMIT_S:
-                    return worker_id, f"has been silent for {worker.silent_s:.0f} s"
-        return None
+                    found[worker_id] = f"left: {worker.left}"
+                elif worker.silent_s > (SILENCE_LIMIT_S if is_serving else LOADING_SILENCE_LIMIT_S):
+                    found[worker_id] = f"has been silent for {worker.silent_s:.1f} s"
+        return found
+
+    def forget(self, worker_id: str) -> None:
+        """Another worker may join under this id; nothing the old one says is heard any more."""
+        with self._shared.changed:
+            self._shared.workers.pop(worker_id, None)
 
     def pongs(self) -> dict[str, Pong]:
         """The latest health report of each worker that gave one."""

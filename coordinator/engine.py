@@ -1,5 +1,6 @@
 """Turns waiting sequences into tokens: `step` sends what may be on its way, then takes what came back."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from coordinator.chain import Chain, InFlight
-from coordinator.errors import GenerationError
+from coordinator.errors import GenerationError, StageLost
 from coordinator.kept_prefixes import KeptPrefix, KeptPrefixes, find_reuse
 from coordinator.next_tokens import next_tokens
 from coordinator.pacing import Pacing
@@ -61,6 +62,23 @@ class Engine:
         """Let the stages drop whatever ended sequences left there."""
         self._chain.updates += map(DropSequence, self._kept.evict(self._kept.num_tokens))
         self._retire()
+
+    def start_over(self, epoch: int) -> int:
+        """The pipeline is another one: all running sequences are fed again from their token ids; how many they are."""
+        self._chain.start_over(epoch)
+        self._kept = KeptPrefixes()
+        running = [sequence for sequence in self._running if not sequence.is_finished]
+        self._wait_again(running)
+        self._running = []
+        return len(running)
+
+    def fail_all(self, reason: str) -> list[Sequence]:
+        """End every request with this reason; the pipeline is gone, so that nothing is to be told to it."""
+        failed = [*self._running, *self._waiting]
+        for sequence in failed:
+            sequence.error = sequence.error or GenerationError(reason)
+        self._running, self._waiting = [], []
+        return failed
 
     @property
     def is_idle(self) -> bool:
@@ -196,10 +214,14 @@ class Engine:
     def _set_back(self, sequence: Sequence) -> None:
         """The newest gives way to the older ones; it is computed again when there is room."""
         self._chain.updates.append(DropSequence(sequence.kv_id))
-        sequence.set_back()
-        self._running.remove(sequence)
-        self._waiting.append(sequence)
-        self._waiting.sort(key=lambda waiting: waiting.sequence_id)
+        sequence.num_set_back += 1
+        self._wait_again([sequence])
+
+    def _wait_again(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.start_over()
+        self._running = [sequence for sequence in self._running if sequence not in sequences]
+        self._waiting = sorted([*self._waiting, *sequences], key=lambda sequence: sequence.sequence_id)
         self.pacing.disturb()
 
     def _send(self, decision: Decision) -> None:
@@ -268,7 +290,7 @@ class Engine:
         self._running = [sequence for sequence in self._running if not sequence.is_finished]
         self._waiting = [sequence for sequence in self._waiting if not sequence.is_finished]
         if self.is_idle and self._chain.updates:
-            with self._chain.doubted():
+            with self._chain.doubted(), contextlib.suppress(StageLost):  # a lost stage has forgotten everything anyway
                 self._chain.flush()
 
     def _leave(self, sequence: Sequence) -> None:

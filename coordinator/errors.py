@@ -7,7 +7,8 @@
     │   ├── PromptFileError       lines of a file of prompts are no requests; the first of them are listed
     │   └── ResultFileError       a file of results is of other prompts, or of something else
     ├── LaunchError               a worker could not be started, died before joining, or could not load
-    │   └── NotEnoughMemory       the plan does not fit; nothing was loaded
+    │   ├── NotEnoughMemory       the plan does not fit; nothing was loaded
+    │   └── WorkerDied            a worker's process ended before it served
     ├── StageLost                 a worker that was serving died or fell silent
     ├── GenerationError           one request failed; the pipeline lives on
     ├── CacheError                the cache of quantised layers cannot be read or pruned
@@ -74,6 +75,10 @@ class LaunchError(CoordinatorError):
 
 class NotEnoughMemory(LaunchError):  # noqa: N818 - named for what is the matter
     """The plan does not fit into the memory of its devices; nothing was loaded."""
+
+
+class WorkerDied(LaunchError):  # noqa: N818 - named for what happened
+    """A worker's process ended before it served."""
 
 
 class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as the design does

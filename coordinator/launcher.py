@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import IO, Self
 
 from coordinator.closing import Closing
-from coordinator.errors import LaunchError
+from coordinator.errors import LaunchError, WorkerDied
 from coordinator.plan import StagePlan
 from coordinator.signals import signals_deferred
 from coordinator.worker_command import usable_cores, worker_command, worker_environment
@@ -81,7 +81,8 @@ class Launcher(Closing):
         self._on_log = on_log or _to_stderr
         self._command = tuple(command) if command is not None else worker_command()
         self._workers: list[_Worker] = []
-        self._lifeline: int | None = None
+        self._lifeline: tuple[int, int] | None = None
+        """Read and write end; the read end is kept for workers that are started later."""
 
     @property
     def worker_ids(self) -> tuple[str, ...]:
@@ -92,30 +93,41 @@ class Launcher(Closing):
         """Spawn all workers. Raises LaunchError, with none left running, when one cannot be spawned."""
         if self._lifeline is not None or self._workers:
             raise LaunchError("these workers were started already; a launcher starts its workers once")
-        read_end, self._lifeline = os.pipe()
+        self._lifeline = os.pipe()
         try:
             with signals_deferred():
                 for index in range(len(self._stages)):
-                    self._workers.append(self._spawn(index, read_end))
+                    self._workers.append(self._spawn(index, self._lifeline[0]))
         except OSError as error:
             self.close()
             raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None
         except BaseException:
             self.close()
             raise
-        finally:
-            os.close(read_end)
 
-    def poll(self) -> WorkerExit | None:
-        """The worker that died first, if any has."""
+    def restart(self, index: int) -> None:
+        """Put another process in the place of a stage's worker, which is killed if it still lives.
+
+        Raises:
+            LaunchError: it cannot be spawned.
+        """
+        assert self._lifeline is not None
+        self._workers[index].kill()
+        try:
+            with signals_deferred():
+                self._workers[index] = self._spawn(index, self._lifeline[0])
+        except OSError as error:
+            raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None
+
+    def dead(self) -> list[WorkerExit]:
+        """The workers that have died, the first one first."""
         dead = [worker for worker in self._workers if worker.has_ended()]
-        return min(dead, key=lambda worker: worker.ended_at_s).exit() if dead else None
+        return [worker.exit() for worker in sorted(dead, key=lambda worker: worker.ended_at_s)]
 
     def check(self) -> None:
-        """For the time before all workers joined: raises LaunchError with its last lines if one has died."""
-        dead = self.poll()
-        if dead is not None:
-            raise LaunchError(dead.describe("before it joined"))
+        """For the time before all workers joined: raises WorkerDied with its last lines if one has died."""
+        for dead in self.dead():
+            raise WorkerDied(dead.describe("before it joined"))
 
     def close(self, grace_s: float = 2.0) -> None:
         """Ask all workers to leave, kill those that have not after `grace_s`, and reap every one.
@@ -131,8 +143,8 @@ class Launcher(Closing):
             for worker in workers:
                 worker.wait(max(0.0, deadline_s - time.monotonic()))
         finally:
-            if lifeline is not None:
-                os.close(lifeline)
+            for end in lifeline or ():
+                os.close(end)
             for worker in workers:
                 worker.kill()
 

@@ -37,6 +37,7 @@ class Pipeline:
     """
 
     def __init__(self, context: "zmq.Context[Socket]", return_endpoint: str, check: Callable[[], None]) -> None:
+        self._context = context
         self._push = data_socket(context, zmq.PUSH)
         self._pull = data_socket(context, zmq.PULL)
         self.return_endpoint = bind(self._pull, return_endpoint)
@@ -44,7 +45,10 @@ class Pipeline:
         self._submitted_at_s: dict[int, float] = {}
 
     def connect(self, first_stage_endpoint: str) -> None:
-        """Aim at the first stage."""
+        """Aim at the first stage, which may be another one than before: what was not sent yet is dropped."""
+        self._push.close(linger=0)
+        self._push = data_socket(self._context, zmq.PUSH)
+        self._submitted_at_s.clear()
         connect(self._push, first_stage_endpoint)
 
     def submit(self, step: Step, hidden: torch.Tensor) -> None:

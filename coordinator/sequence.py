@@ -114,9 +114,8 @@ class Sequence:
             end = min(end, self.num_prompt + self._max_new_tokens)
         return max(0, end - len(self.token_ids))
 
-    def set_back(self) -> None:
+    def start_over(self) -> None:
         """The stages have forgotten it: everything is to be fed again."""
-        self.num_cached = self.num_sent = self.num_held = 0
+        self.num_cached = self.num_sent = self.num_held = self.num_steps_in_flight = 0
         self.kv_id = self.sequence_id
         self.prompt_logprobs.clear()
-        self.num_set_back += 1

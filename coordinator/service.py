@@ -57,7 +57,7 @@ class Service:
                 if self._answers:
                     self._step()
                 else:
-                    self._chat_model.cluster.check()
+                    self._chat_model.supervisor.check()
         except CoordinatorError as error:
             for (identity, request_id), _ in list(self._answers.items()):
                 self._send(identity, client.Error(request_id, type(error).__name__, clip_text(str(error))))

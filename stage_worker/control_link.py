@@ -75,8 +75,8 @@ class ControlLink:
         self._on_stuck = on_stuck
         self._exit: _Exit | None = None
         self._closed = threading.Event()
-        self._releases_seen = 0
-        self._releases_taken = 0
+        self._interrupts_seen = 0
+        self._interrupts_taken = 0
         self._join_left_s = settings.join_timeout_s
         self._orphan_timeout_s: float | None = None
         self._silent_s = 0.0
@@ -107,8 +107,8 @@ class ControlLink:
         return EXIT_INTERNAL if self._exit is None else self._exit.code
 
     def abandoned(self) -> bool:
-        """Whether the work in hand is no longer wanted: leaving, or a Release waits to be taken."""
-        return self._exit is not None or self._releases_seen != self._releases_taken
+        """Whether the work in hand is no longer wanted: leaving, or a Release or another Assign waits to be taken."""
+        return self._exit is not None or self._interrupts_seen != self._interrupts_taken
 
     def take_command(self) -> Assign | Inspect | Release | None:
         """The next command; call when `commands` is readable. None: look at `leaving`."""
@@ -117,8 +117,8 @@ class ControlLink:
             return None
         message, _ = decode(frames, Plane.CONTROL)
         assert isinstance(message, Assign | Inspect | Release)
-        if isinstance(message, Release):
-            self._releases_taken += 1
+        if isinstance(message, Assign | Release):
+            self._interrupts_taken += 1
         return message
 
     def send(self, message: Message, tensors: Sequence[RawTensor] = ()) -> None:
@@ -198,8 +198,8 @@ class ControlLink:
         except zmq.Again:
             logger.warning("dropped a %s message: too many are waiting", type(command).__name__)
             return
-        if isinstance(command, Release):
-            self._releases_seen += 1
+        if isinstance(command, Assign | Release):
+            self._interrupts_seen += 1
 
     def _send_out(self) -> None:
         frames = self._main.recv_multipart(copy=False)

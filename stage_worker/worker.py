@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 import zmq
 
+from glm.model import LayerStack
 from protocol.control import Assign, Failed, Inspect, Inspected, Progress, Ready, Release, Released
 from protocol.data import DataMessage, StageTiming, Step, StepFailed
 from protocol.errors import EndpointError, ProtocolError
@@ -76,16 +77,18 @@ class Worker:
             failed = Failed(assign.request_id, assign.epoch, error.code, clip_text(error.text))
         except AbandonedError:
             failed = Failed(assign.request_id, assign.epoch, "bad_request", "released while loading")
-        if self._stage is None:
-            self._give_up()
+        self._give_up()
         logger.warning("epoch %d not taken: %s", assign.epoch, failed.text)
         self._link.send(failed)
 
     def _load(self, assign: Assign) -> None:
-        if self._stage is not None:
-            raise LoadError("bad_request", f"already serving epoch {self._link.status.epoch}: release it first")
         started_s = time.monotonic()
+        kept = self._weights_for(assign)
+        if kept is None:
+            self._give_up()
         self._link.status = Status("loading", assign.epoch)
+        if self._data_out is not None:
+            self._data_out.close()
         self._data_out = data_socket(self._context, zmq.PUSH)
         try:
             connect(self._data_out, assign.next_endpoint)
@@ -98,10 +101,23 @@ class Worker:
             self._link.status = replace(self._link.status, weight_bytes=weight_bytes)
             self._link.send(Progress(0, assign.epoch, layers_done, layers_total, weight_bytes))
 
-        report(0, assign.layer_end - assign.layer_start, 0)
-        self._stage = load_stage(assign, self._device, report)
+        if kept is not None:
+            self._stage = Stage(kept, assign.kv_budget_tokens, assign.record_hidden_states)
+        else:
+            report(0, assign.layer_end - assign.layer_start, 0)
+            self._stage = load_stage(assign, self._device, report)
         self._assign = assign
         self._announce(assign, self._stage, time.monotonic() - started_s)
+
+    def _weights_for(self, assign: Assign) -> LayerStack | None:
+        """The layers held already, if they are what is assigned: only the KV caches are given up then."""
+        old = self._assign
+        if self._stage is None or old is None or assign.fingerprint == "":
+            return None
+        wanted = (assign.fingerprint, assign.layer_start, assign.layer_end, assign.precision)
+        return (
+            self._stage.layers if wanted == (old.fingerprint, old.layer_start, old.layer_end, old.precision) else None
+        )
 
     def _announce(self, assign: Assign, stage: Stage, load_s: float) -> None:
         layers = stage.layers

@@ -10,6 +10,7 @@ from coordinator.errors import UsageError
 from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK
 from coordinator.plan_file import read_plan_file
 from coordinator.plan_request import Option, PlanRequest, StageRequest
+from coordinator.recovery import DEFAULT_RECOVERY
 
 PLACEMENT = (
     *("layers", "stages", "gpu_precision", "cpu_precision", "embeddings", "final_layernorm", "lm_head"),
@@ -94,6 +95,13 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         help=f"prompt tokens in one step (default {PREFILL_CHUNK}); prompts of ChatGLM-6B stay whole",
     )
     _add_scheduling_options(parser)
+    group.add_argument(
+        "--recovery-attempts",
+        metavar="N",
+        type=int,
+        default=DEFAULT_RECOVERY.max_attempts,
+        help="how often to start a lost worker again before its answers fail (default %(default)s; 0 for never)",
+    )
     group.add_argument("--no-memory-check", action="store_true", help="load even what does not seem to fit into memory")
     group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
 
@@ -205,9 +213,11 @@ def plan_request(options: argparse.Namespace) -> PlanRequest:
 
 
 def check_scheduling(options: argparse.Namespace) -> None:
-    """Raises UsageError for an impossible number of steps."""
+    """Raises UsageError for an impossible number of steps or attempts."""
     if options.steps_in_flight is not None and options.steps_in_flight < 1:
         raise UsageError(f"--steps-in-flight {options.steps_in_flight} must be 1 or more")
+    if options.recovery_attempts < 0:
+        raise UsageError(f"--recovery-attempts {options.recovery_attempts} must be 0 or more")
 
 
 def choose_cache(options: argparse.Namespace) -> None:

@@ -54,6 +54,7 @@ def launched(
     from coordinator.limits import context_line, limits_of
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
+    from coordinator.recovery import RecoveryPolicy
     from glm.config import load_config
     from glm.demo import demo_model_dir
     from glm.hub import resolve_description, resolve_model
@@ -82,8 +83,10 @@ def launched(
                 speculate=not options.no_speculation,
                 reuse=not options.no_prefix_reuse,
                 steps_in_flight=options.steps_in_flight,
+                recovery=RecoveryPolicy(max_attempts=options.recovery_attempts),
             )
             stack.enter_context(chat_model)
+            chat_model.supervisor.on_event = lambda text: say(f"[pipeline] {text}")
         say(*_kernel_lines(chat_model))
         say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))
         yield chat_model

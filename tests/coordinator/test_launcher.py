@@ -64,7 +64,7 @@ def test_workers_get_their_options_and_their_lines_are_prefixed() -> None:
     with launcher("waits", log) as running:
         lines = log.until("ready", times=2)
         assert running.worker_ids == ("stage-1", "stage-2")
-        assert running.poll() is None
+        assert not running.dead()
         running.check()
     text = "\n".join(lines)
     assert "[stage 1 cpu] hello from" in text
@@ -114,8 +114,9 @@ def test_the_worker_that_died_is_named_with_its_signal_and_a_remedy() -> None:
     """SIGKILL mostly means that memory ran out; the other worker is not blamed."""
     log = Log()
     with launcher("is-killed", log) as running:
-        while (dead := running.poll()) is None:
+        while not running.dead():
             time.sleep(0.01)
+        [dead] = running.dead()
     assert (dead.stage_index, dead.returncode, dead.reason) == (1, -9, "signal SIGKILL")
     assert "run out of memory" in dead.describe("while serving")
 
@@ -125,7 +126,7 @@ def test_a_command_that_does_not_exist_is_a_launch_error() -> None:
     running = Launcher(STAGES, ENDPOINT, command=["/nonexistent/python"])
     with pytest.raises(LaunchError, match=r"/nonexistent/python cannot be started: No such file"):
         running.start()
-    assert running.poll() is None
+    assert not running.dead()
 
 
 def test_a_failing_log_sink_does_not_block_the_workers() -> None:
@@ -136,8 +137,9 @@ def test_a_failing_log_sink_does_not_block_the_workers() -> None:
 
     command = [sys.executable, str(FAKE), "dies"]
     with Launcher(STAGES[:1], ENDPOINT, on_log=broken, command=command) as running:
-        while (dead := running.poll()) is None:
+        while not running.dead():
             time.sleep(0.01)
+        [dead] = running.dead()
     assert len(dead.last_lines) == 2
 
 

@@ -42,7 +42,7 @@ class Model:
     def __init__(self) -> None:
         self.cancelled: list[Any] = []
         self.engine = SimpleNamespace(cancel=self.cancelled.append, queue_position=lambda _: 0)
-        self.cluster = SimpleNamespace(check=lambda: None)
+        self.supervisor = SimpleNamespace(check=lambda: None)
 
     def begin(self, _prompt: object, _sampling: object, request_id: int, **_: object) -> Any:
         return SimpleNamespace(request_id=request_id, sequence=SimpleNamespace(is_finished=False, error=None))

@@ -243,15 +243,26 @@ def test_an_assignment_that_cannot_be_is_explained(
 
 
 def test_what_an_idle_or_busy_worker_cannot_do(idle: Chain, model_dir: Path) -> None:
-    """Inspect needs an assignment, an assignment needs an idle worker; a release needs nothing."""
+    """Inspect needs an assignment; a release needs nothing; another assignment takes the place of the present one."""
     _, first, _ = idle
     assert first.release().freed_bytes >= 0
     assert first.request(Inspect(1, 1, 0, "key")).code == "bad_request"
     assert isinstance(first.assign(model_dir, 0, 1), Ready)
-    reply = first.assign(model_dir, 1, 2)
-    assert isinstance(reply, Failed)
-    assert "already serving epoch 1" in reply.text
+    assert isinstance(first.assign(model_dir, 1, 2), Ready)
+    assert first.request(Inspect(1, 1, 0, "key")).code == "bad_request"  # it has the second layer now
     assert first.ping().state == "serving"
+
+
+def test_the_same_assignment_again_keeps_the_weights(idle: Chain, large_model_dir: Path) -> None:
+    """Of another epoch, with the same layers at the same precision: ready at once, in the new epoch."""
+    _, first, _ = idle
+    fingerprint = Checkpoint(large_model_dir).fingerprint()
+    assert isinstance(first.assign(large_model_dir, 0, 4, fingerprint=fingerprint), Ready)
+    first.post(first.assignment(large_model_dir, 0, 4, fingerprint=fingerprint, epoch=2, request_id=800))
+    again, _ = first.next_message()
+    assert isinstance(again, Ready)
+    assert (again.epoch, again.request_id) == (2, 800)
+    assert first.ping().epoch == 2
 
 
 def test_answers_while_loading_and_a_release_that_frees(idle: Chain, large_model_dir: Path) -> None:

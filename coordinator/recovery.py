@@ -1,0 +1,55 @@
+"""What to do when a stage is lost: pure decisions, no clock, no processes."""
+
+from dataclasses import dataclass
+
+from coordinator.errors import CoordinatorError, StageLost, WorkerDied
+
+RETRYABLE = (StageLost, WorkerDied)
+"""Causes that another attempt may mend. A worker that cannot load its layers will not be able to next time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryPolicy:
+    """At most `max_attempts` for one loss, the first at once, then after `first_delay_s`, doubled up to `most_delay_s`.
+
+    A loss within `settled_s` seconds after the last recovery belongs to the same trouble and counts on.
+    """
+
+    max_attempts: int = 5
+    first_delay_s: float = 0.5
+    most_delay_s: float = 10.0
+    settled_s: float = 30.0
+
+
+DEFAULT_RECOVERY = RecoveryPolicy()
+
+
+class Recovery:
+    """How often it was tried. `policy` with no attempts never recovers."""
+
+    def __init__(self, policy: RecoveryPolicy) -> None:
+        self.policy = policy
+        self.num_attempts = 0
+        self._recovered_at_s: float | None = None
+
+    def next_delay_s(self, cause: CoordinatorError, now_s: float) -> float | None:
+        """Seconds to wait before the next attempt; None to give up."""
+        policy = self.policy
+        if self._recovered_at_s is not None and now_s - self._recovered_at_s > policy.settled_s:
+            self.num_attempts = 0
+        self._recovered_at_s = None
+        if not isinstance(cause, RETRYABLE) or self.num_attempts >= policy.max_attempts:
+            return None
+        self.num_attempts += 1
+        if self.num_attempts == 1:
+            return 0.0
+        return min(policy.most_delay_s, policy.first_delay_s * 2.0 ** (self.num_attempts - 2))
+
+    def recovered(self, now_s: float) -> None:
+        """All stages serve again."""
+        self._recovered_at_s = now_s
+
+    def gave_up(self) -> None:
+        """Whoever asks next starts with all attempts."""
+        self.num_attempts = 0
+        self._recovered_at_s = None

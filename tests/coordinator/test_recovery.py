@@ -1,0 +1,115 @@
+"""Which losses are worth another attempt, how long to wait, when to give up; and what becomes of the answers."""
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.errors import LaunchError, StageLost, WorkerDied
+from coordinator.recovery import Recovery, RecoveryPolicy
+from coordinator.scheduler import SchedulerSettings
+from coordinator.supervisor import Supervisor
+from glm.sampling import SamplingParams
+from tests.coordinator.hash_model import HashPipeline, expected_ids, hash_engine, request
+
+GREEDY = SamplingParams(greedy=True)
+
+
+def test_delays_double_up_to_a_cap_and_attempts_end() -> None:
+    """At once, then 0.5 s, 1 s, 2 s, ..., never beyond the most; None when the attempts are used up."""
+    recovery = Recovery(RecoveryPolicy(max_attempts=6, most_delay_s=3.0))
+    delays = [recovery.next_delay_s(StageLost("x"), 0.0) for _ in range(7)]
+    assert delays == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0, None]
+
+
+def test_only_listed_causes_are_tried_again() -> None:
+    """A worker that died may come back; one that cannot load its layers will not be able to next time."""
+    recovery = Recovery(RecoveryPolicy())
+    assert recovery.next_delay_s(LaunchError("no memory for the layers"), 0.0) is None
+    assert recovery.next_delay_s(WorkerDied("x"), 0.0) == 0.0
+
+
+def test_attempts_are_forgotten_when_all_was_well_for_a_while() -> None:
+    """A stage that dies again soon goes on counting; one that dies after an hour has all attempts again."""
+    recovery = Recovery(RecoveryPolicy(max_attempts=2, settled_s=30.0))
+    for now_s, delay_s in ((0.0, 0.0), (10.0, 0.5), (20.0, None)):
+        assert recovery.next_delay_s(StageLost("x"), now_s) == delay_s
+        recovery.recovered(now_s)
+    assert recovery.next_delay_s(StageLost("x"), 60.0) == 0.0
+
+
+class Losing:
+    """Loses the pipeline after some of the outcomes, as `lost_after` says; brings it back empty."""
+
+    def __init__(self, pipeline: HashPipeline, lost_after: list[int], num_failing: int = 0) -> None:
+        self._pipeline = pipeline
+        self._collect = pipeline.collect
+        self._counts = iter(lost_after)
+        self._left = next(self._counts, None)
+        self._num_failing = num_failing
+        self._epochs = itertools.count(2)
+        self.num_recovered = 0
+        pipeline.collect = self.collect  # type: ignore[method-assign]
+
+    def collect(self, epoch: int):  # type: ignore[no-untyped-def]
+        if self._left == 0:
+            self._left = None
+            raise StageLost("stage 1 ended with signal SIGKILL while serving")
+        if self._left is not None:
+            self._left -= 1
+        return self._collect(epoch)
+
+    def check(self) -> None: ...
+
+    def recover(self) -> int:
+        if self._num_failing:
+            self._num_failing -= 1
+            raise WorkerDied("it died again")
+        self.num_recovered += 1
+        self._pipeline.cached.clear()
+        self._pipeline._in_flight.clear()
+        self._left = next(self._counts, None)
+        return next(self._epochs)
+
+
+@given(
+    lost_after=st.lists(st.integers(0, 12), max_size=4),
+    prompts=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=30), min_size=1, max_size=4),
+    speculate=st.booleans(),
+    seed=st.none() | st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_losses_change_no_token(
+    lost_after: list[int], prompts: list[list[int]], speculate: bool, seed: int | None
+) -> None:
+    """Whenever the pipeline is lost, every sequence is fed again and ends with the tokens it would have had."""
+    params = SamplingParams(greedy=seed is None, seed=seed)
+    limits = SchedulerSettings(1000, prefill_chunk=8, max_steps_in_flight=3, speculate=speculate)
+    engine, pipeline = hash_engine(limits, is_repetitive=True)
+    losing = Losing(pipeline, lost_after)
+    supervisor = Supervisor(engine, losing, RecoveryPolicy(), sleep=lambda _: None)
+    sequences = [request(engine, prompt, 12, params) for prompt in prompts]
+    while not engine.is_idle:
+        supervisor.step()
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        assert sequence.new_ids == expected_ids(prompt, 12, params, is_repetitive=True)
+
+
+def test_giving_up_fails_the_requests_and_serves_the_next_one() -> None:
+    """All attempts fail: the requests end with the reason; a later request finds the pipeline mended."""
+    engine, pipeline = hash_engine(SchedulerSettings(1000))
+    losing = Losing(pipeline, [2], num_failing=3)
+    supervisor = Supervisor(engine, losing, RecoveryPolicy(max_attempts=3), sleep=lambda _: None)
+    told: list[str] = []
+    supervisor.on_event = told.append
+    failed = request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert "could not be brought back: it died again" in str(failed.error)
+    assert "attempt 3 of 3" in told[2] and told[3].startswith("given up")
+    engine.start_over(7)
+    pipeline.finish()
+    good = request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert good.new_ids == expected_ids([1, 2, 3], 12, GREEDY, is_repetitive=False)
