@@ -139,7 +139,7 @@ class ChatModel(Closing):
         config: ModelConfig,
         model_dir: Path,
         chat_format: str | None,
-        recovery: RecoveryPolicy,
+        recovery: RecoveryPolicy = DEFAULT_RECOVERY,
     ) -> None:
         self.cluster = cluster
         self.engine = engine

@@ -25,7 +25,7 @@ DEFAULT_RECOVERY = RecoveryPolicy()
 
 
 class Recovery:
-    """How often it was tried. `policy` with no attempts never recovers."""
+    """How often it was tried for the present trouble."""
 
     def __init__(self, policy: RecoveryPolicy) -> None:
         self.policy = policy

@@ -25,7 +25,8 @@ class Mendable(Protocol):
 class Supervisor:
     """`step` and `check` do what the engine's and the cluster's do, and recover from the loss of stages.
 
-    `on_event` is told, in words for people, what was lost and what became of it.
+    `on_event` is told, in words for people, what was lost and what became of it. A policy without attempts lets the
+    loss through as it is, StageLost.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Supervisor:
             self._recover(lost)
 
     def _recover(self, cause: CoordinatorError) -> TookPart:
+        if not self._recovery.policy.max_attempts:
+            raise cause
         started_s = time.monotonic()
         while True:
             delay_s = self._recovery.next_delay_s(cause, time.monotonic())

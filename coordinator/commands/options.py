@@ -95,13 +95,6 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         help=f"prompt tokens in one step (default {PREFILL_CHUNK}); prompts of ChatGLM-6B stay whole",
     )
     _add_scheduling_options(parser)
-    group.add_argument(
-        "--recovery-attempts",
-        metavar="N",
-        type=int,
-        default=DEFAULT_RECOVERY.max_attempts,
-        help="how often to start a lost worker again before its answers fail (default %(default)s; 0 for never)",
-    )
     group.add_argument("--no-memory-check", action="store_true", help="load even what does not seem to fit into memory")
     group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
 
@@ -124,6 +117,13 @@ def _add_scheduling_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         help="deal the sequences that decode out to N steps under way at once (default: what measures fastest)",
+    )
+    group.add_argument(
+        "--recovery-attempts",
+        metavar="N",
+        type=int,
+        default=DEFAULT_RECOVERY.max_attempts,
+        help="how often to start a lost worker again before answers fail (default %(default)s; 0: the command ends)",
     )
 
 

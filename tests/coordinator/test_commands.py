@@ -150,8 +150,8 @@ def test_a_launch_that_is_stopped_while_starting_leaves_nothing(model_dir: Path,
 
 
 def test_a_worker_that_is_killed_ends_the_launch_with_its_name(model_dir: Path, base: Path) -> None:
-    """Exit code 1, which stage, which signal, a remedy; no traceback, nothing left."""
-    with start("launch", "--model", model_dir, *TWO_STAGES) as process:
+    """If it is not to be brought back: exit code 1, which stage, which signal, a remedy; nothing is left."""
+    with start("launch", "--model", model_dir, *TWO_STAGES, "--recovery-attempts", "0") as process:
         assert process.stdout is not None
         process.stdout.readline()
         os.kill(max(workers(base)), signal.SIGKILL)
@@ -160,6 +160,25 @@ def test_a_worker_that_is_killed_ends_the_launch_with_its_name(model_dir: Path, 
     assert "\nglmpipe: stage 2 (cpu, pid " in err
     assert "ended with signal SIGKILL while serving; the system has probably run out of memory" in err
     assert "Traceback" not in err
+    assert list(base.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_is_brought_back(model_dir: Path, base: Path) -> None:
+    """An idle launch says what was lost and that it serves again; its next answer is a good one."""
+    with start("launch", "--model", model_dir, *TWO_STAGES) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        os.kill(max(workers(base)), signal.SIGKILL)
+        lines = []
+        while not lines or "all stages serve again" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        code, out, _ = glmpipe("generate", "--connect", "--ids", "5,6,7", "--greedy", "--max-new-tokens", "3")
+        assert (code, len(out.split(","))) == (0, 3)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert any("stage 2 (cpu, pid " in line and "SIGKILL" in line for line in lines)
     assert list(base.iterdir()) == []
 
 
