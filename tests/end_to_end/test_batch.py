@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 
 from glm.checkpoint import Checkpoint
 from glm.config import load_config
 from glm.demo import demo_model_dir
 from glm.model import Model, Segment
+from glm.positions import prompt_layout
 from glm.tokenizer import load_tokenizer
+from tests.tiny_checkpoints import PREFIX, write_checkpoint
+from tests.tiny_tokenizers import train_chatglm
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,28 +134,42 @@ def test_several_answers_and_logprobs_to_one_prompt() -> None:
     assert out.count("likeliest:") == sum(len(each["ids"]) for each in answers)
 
 
-def test_a_text_is_scored_as_by_the_undivided_model(tmp_path: Path) -> None:
+def prefix_lm_dir(model_dir: Path) -> Path:
+    """A prefix LM of random weights, with a tokenizer of its kind."""
+    model_dir.mkdir()
+    train_chatglm(model_dir, num_image_tokens=0)
+    ids = SentencePieceProcessor(model_file=str(model_dir / "ice_text.model")).piece_to_id
+    names = {"mask": "[MASK]", "gmask": "[gMASK]", "bos": "<sop>", "eos": "<eop>", "pad": "<pad>"}
+    keys = {f"{name}_token_id": ids(piece) for name, piece in names.items()}
+    write_checkpoint(model_dir, {**PREFIX, **keys, "vocab_size": 1024})
+    return model_dir
+
+
+@pytest.mark.parametrize("model", ["demo", "prefix LM"])
+def test_a_text_is_scored_as_by_the_undivided_model(model: str, tmp_path: Path) -> None:
     """The command's figures and each token's log-probability, over two stages and several windows."""
+    model_dir = demo_model_dir() if model == "demo" else prefix_lm_dir(tmp_path / "model")
     text = "".join(f"{question}\n" for question in QUESTIONS) * 3
     (tmp_path / "text").write_text(text, encoding="utf-8")
-    words = ("score", "--text", tmp_path / "text", "--window", "100", "--stride", "40", *SPLIT)
+    words = ("score", "--model", model_dir, "--text", tmp_path / "text", "--window", "100", "--stride", "40", *SPLIT)
     code, out, err = glmpipe(*words, "--json", "--tokens", tmp_path / "tokens")
     assert code == 0, err
     score = json.loads(out)
-    config = load_config(demo_model_dir())
-    tokenizer = load_tokenizer(demo_model_dir(), config)
+    config = load_config(model_dir)
+    tokenizer = load_tokenizer(model_dir, config)
     ids, prefix = tokenizer.encode(text), tokenizer.encode_prompt("")
     tokens = [json.loads(line) for line in (tmp_path / "tokens").read_text(encoding="utf-8").splitlines()]
     assert [each["token_id"] for each in tokens] == ids
     assert (score["tokens"], score["scored_tokens"], score["bytes"]) == (len(ids), len(ids), len(text.encode()))
+    assert score["windows"] > 1
     assert score["logprob"] == pytest.approx(sum(each["logprob"] for each in tokens))
-    model = Model.load(Checkpoint(demo_model_dir()), config)
+    undivided = Model.load(Checkpoint(model_dir), config)
     for each in tokens[::7]:
         start = each["position"] + len(prefix) - each["context_tokens"]
         fed = [*prefix, *ids[start : each["position"]]]
-        hidden = model.embedding.forward(torch.tensor(fed))
-        hidden = model.layers.forward(hidden, [Segment(model.layers.new_cache(), 0, len(fed), None)])
-        expected = float(model.head.forward(hidden[-1:]).double().log_softmax(-1)[0, each["token_id"]])
+        segment = Segment(undivided.layers.new_cache(), 0, len(fed), prompt_layout(prefix, config))
+        hidden = undivided.layers.forward(undivided.embedding.forward(torch.tensor(fed)), [segment])
+        expected = float(undivided.head.forward(hidden[-1:]).double().log_softmax(-1)[0, each["token_id"]])
         assert each["logprob"] == pytest.approx(expected, abs=1e-4)
     code, out, _ = glmpipe(*words)
     assert f"perplexity       {score['perplexity']:.4f}\n" in out
