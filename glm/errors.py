@@ -12,7 +12,6 @@
     │   └── TensorShapeError      a tensor has another shape than config.json implies
     ├── ConversionError           a model cannot be converted, or not into this directory
     │   └── DiskSpaceError        the disk is too small for the result
-=======
     ├── MissingKernelsError       faster arithmetic cannot be had here; torch's is used instead
     ├── CacheGapError             a segment starts beyond the cached tokens
     ├── SegmentError              segments that cannot be computed together, or cut a prompt that must stay whole
