@@ -6,7 +6,7 @@ sequences in one step. No formula knows that, so neighbouring settings are measu
 
 from dataclasses import dataclass, field
 
-ROUNDS = 3
+ROUNDS = 4
 """A window lasts so many rounds of all sequences, after one that lets the chain settle."""
 REST_ROUNDS = 100
 """So many rounds without trials between two: a trial of a poor setting costs little of the whole."""
@@ -110,8 +110,9 @@ class Pacing:
             state.during, state.next_trial, state.trial = rate, state.trial, None
         elif state.during is not None:
             assert state.before is not None
-            self._judge(state, state.next_trial, state.during / ((state.before + rate) / 2))
+            ratio = state.during / ((state.before + rate) / 2)
             state.before, state.during = rate, None
+            self._judge(state, state.next_trial, ratio)
         else:
             state.before = rate
             state.rest -= ROUNDS
@@ -127,13 +128,16 @@ class Pacing:
             state.rest = REST_ROUNDS
 
     def _judge(self, state: _Size, setting: int, ratio: float) -> None:
+        """A setting replaces the present one when two trials together say so: one alone may have been luck."""
         known = state.ratios.get(setting)
-        ratio = ratio if known is None else (known + ratio) / 2
-        state.ratios[setting] = ratio
-        if ratio < WORTH:
+        state.ratios[setting] = ratio if known is None else (known + ratio) / 2
+        if state.ratios[setting] < WORTH:
             return
-        del state.ratios[setting]
+        if known is None or known < 1:
+            state.untried.insert(0, setting)
+            return
+        ratio = state.ratios.pop(setting)
         state.ratios = {other: value / ratio for other, value in state.ratios.items()}
         state.ratios[state.chosen] = 1 / ratio
-        state.chosen = setting
+        state.chosen, state.before = setting, None
         state.rest = REST_ROUNDS
