@@ -6,9 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from coordinator.closing import Closing
+
+if TYPE_CHECKING:
+    from coordinator.watch_view import WatchView
 
 PLAIN_INTERVAL_S = 10.0
 """Without a terminal, a line is written at most this often."""
@@ -29,14 +32,23 @@ class WorkView(Closing):
     """Shows how much of something is done. A context manager around the work, which keeps `totals` up to date."""
 
     def __init__(
-        self, stream: TextIO, unit: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO,
+        unit: str,
+        total: int,
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        panel: WatchView | None = None,
     ) -> None:
-        """`unit` names what is counted, in the plural. `done` of `total` were done before this run."""
+        """`unit` names what is counted, in the plural. `done` of `total` were done before this run.
+
+        The bar is drawn under `panel` if there is one.
+        """
         self.totals = Totals()
         self._stream, self._unit, self._total, self._done_before = stream, unit, total, done
         self._clock = clock
         self._started_at_s = clock()
-        self._bar = _Bar(stream, unit, total) if stream.isatty() else None
+        self._bar = _Bar(stream, unit, total, panel) if stream.isatty() else None
         self._interval_s = PLAIN_INTERVAL_S if self._bar is None else 1 / DRAWS_PER_S
         self._due_s = self._started_at_s + self._interval_s
 
@@ -68,7 +80,7 @@ class WorkView(Closing):
 
 
 class _Bar:
-    def __init__(self, stream: TextIO, unit: str, total: int) -> None:
+    def __init__(self, stream: TextIO, unit: str, total: int, panel: WatchView | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -80,14 +92,22 @@ class _Bar:
             transient=True,
         )
         self._task = self._progress.add_task("", total=total, text="")
-        self._progress.start()
+        self._panel = panel
+        if panel is None:
+            self._progress.start()
+        else:
+            panel.below = self._progress
 
     def draw(self, done: int, text: str) -> None:
         self._progress.update(self._task, completed=done, text=text)
-        self._progress.refresh()
+        if self._panel is None:
+            self._progress.refresh()
 
     def close(self) -> None:
-        self._progress.stop()
+        if self._panel is None:
+            self._progress.stop()
+        else:
+            self._panel.below = ""
 
 
 def time_left(seconds: float) -> str:

@@ -95,8 +95,9 @@ def precision_that_fits(
 
 
 def _tokens_a_step(plan: Plan, config: ModelConfig) -> int:
-    """The most that a step feeds: a prefix LM's prompts stay whole, the others' come in pieces."""
-    return longest_context(plan, config.max_context) if config.is_prefix_lm else plan.prefill_chunk
+    """The most that a step feeds: a prefix LM's prompts stay whole, the others' come in pieces, answers one by one."""
+    whole = longest_context(plan, config.max_context) if config.is_prefix_lm else 0
+    return max(whole, plan.prefill_chunk, plan.max_num_seqs)
 
 
 def _stage_need(number: int, stage: StagePlan, config: ModelConfig, host: str, num_tokens: int) -> Need:

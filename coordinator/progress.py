@@ -94,7 +94,8 @@ class BarView(LoadView):
         if self._is_live:
             self._progress.console.print(line, markup=False, soft_wrap=True)
         else:
-            print(line, file=self._stream, flush=True)
+            # Whatever draws on the terminal by then has taken the place of stderr, to print above what it draws.
+            print(line, file=sys.stderr if self._stream is sys.__stderr__ else self._stream, flush=True)
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -75,8 +75,8 @@ class Interval:
 class StepRecord:
     """One finished step, for those who watch the engine: what it fed, what came of it, who was at it when.
 
-    `stages` are as the stages sent them, in order; where the step failed, those up to the one that could not do it.
-    `ends` are in order of time. `num_new_tokens` counts the tokens that the step's outcome gave all its sequences.
+    `stages` are as the stages sent them, each by its own host's clock. `ends` are in order of time.
+    `num_new_tokens` counts the tokens that the step's outcome gave all its sequences.
     """
 
     step_id: int

@@ -38,6 +38,7 @@ class InProcessPipeline:
         started_at_s, timings = time.monotonic(), []
         message: Step | StepFailed = step
         for index, stage in enumerate(self.stages):
+            received_at_s = time.monotonic()
             try:
                 if isinstance(message, StepFailed):
                     stage.apply(step.updates)
@@ -45,7 +46,8 @@ class InProcessPipeline:
                     hidden = stage.run(step, hidden)
             except StepError as failure:
                 message = StepFailed(step.epoch, step.step_id, index, failure.code, str(failure), step.updates, ())
-            timings.append(StageTiming(index, started_at_s, 0.0, started_at_s, stage.kv_tokens))
+            sent_at_s = time.monotonic()
+            timings.append(StageTiming(index, received_at_s, sent_at_s - received_at_s, sent_at_s, stage.kv_tokens))
         failed = isinstance(message, StepFailed)
         if not failed:
             message = Step(step.epoch, step.step_id, step.updates, step.spans, tuple(timings))

@@ -5,7 +5,12 @@ import dataclasses
 import json
 import sys
 
-from coordinator.commands.options import add_model_options, add_placement_options, plan_request
+from coordinator.commands.options import (
+    add_model_options,
+    add_placement_options,
+    add_watching_options,
+    plan_request,
+)
 from coordinator.commands.session import launched
 from coordinator.errors import UsageError
 from coordinator.limits import MAX_KV_TOKENS
@@ -48,6 +53,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_model_options(parser)
     add_placement_options(parser)
+    add_watching_options(parser)
     parser.set_defaults(no_speculation=True, no_prefix_reuse=True)  # every token of every prompt and answer is computed
 
 

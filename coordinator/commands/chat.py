@@ -7,6 +7,7 @@ from coordinator.commands.options import (
     add_model_options,
     add_placement_options,
     add_sampling_options,
+    add_watching_options,
 )
 from coordinator.commands.session import check_sampling, chosen_sampling, opened
 
@@ -29,6 +30,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_placement_options(parser)
     add_sampling_options(parser)
+    add_watching_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from coordinator.commands.options import (
     add_model_options,
     add_placement_options,
     add_sampling_options,
+    add_watching_options,
     sampling_overrides,
 )
 from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
@@ -68,6 +69,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_placement_options(parser)
     add_sampling_options(parser)
+    add_watching_options(parser, can_watch=" with --prompts")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,6 +92,10 @@ def _check(options: argparse.Namespace) -> None:
     from coordinator.batch_prompts import MOST_ANSWERS
     from glm.logprobs import MOST_TOP
 
+    if options.watch and options.prompts is None:
+        raise UsageError(
+            "--watch is for many answers, with --prompts; one answer is on the terminal itself, so drop it"
+        )
     if options.out is not None and options.prompts is None:
         raise UsageError("--out is where the answers to --prompts go; a single answer goes to stdout, so drop it")
     if not 1 <= options.n <= MOST_ANSWERS:

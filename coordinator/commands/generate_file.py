@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 from coordinator.commands.options import sampling_overrides
-from coordinator.commands.session import opened, say
+from coordinator.commands.session import check_watch, opened, say, watched
 from coordinator.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coordinator.chat_model import ChatModel
     from coordinator.client import RemoteBackend
     from coordinator.conversation import ChatBackend
+    from coordinator.watch_view import WatchView
     from glm.config import ModelConfig
 
 REMOTE_SEQUENCES = 32
@@ -41,6 +42,7 @@ is recognised by its "id", or else by the number of its prompt's line.
 def run_file(options: argparse.Namespace) -> int:
     """Check all prompts, launch or connect, answer what is missing; 1 if requests failed by themselves."""
     _check(options)
+    check_watch(options)
     from coordinator.batch import ANSWERS_OPEN, missing_jobs, run_batch, survey
     from coordinator.batch_prompts import BatchDefaults
     from coordinator.batch_results import ResultFile
@@ -55,7 +57,7 @@ def run_file(options: argparse.Namespace) -> int:
             return 0
         with opened(options, lambda config: _check_ids(found, options, config)) as opened_backend:
             backend, num_sequences = batch_backend(options, opened_backend)
-            with _shown(options, found) as view:
+            with _panel(options, opened_backend) as panel, _shown(options, found, panel) as view:
                 jobs = missing_jobs(options.prompts, defaults, results)
                 run_batch(backend, jobs, results, view, most_open=ANSWERS_OPEN * num_sequences)
     return 1 if view.totals.num_failed else 0
@@ -93,13 +95,18 @@ def batch_backend(options: argparse.Namespace, backend: ChatBackend) -> tuple[Ba
     return LocalBackend(chat_model), chat_model.engine.settings.max_num_seqs
 
 
+def _panel(options: argparse.Namespace, backend: ChatBackend) -> AbstractContextManager[WatchView | None]:
+    """What `--watch` asks for, which never comes with `--connect`."""
+    return watched(options, cast("ChatModel", backend)) if options.watch else nullcontext()
+
+
 @contextmanager
-def _shown(options: argparse.Namespace, found: Survey) -> Iterator[WorkView]:
-    """Progress while the block runs; however it ends, how far it came."""
+def _shown(options: argparse.Namespace, found: Survey, panel: WatchView | None) -> Iterator[WorkView]:
+    """Progress while the block runs, under the panel if there is one; however it ends, how far it came."""
     from coordinator.batch_view import WorkView
 
     done_before = found.num_answers - found.num_missing
-    view = WorkView(sys.stderr, "answers", found.num_answers, done_before)
+    view = WorkView(sys.stderr, "answers", found.num_answers, done_before, panel=panel)
     try:
         with view:
             yield view

@@ -144,6 +144,22 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_watching_options(parser: argparse.ArgumentParser, *, can_watch: str | None = None) -> None:
+    """`--trace`, and `--watch` where there is something to watch, which `can_watch` says."""
+    group = parser.add_argument_group("seeing it")
+    group.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a timeline of every step through every process, for ui.perfetto.dev or chrome://tracing",
+    )
+    if can_watch is not None:
+        group.add_argument(
+            "--watch",
+            action="store_true",
+            help=f"a live panel{can_watch}: how busy each stage is, what waits, KV tokens, tokens/s",
+        )
+
+
 def add_connect_option(parser: argparse.ArgumentParser) -> None:
     """`--connect [ENDPOINT]`."""
     parser.add_argument(
@@ -232,6 +248,10 @@ def choose_cache(options: argparse.Namespace) -> None:
 
 def refuse_with_connect(options: argparse.Namespace) -> None:
     """A running launch has its model and placement already. Raises UsageError if any was given beside `--connect`."""
+    seeing = [f"--{name}" for name in ("trace", "watch") if getattr(options, name, None)]
+    if seeing:
+        names = " and ".join(seeing)
+        raise UsageError(f"{names} would look into the launch that --connect uses: give it to `glmpipe launch` instead")
     given = [
         name
         for name in (*PLACEMENT, "plan", "model", "revision", "cache_dir", "steps_in_flight")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from coordinator.conversation import ChatBackend
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
+    from coordinator.trace import TraceFile
+    from coordinator.watch_view import WatchView
     from glm.config import ModelConfig
     from protocol.client import SamplingParams
 
@@ -70,6 +72,7 @@ def launched(
     say(*(f"note: {note}" for note in notes(request, plan)))
     say(*_cache_notes(resolve_model(model, revision), config, plan))
     with ExitStack() as stack:
+        observers = _traces(options, plan, stack)
         with load_view(plan) as view:
             chat_model = launch(
                 model,
@@ -87,6 +90,7 @@ def launched(
             )
             stack.enter_context(chat_model)
             chat_model.supervisor.on_event = lambda text: say(f"[pipeline] {text}")
+            chat_model.engine.observers += observers
         say(*_kernel_lines(chat_model))
         say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))
         yield chat_model
@@ -105,6 +109,41 @@ def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = l
     with connect(options.connect or None) as backend:
         backend.on_queued = lambda position: say(f"waiting for room at the launch, place {position} in its queue")
         yield backend
+
+
+def _traces(options: argparse.Namespace, plan: Plan, stack: ExitStack) -> list[TraceFile]:
+    """What `--trace` asks for; the file is complete when the stack unwinds. Raises UsageError."""
+    path = getattr(options, "trace", None)
+    if path is None:
+        return []
+    from pathlib import Path
+
+    from coordinator.trace import TraceFile
+
+    return [stack.enter_context(TraceFile(Path(path), plan, say))]
+
+
+def check_watch(options: argparse.Namespace) -> None:
+    """Raises UsageError for a `--watch` without a terminal to draw on."""
+    if options.watch and not sys.stderr.isatty():
+        raise UsageError("--watch draws on the terminal, and stderr is none here: drop it, or look at a --trace later")
+
+
+@contextmanager
+def watched(options: argparse.Namespace, chat_model: ChatModel) -> Iterator[WatchView | None]:
+    """The panel that `--watch` asks for, on the terminal while the block runs."""
+    if not options.watch:
+        yield None
+        return
+    from coordinator.watch_view import WatchView
+
+    engine, cluster = chat_model.engine, chat_model.cluster
+    with WatchView(cluster.plan, cluster.kv_budgets, engine.load) as view:
+        engine.observers.append(view)
+        try:
+            yield view
+        finally:
+            engine.observers.remove(view)
 
 
 def _kernel_lines(chat_model: ChatModel) -> list[str]:

@@ -3,6 +3,9 @@
 import io
 
 from coordinator.batch_view import WorkView, time_left
+from coordinator.timing import EngineLoad
+from coordinator.watch_view import WatchView
+from tests.coordinator.test_watch import PLAN
 
 
 class Terminal(io.StringIO):
@@ -38,6 +41,19 @@ def test_a_bar_on_a_terminal() -> None:
     stream = Terminal()
     shown(stream)
     assert "60/100 answers, 62.9 tokens/s" in stream.getvalue()
+
+
+def test_a_bar_under_a_panel() -> None:
+    """Drawn by the panel, and gone from there when the work is done."""
+    stream = Terminal()
+    load = EngineLoad(3, 0, 10, 100, 1, 0, 0)
+    with WatchView(PLAN, [100, 100], lambda: load, stream) as panel:
+        with WorkView(stream, "answers", 100, 20, clock=lambda: 0.0, panel=panel):
+            panel._live.refresh()
+            assert "20/100" not in stream.getvalue()
+            assert "0/100 answers" in stream.getvalue()
+            assert "3 running" in stream.getvalue()
+        assert panel.below == ""
 
 
 def test_time_left_reads_well() -> None:

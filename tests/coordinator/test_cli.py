@@ -174,6 +174,9 @@ def test_sampling_options_that_contradict_are_refused() -> None:
         (["--ids", "5", "--temperature=-1"], "temperature is -1.0, it must be"),
         (["--ids", "5", "--model", "no/such/model"], "no model "),
         (["--ids", "5", "--connect", "--model", "x", "--stages", "2"], "drop --stages, --model"),
+        (["--ids", "5", "--connect", "--trace", "x"], "--trace would look into the launch that --connect uses"),
+        (["--ids", "5", "--watch"], "--watch is for many answers"),
+        (["--prompts", __file__, "--out", "/tmp/x", "--watch"], "stderr is none here"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

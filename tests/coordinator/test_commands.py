@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.coordinator.test_trace import assert_no_overlaps, read, rows_of
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 from tests.tiny_tokenizers import train_chatglm2
 
@@ -39,20 +40,33 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @contextmanager
-def start(*arguments: str | Path) -> "Iterator[subprocess.Popen[str]]":
+def start(*arguments: str | Path, stderr: int = subprocess.PIPE) -> "Iterator[subprocess.Popen[str]]":
     """The command in a process of its own, killed at the end of the block if it still runs."""
     with subprocess.Popen(
         [sys.executable, "-m", "coordinator.cli", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     ) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def read_terminal(terminal: int) -> str:
+    """All that is shown until the last process that has it open is gone."""
+    parts = []
+    try:
+        while part := os.read(terminal, 65536):
+            parts.append(part)
+    except OSError:  # what Linux says at the end
+        pass
+    finally:
+        os.close(terminal)
+    return b"".join(parts).decode()
 
 
 def glmpipe(*arguments: str | Path) -> tuple[int, str, str]:
@@ -189,6 +203,40 @@ def test_a_model_whose_weights_are_missing_is_one_line(base: Path, tmp_path: Pat
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("glmpipe: ")
     assert "Traceback" not in err
+    assert list(base.iterdir()) == []
+
+
+def test_a_traced_launch_that_is_interrupted_has_drawn_what_it_did(model_dir: Path, base: Path, tmp_path: Path) -> None:
+    """After Ctrl-C the file is whole JSON: both stages are there, and nothing in a row overlaps."""
+    trace = tmp_path / "trace.json"
+    with start("launch", "--model", model_dir, "--trace", trace, *TWO_STAGES) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert glmpipe("generate", "--connect", "--prompt", "Hello", "--max-new-tokens", "12", "--greedy")[0] == 0
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (130, False)
+    rows = rows_of(read(trace))
+    assert_no_overlaps(rows)
+    assert len(rows["stage 2 (cpu, layers 3-4)/compute"]) >= 2
+    assert sum(event["dur"] for event in rows["stage 1 (cpu, layers 1-2)/compute"]) > 0
+    assert list(base.iterdir()) == []
+
+
+def test_a_panel_is_drawn_over_a_file_of_prompts(model_dir: Path, base: Path, tmp_path: Path) -> None:
+    """On a terminal; the last words come after it, and every answer is there."""
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "Hello", "n": 4, "seed": 1, "max_new_tokens": 30}\n')
+    batch = ("generate", "--prompts", prompts, "--out", answers, "--model", model_dir, *TWO_STAGES, "--watch")
+    terminal, its_end = os.openpty()
+    with start(*batch, stderr=its_end) as process:
+        os.close(its_end)
+        shown = read_terminal(terminal)
+        assert process.wait(timeout=60) == 0, shown
+    assert "stage 2 (cpu, layers 3-4)" in shown
+    assert len(answers.read_text().splitlines()) == 4
+    assert shown.rindex("4 of 4 answers") > shown.index("tokens/s, out")
+    assert shown.rindex("\x1b[?25h") > shown.index("\x1b[?25l")  # the cursor is back
     assert list(base.iterdir()) == []
 
 

@@ -96,5 +96,6 @@ def test_a_prompts_pieces_set_the_memory_to_compute(tmp_path: Path) -> None:
         return memory_needs(Plan(TWO, ENDS, **settings), config, ["a", "a"], "a")[0].work_bytes  # type: ignore[arg-type]
 
     assert work_bytes(causal, prefill_chunk=64) < work_bytes(causal) < work_bytes(causal, prefill_chunk=512)
-    assert work_bytes(prefix, prefill_chunk=64) == work_bytes(prefix, prefill_chunk=512)
-    assert work_bytes(prefix, max_model_len=2) < work_bytes(prefix)
+    few = {"prefill_chunk": 2, "max_num_seqs": 2}
+    assert work_bytes(prefix, max_model_len=2, **few) < work_bytes(prefix, **few) == work_bytes(prefix, prefill_chunk=4)
+    assert work_bytes(causal, max_num_seqs=300) > work_bytes(causal)
