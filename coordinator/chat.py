@@ -54,8 +54,10 @@ class Chat:
                 continue
             if entry is None:
                 break
-            if not run_command(self._state, self._console, entry):
-                self._ask(entry.text)
+            question = None if run_command(self._state, self._console, entry) else entry.text
+            question, self._state.question = question or self._state.question, None
+            if question is not None:
+                self._ask(question)
         return 1 if self._num_failed and not self._console.is_interactive else 0
 
     def _greet(self) -> None:

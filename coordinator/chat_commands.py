@@ -27,6 +27,8 @@ class ChatState:
     saved: set[Path] = field(default_factory=set)
     """Files this chat wrote, which it may write again."""
     is_over: bool = False
+    question: str | None = None
+    """What a command wants asked next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,27 @@ def _clear(state: ChatState, console: Console, argument: str) -> None:
     _refuse("clear", argument)
     state.conversation.clear()
     console.note("the conversation starts afresh")
+
+
+def _again(state: ChatState, console: Console, argument: str) -> None:
+    del console
+    _refuse("again", argument)
+    state.question = _take_back(state)
+
+
+def _edit(state: ChatState, console: Console, argument: str) -> None:
+    del console
+    if not argument:
+        raise UsageError("write /edit and the question that shall stand in the last one's place")
+    _take_back(state)
+    state.question = argument
+
+
+def _take_back(state: ChatState) -> str:
+    question = state.conversation.take_back()
+    if question is None:
+        raise UsageError("there is no question yet")
+    return question
 
 
 def _stop(state: ChatState, console: Console, argument: str) -> None:
@@ -141,6 +164,8 @@ COMMANDS = {
     "help": Command("/help", "this list", _help),
     "clear": Command("clear, /clear", "forget the conversation and start afresh", _clear),
     "stop": Command("stop, /stop", "leave the chat", _stop),
+    "again": Command("/again", "another answer to the last question", _again),
+    "edit": Command("/edit QUESTION", "ask something else in place of the last question", _edit),
     "plan": Command("/plan", "which stage has which layers, where, at which precision", _plan),
     "stats": Command("/stats [on|off]", "what the last answer cost; on: after every answer", _stats),
     "save": Command("/save FILE", "write the conversation to a file (.json: as JSON)", _save),

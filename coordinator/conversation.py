@@ -47,6 +47,14 @@ class Conversation:
         """Remember a question and its answer."""
         self._turns += [ChatTurn("user", "", question), ChatTurn("assistant", "", answer)]
 
+    def take_back(self) -> str | None:
+        """Forget the last question with its answer; the question, or None if there is none."""
+        if not self._turns:
+            return None
+        question, _ = self._turns[-2:]
+        del self._turns[-2:]
+        return question.content
+
     def clear(self) -> None:
         """Start afresh."""
         self._turns.clear()

@@ -62,6 +62,20 @@ def test_clear_forgets_and_stop_leaves() -> None:
     assert Piped("please stop\n").out == "1: please stop\n"
 
 
+def test_again_and_edit_take_the_last_turn_back() -> None:
+    """The question is asked again, or another one, behind the turns before it; without a question there is nothing."""
+    chat = Piped("a\nb\n/again\n/edit c\n")
+    assert [[turn.content for turn in prompt.turns] for prompt in chat.backend.prompts] == [
+        ["a"],
+        ["a", "1: a", "b"],
+        ["a", "1: a", "b"],
+        ["a", "1: a", "c"],
+    ]
+    assert "no question yet" in Piped("/again\n").notes
+    assert "no question yet" in Piped("/edit a\n").notes
+    assert "/edit and the question" in Piped("a\n/edit\n").notes
+
+
 def test_a_block_is_one_question() -> None:
     """Between quotes line breaks and command words are text; the end of the input closes a block."""
     chat = Piped('"""\nline one\n\nstop\n"""\n"""stop"""\n"""\nlast\n')
