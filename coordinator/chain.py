@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from coordinator.pipeline import Outcome, Pipeline
+from coordinator.recovery import Patience
 from coordinator.scheduler import Chunk, StepKind
 from coordinator.timing import EndsClock
 from glm.ends import Embedding
@@ -44,6 +45,7 @@ class Chain:
         self._pipeline = pipeline
         self._in_flight: deque[InFlight] = deque()
         self._is_doubtful = False
+        self._patience = Patience()
         self._step_ids = itertools.count(1)
 
     def __len__(self) -> int:
@@ -72,13 +74,14 @@ class Chain:
         """The next outcome. Steps before it that never came back were lost by an interruption, and are sent again.
 
         Raises:
-            StageLost: a stage is gone.
+            StageLost: a stage is gone, or stuck.
         """
         if self._is_doubtful:
             self._submit(None, ())  # its outcome at least will come
             self._is_doubtful = False
         while True:
-            outcome = self._pipeline.collect(self._epoch)
+            num_tokens = sum(len(chunk.token_ids) for flight in self._in_flight for chunk in flight.chunks)
+            outcome = self._pipeline.collect(self._epoch, self._patience.limit_s(num_tokens))
             while self._in_flight and self._in_flight[0].step_id <= outcome.message.step_id:
                 flight = self._in_flight.popleft()
                 was_lost = flight.step_id < outcome.message.step_id
@@ -90,6 +93,7 @@ class Chain:
                     else:
                         sequence.num_cached = chunk.end
                 if not was_lost:
+                    self._patience.observe(num_tokens, outcome.arrived_at_s - outcome.submitted_at_s)
                     return flight, outcome
 
     def start_over(self, epoch: int) -> None:

@@ -140,7 +140,7 @@ class Cluster(Closing):
         """
         lost = {dead.stage_index for dead in self._launcher.dead()}
         lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.lost()}
-        for index in sorted(lost):
+        for index in sorted(lost or {self._laggard()}):
             self._control.forget(self._worker_ids[index])
             self._launcher.restart(index)
         self._joins = ()
@@ -148,6 +148,12 @@ class Cluster(Closing):
         self.assign()
         self.load()
         return self._settings.epoch
+
+    def _laggard(self) -> int:
+        """The stage that a stuck step is at: the first one that has done fewer steps than the one before it."""
+        pongs = self._control.pongs()
+        done = [pongs[worker_id].num_steps if worker_id in pongs else 0 for worker_id in self._worker_ids]
+        return next((i for i in range(1, len(done)) if done[i] < done[i - 1]), 0)
 
     def inspect(self, layer: int, sequence_id: int, what: InspectedPart) -> torch.Tensor:
         """What the stage that holds `layer` (from 0) has of a sequence, fp32 [num_tokens, ...].

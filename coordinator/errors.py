@@ -10,6 +10,7 @@
     │   ├── NotEnoughMemory       the plan does not fit; nothing was loaded
     │   └── WorkerDied            a worker's process ended before it served
     ├── StageLost                 a worker that was serving died or fell silent
+    │   └── StepStuck             all workers answer, but a step does not come back
     ├── GenerationError           one request failed; the pipeline lives on
     ├── CacheError                the cache of quantised layers cannot be read or pruned
     ├── DumpError                 what the pipeline computed cannot be written
@@ -83,6 +84,10 @@ class WorkerDied(LaunchError):  # noqa: N818 - named for what happened
 
 class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as the design does
     """A worker that was serving died or fell silent."""
+
+
+class StepStuck(StageLost):
+    """All workers answer, but a step does not come back."""
 
 
 class GenerationError(CoordinatorError):

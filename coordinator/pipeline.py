@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import zmq
 
+from coordinator.errors import StepStuck
 from protocol.data import Step, StepFailed
 from protocol.errors import ProtocolError
 from protocol.messages import Plane
@@ -57,10 +58,14 @@ class Pipeline:
         self._submitted_at_s[step.step_id] = time.monotonic()
         send(self._push, step, (to_raw(hidden),))
 
-    def collect(self, epoch: int) -> Outcome:
-        """The next outcome of this epoch, in the order of submission; malformed and older frames are dropped."""
+    def collect(self, epoch: int, patience_s: float | None = None) -> Outcome:
+        """The next outcome of this epoch, in the order of submission; malformed and older frames are dropped.
+
+        Raises:
+            StepStuck: none came for `patience_s` seconds, although all stages live.
+        """
         while True:
-            self._wait(self._pull, zmq.POLLIN)
+            self._wait(self._pull, zmq.POLLIN, patience_s)
             frames = receive(self._pull)
             arrived_at_s = time.monotonic()
             try:
@@ -79,6 +84,10 @@ class Pipeline:
         self._push.close(linger=0)
         self._pull.close(linger=0)
 
-    def _wait(self, socket: Socket, event: int) -> None:
+    def _wait(self, socket: Socket, event: int, patience_s: float | None = None) -> None:
+        waited_s = 0.0
         while not socket.poll(_POLL_MS, event):
             self._check()
+            waited_s += _POLL_MS / 1000  # time spent waiting, not time passed: this process may have been stopped
+            if patience_s is not None and waited_s > patience_s:
+                raise StepStuck(f"no stage answered for {waited_s:.0f} s, far longer than such steps took before")

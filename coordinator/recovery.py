@@ -22,6 +22,27 @@ class RecoveryPolicy:
 
 
 DEFAULT_RECOVERY = RecoveryPolicy()
+LEAST_PATIENCE_S = 30.0
+PATIENCE_FACTOR = 10.0
+"""A step may take so many times as long as the slowest so far did for each token, before it counts as stuck."""
+
+
+class Patience:
+    """How long to wait for steps that are under way, from how long steps took until now."""
+
+    def __init__(self) -> None:
+        self._slowest_s = 0.0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens came back so long after it was sent."""
+        if num_tokens:
+            self._slowest_s = max(self._slowest_s, seconds / num_tokens)
+
+    def limit_s(self, num_tokens: int) -> float | None:
+        """Seconds without any outcome after which `num_tokens` under way are not to be expected; None: no idea yet."""
+        if self._slowest_s == 0.0:
+            return None
+        return max(LEAST_PATIENCE_S, PATIENCE_FACTOR * self._slowest_s * num_tokens)
 
 
 class Recovery:

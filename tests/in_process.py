@@ -53,7 +53,7 @@ class InProcessPipeline:
             message = Step(step.epoch, step.step_id, step.updates, step.spans, tuple(timings))
         self._outcomes.append(Outcome(message, None if failed else hidden, started_at_s, time.monotonic()))
 
-    def collect(self, epoch: int) -> Outcome:
+    def collect(self, epoch: int, _patience_s: float | None = None) -> Outcome:
         outcome = self._outcomes.popleft()
         assert outcome.message.epoch == epoch
         return outcome

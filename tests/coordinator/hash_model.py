@@ -63,7 +63,7 @@ class HashPipeline:
         self._in_flight.append((step, [int(i) for i in hidden[:, 0].tolist()]))
         self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
 
-    def collect(self, epoch: int) -> Outcome:
+    def collect(self, epoch: int, _patience_s: float | None = None) -> Outcome:
         step, ids = self._in_flight.popleft()
         assert step.epoch == epoch
         self._update(step)

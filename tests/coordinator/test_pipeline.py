@@ -8,7 +8,7 @@ import pytest
 import torch
 import zmq
 
-from coordinator.errors import StageLost
+from coordinator.errors import StageLost, StepStuck
 from coordinator.pipeline import Pipeline
 from coordinator.timing import EndsClock, step_timing
 from protocol.data import Span, StageTiming, Step, StepFailed
@@ -81,6 +81,13 @@ def test_waiting_ends_when_a_stage_is_gone(chain: Chain) -> None:
     with pytest.raises(StageLost, match="gone"):
         chain.pipeline.collect(epoch=1)
     assert chain.checks == 1
+
+
+def test_waiting_ends_when_patience_does(chain: Chain) -> None:
+    """All stages are well, but nothing comes back: after that time the step counts as stuck."""
+    with pytest.raises(StepStuck, match="no stage answered for"):
+        chain.pipeline.collect(epoch=1, patience_s=0.15)
+    assert chain.checks == 2
 
 
 def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.errors import LaunchError, StageLost, WorkerDied
-from coordinator.recovery import Recovery, RecoveryPolicy
+from coordinator.recovery import LEAST_PATIENCE_S, Patience, Recovery, RecoveryPolicy
 from coordinator.scheduler import SchedulerSettings
 from coordinator.supervisor import Supervisor
 from glm.sampling import SamplingParams
@@ -38,6 +38,17 @@ def test_attempts_are_forgotten_when_all_was_well_for_a_while() -> None:
     assert recovery.next_delay_s(StageLost("x"), 60.0) == 0.0
 
 
+def test_patience_follows_from_what_steps_took() -> None:
+    """No limit before anything is known; then ten times the slowest token so far, for each one."""
+    patience = Patience()
+    assert patience.limit_s(5) is None
+    patience.observe(1, 0.1)
+    assert patience.limit_s(5) == LEAST_PATIENCE_S
+    patience.observe(256, 256 * 2.0)
+    patience.observe(1, 0.2)
+    assert patience.limit_s(8) == 160.0
+
+
 class Losing:
     """Loses the pipeline after some of the outcomes, as `lost_after` says; brings it back empty."""
 
@@ -51,7 +62,7 @@ class Losing:
         self.num_recovered = 0
         pipeline.collect = self.collect  # type: ignore[method-assign]
 
-    def collect(self, epoch: int):  # type: ignore[no-untyped-def]
+    def collect(self, epoch: int, _patience_s: float | None = None):  # type: ignore[no-untyped-def]
         if self._left == 0:
             self._left = None
             raise StageLost("stage 1 ended with signal SIGKILL while serving")
