@@ -3,14 +3,17 @@
     python -m benchmarks.span_cost [--shape chatglm2-6b] [--precision int4] [--layers 4] [--context 512] [--rounds 12]
                                    [--threads 2] [--tokens 1 2 4 8 16]
 
-A stage's layers take k tokens of one sequence, as a verification does; then 1 token each of k sequences, as a batch
-does; then both at once, 4 sequences of k tokens. In turns, each between two steps of one token that it is held against:
-the machine's moods cancel. Medians of these ratios; of the one token, its milliseconds a layer.
+A stage's layers take k tokens of one sequence, as a verification does; the same part by part, with torch's attention,
+as prompts go; then 1 token each of k sequences, as a batch does; then 4 sequences of k tokens. In turns, each between
+two steps of one token that it is held against: the machine's moods cancel. Medians of these ratios; of the one token,
+its milliseconds a layer.
 """
 
 import argparse
+import copy
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
@@ -40,6 +43,14 @@ def filled_cache(stack: LayerStack, context: int) -> SequenceCache:
     return cache
 
 
+def part_by_part(stack: LayerStack) -> LayerStack:
+    """The same weights without the call of a whole layer and without native attention."""
+    blocks = [copy.copy(block) for block in stack.blocks]
+    for block in blocks:
+        block.native = None  # type: ignore[attr-defined]
+    return LayerStack(blocks, stack.config, stack.start, replace(stack.placement, kernels=None))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="chatglm2-6b")
@@ -57,17 +68,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     stack = load(options.shape, options.precision, options.layers)
     caches = [filled_cache(stack, options.context) for _ in range(max(*options.tokens, BATCH))]
+    parts = part_by_part(stack)
     one_s: list[float] = []
 
-    def ratio(num_sequences: int, num_tokens: int) -> float:
+    def ratio(way: LayerStack, num_sequences: int, num_tokens: int) -> float:
         before_s = step_s(stack, caches[:1], options.context, 1)
-        taken_s = step_s(stack, caches[:num_sequences], options.context, num_tokens)
+        taken_s = step_s(way, caches[:num_sequences], options.context, num_tokens)
         after_s = step_s(stack, caches[:1], options.context, 1)
         one_s.extend((before_s, after_s))
         return taken_s / (0.5 * (before_s + after_s))
 
-    kinds = [[(1, k), (k, 1), (BATCH, k)] for k in options.tokens]
-    found = [[[] for _ in row] for row in kinds]  # type: list[list[list[float]]]
+    kinds = [[(stack, 1, k), (parts, 1, k), (stack, k, 1), (stack, BATCH, k)] for k in options.tokens]
+    found: list[list[list[float]]] = [[[] for _ in row] for row in kinds]
     for round_index in range(options.rounds + 1):
         for row, ratios in zip(kinds, found, strict=True):
             for kind, sink in zip(row, ratios, strict=True):
@@ -76,9 +88,8 @@ def main() -> None:
                     sink.append(taken)
     milliseconds = 1e3 * statistics.median(one_s) / options.layers
     print(f"{options.shape}, {options.precision}, context {options.context}: one token {milliseconds:.2f} ms a layer\n")
-    print(
-        f"| k | 1 sequence, k tokens | k sequences, 1 token | {BATCH} sequences, k tokens |\n| --- | --- | --- | --- |"
-    )
+    print(f"| k | 1 sequence, k tokens | the same part by part | k sequences, 1 token | {BATCH} sequences, k tokens |")
+    print("| --- | --- | --- | --- | --- |")
     for num_tokens, ratios in zip(options.tokens, found, strict=True):
         print(f"| {num_tokens} | " + " | ".join(f"{statistics.median(sink):.2f}" for sink in ratios) + " |")
 
