@@ -15,6 +15,8 @@ MAX_CLIENT_HEADER_BYTES = 6 * 2**20
 SMALL_HEADER_BYTES = 2**16
 MAX_CONTAINERS = 2**15
 """Maps and arrays in one header; counted above SMALL_HEADER_BYTES, where they could cost real memory."""
+MAX_MAP_KEYS = 64
+"""In one map: more than any record has fields, or a header of megabytes could become hundreds of them."""
 
 MAX_SPANS = 1024
 MAX_UPDATES = 4096

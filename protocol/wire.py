@@ -8,7 +8,14 @@ import msgpack
 from protocol.control import Inspected
 from protocol.data import Step
 from protocol.errors import FrameError, MessageError, TensorError, VersionError
-from protocol.limits import MAX_CLIENT_HEADER_BYTES, MAX_CONTAINERS, MAX_FRAMES, MAX_TENSORS, SMALL_HEADER_BYTES
+from protocol.limits import (
+    MAX_CLIENT_HEADER_BYTES,
+    MAX_CONTAINERS,
+    MAX_FRAMES,
+    MAX_MAP_KEYS,
+    MAX_TENSORS,
+    SMALL_HEADER_BYTES,
+)
 from protocol.messages import MESSAGE_PLANES, Message, Plane
 from protocol.schema import record_coder
 from protocol.tensors import FLOAT_DTYPES, RawTensor
@@ -90,7 +97,7 @@ def _read_header(frame: Frame, plane: Plane | None) -> dict[str, Any]:
 def _unpack(frame: Frame) -> Any:
     hooks = {"object_pairs_hook": _unique_keys} if len(frame) <= SMALL_HEADER_BYTES else _counting_hooks()
     try:
-        return msgpack.unpackb(frame, **hooks, max_bin_len=0, max_ext_len=0)
+        return msgpack.unpackb(frame, **hooks, max_map_len=MAX_MAP_KEYS, max_bin_len=0, max_ext_len=0)
     except FrameError:
         raise
     except Exception as error:  # whatever the parser makes of hostile bytes, the fault is the sender's
