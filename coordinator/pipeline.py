@@ -8,10 +8,11 @@ import torch
 import zmq
 
 from coordinator.errors import StepStuck
-from protocol.data import Step, StepFailed
+from protocol.data import Span, Step, StepFailed
 from protocol.errors import ProtocolError
 from protocol.messages import Plane
 from protocol.sockets import Socket, bind, connect, data_socket, receive, send
+from protocol.tensors import RawTensor
 from protocol.torch_bridge import from_raw, to_raw
 from protocol.wire import decode
 
@@ -31,6 +32,18 @@ class Outcome:
     arrived_at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    at_s: float
+    spans: tuple[Span, ...]
+    shape: tuple[int, ...]
+
+    def is_answered_by(self, message: Step | StepFailed, tensors: tuple[RawTensor, ...]) -> bool:
+        if isinstance(message, StepFailed):
+            return True
+        return message.spans == self.spans and tensors[0].shape == self.shape
+
+
 class Pipeline:
     """The coordinator's two ends of the chain of stages.
 
@@ -43,7 +56,7 @@ class Pipeline:
         self._pull = data_socket(context, zmq.PULL)
         self.return_endpoint = bind(self._pull, return_endpoint)
         self._check = check
-        self._submitted_at_s: dict[int, float] = {}
+        self._submitted: dict[int, _Submitted] = {}
 
     def connect(self, first_stage_endpoint: str) -> None:
         """Aim at the first stage, which may be another one than before: what was not sent yet is dropped."""
@@ -55,11 +68,13 @@ class Pipeline:
     def submit(self, step: Step, hidden: torch.Tensor) -> None:
         """Send a step down the chain; waits, watching the stages' health, where the first queue is full."""
         self._wait(self._push, zmq.POLLOUT)
-        self._submitted_at_s[step.step_id] = time.monotonic()
+        self._submitted[step.step_id] = _Submitted(time.monotonic(), step.spans, tuple(hidden.shape))
         send(self._push, step, (to_raw(hidden),))
 
     def collect(self, epoch: int, patience_s: float | None = None) -> Outcome:
-        """The next outcome of this epoch, in the order of submission; malformed and older frames are dropped.
+        """The next outcome of this epoch, in the order of submission.
+
+        What is malformed, of another epoch, or answers no step under way as a stage would is dropped.
 
         Raises:
             StepStuck: none came for `patience_s` seconds, although all stages live.
@@ -73,11 +88,12 @@ class Pipeline:
             except ProtocolError:
                 continue
             assert isinstance(message, Step | StepFailed)
-            submitted_at_s = self._submitted_at_s.pop(message.step_id, None)
-            if message.epoch != epoch or submitted_at_s is None:
+            submitted = self._submitted.get(message.step_id)
+            if submitted is None or message.epoch != epoch or not submitted.is_answered_by(message, tensors):
                 continue
+            del self._submitted[message.step_id]
             hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
-            return Outcome(message, hidden, submitted_at_s, arrived_at_s)
+            return Outcome(message, hidden, submitted.at_s, arrived_at_s)
 
     def close(self) -> None:
         """Close both sockets; steps under way are dropped."""

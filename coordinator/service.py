@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import zmq
@@ -13,11 +14,14 @@ from glm.errors import GlmError
 from protocol import client
 from protocol.errors import ProtocolError
 from protocol.limits import clip_text
-from protocol.messages import Plane
+from protocol.messages import Message, Plane
 from protocol.sockets import Socket, bind, control_socket
 from protocol.wire import decode, encode
 
 _IDLE_POLL_MS = 200
+_TURN_MESSAGES, _TURN_BYTES = 64, 2**20
+_MOST_OPEN = 4096
+"""Requests that run or wait."""
 _log = logging.getLogger(__name__)
 
 
@@ -44,15 +48,14 @@ class Service:
         self._router = router
         self._answers: dict[tuple[bytes, int], Answer] = {}
         self._positions: dict[int, int] = {}
-        self._owed: list[tuple[bytes, client.Error]] = []
+        self._owed: deque[tuple[bytes, client.Error]] = deque(maxlen=_MOST_OPEN)
         self._num_malformed = 0
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Take in requests, walk the chain, send what became final; see `serve`."""
         try:
             while not should_stop():
-                while self._router.poll(0 if self._answers else _IDLE_POLL_MS):
-                    self._receive()
+                self._take_in()
                 self._pay()
                 if self._answers:
                     self._step()
@@ -63,13 +66,26 @@ class Service:
                 self._send(identity, client.Error(request_id, type(error).__name__, clip_text(str(error))))
             raise
 
-    def _receive(self) -> None:
+    def _take_in(self) -> None:
+        """What clients said, but only so much of it in one turn: a flood holds up nobody's answer."""
+        num_messages = num_bytes = 0
+        while num_messages < _TURN_MESSAGES and num_bytes < _TURN_BYTES:
+            if not self._router.poll(0 if self._answers or num_messages else _IDLE_POLL_MS):
+                return
+            num_bytes += self._receive()
+            num_messages += 1
+
+    def _receive(self) -> int:
+        """Take in one message; returns its size in bytes."""
         identity, *frames = self._router.recv_multipart()
         try:
             message, _ = decode(frames, Plane.CLIENT)
+            self._obey(identity, message)
         except ProtocolError as error:
             self._complain(error)
-            return
+        return sum(map(len, frames))
+
+    def _obey(self, identity: bytes, message: Message) -> None:
         if isinstance(message, client.Generate):
             self._begin(identity, message)
         elif isinstance(message, client.Cancel):
@@ -92,6 +108,8 @@ class Service:
         try:
             if key in self._answers:
                 raise GenerationError(f"request {message.request_id} is already being answered")
+            if len(self._answers) >= _MOST_OPEN:
+                raise GenerationError(f"{_MOST_OPEN} requests are open already: try again when some are answered")
             self._answers[key] = self._chat_model.begin(
                 message.prompt, message.sampling, message.request_id, num_logprobs=message.num_logprobs
             )
@@ -150,8 +168,8 @@ class Service:
 
     def _pay(self) -> None:
         """Tell clients that read again what became of their answers."""
-        owed, self._owed = self._owed, []
-        for identity, message in owed:
+        for _ in range(len(self._owed)):
+            identity, message = self._owed.popleft()
             try:
                 self._router.send_multipart([identity, *encode(message)], flags=zmq.NOBLOCK)
             except zmq.ZMQError as error:

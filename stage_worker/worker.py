@@ -41,6 +41,7 @@ class Worker:
         self._assign: Assign | None = None
         self._stage: Stage | None = None
         self._data_out: Socket | None = None
+        self._last_step_id = 0
 
     def serve(self) -> None:
         """The loop. Returns when it is time to leave, with everything released."""
@@ -106,7 +107,7 @@ class Worker:
         else:
             report(0, assign.layer_end - assign.layer_start, 0)
             self._stage = load_stage(assign, self._device, report)
-        self._assign = assign
+        self._assign, self._last_step_id = assign, 0
         self._announce(assign, self._stage, time.monotonic() - started_s)
 
     def _weights_for(self, assign: Assign) -> LayerStack | None:
@@ -176,6 +177,10 @@ class Worker:
                 serving = f"epoch {self._assign.epoch} is served" if self._assign else "nothing is assigned"
                 logger.info("dropped step %d of epoch %d: %s", message.step_id, message.epoch, serving)
                 return
+            if message.step_id <= self._last_step_id:
+                logger.warning("dropped step %d: step %d was there before it", message.step_id, self._last_step_id)
+                return
+            self._last_step_id = message.step_id
             self._do_step(self._assign, self._stage, message, tensors, received_at_s)
         except ProtocolError as error:
             logger.warning("dropped a data message: %s", error)

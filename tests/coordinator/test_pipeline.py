@@ -75,6 +75,18 @@ def test_garbage_strangers_and_old_epochs_are_dropped(chain: Chain) -> None:
     assert outcome.hidden is None
 
 
+def test_what_no_stage_would_answer_spoils_no_step(chain: Chain) -> None:
+    """An old epoch, other spans, another width under the id of a step on its way: the true answer still counts."""
+    hidden = torch.randn(2, 3)
+    chain.pipeline.submit(a_step(5, epoch=2), hidden)
+    send(chain.push, a_step(5, epoch=1), (to_raw(hidden + 1),))
+    send(chain.push, StepFailed(1, 5, 1, "internal", "long ago", (), ()))
+    send(chain.push, Step(2, 5, (), (Span(8, 0, 2, None, None),), ()), (to_raw(hidden + 1),))
+    send(chain.push, a_step(5, epoch=2), (to_raw(torch.zeros(2, 4)),))
+    send(chain.push, a_step(5, epoch=2), (to_raw(hidden),))
+    assert torch.equal(chain.pipeline.collect(epoch=2).hidden, hidden)
+
+
 def test_waiting_ends_when_a_stage_is_gone(chain: Chain) -> None:
     """`collect` watches the stages' health while nothing comes."""
     chain.broken = StageLost("stage 1 is gone")
@@ -93,7 +105,7 @@ def test_waiting_ends_when_patience_does(chain: Chain) -> None:
 def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:
     """A hop counts for the stage it leads to, the way back for the last stage."""
     chain.pipeline.submit(a_step(1), torch.zeros(2, 3))
-    left_at_s = chain.pipeline._submitted_at_s[1]
+    left_at_s = chain.pipeline._submitted[1].at_s
     timings = (
         StageTiming(0, left_at_s + 0.25, 0.5, left_at_s + 1.0, 7),
         StageTiming(1, left_at_s + 1.125, 0.5, left_at_s + 2.0, 9),

@@ -89,6 +89,31 @@ def test_a_flood_of_garbage_is_mentioned_seldom(caplog: pytest.LogCaptureFixture
     """A thousand malformed messages make ten lines."""
     router = Router()
     router.inbox = [[READER, b"garbage"] for _ in range(1000)]
+    Service(Model(), router).run(lambda: not router.inbox)  # type: ignore[arg-type]
+    assert len(caplog.records) == 10
+
+
+@pytest.mark.parametrize("junk", [b"x", b"\xc6" * 2**20], ids=["many", "large"])
+def test_a_flood_holds_up_nobodys_answer(junk: bytes) -> None:
+    """Between two tokens of an answer only so many messages, and so many bytes, are taken in."""
+    router = Router()
+    generate = client.Generate(4, client.TokenPrompt((1,)), None)
+    router.inbox = [[READER, *encode(generate)], *([SLEEPER, junk] for _ in range(300))]  # type: ignore[list-item]
+    rounds = iter([False] * 4 + [True])
+    Service(Model(), router).run(lambda: next(rounds))  # type: ignore[arg-type]
+    assert [type(message).__name__ for _, message in router.sent] == ["Delta"] * 4
+    assert len(router.inbox) >= 301 - 4 * 64
+
+
+def test_so_many_requests_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is refused with the reason, and the others go on."""
+    monkeypatch.setattr("coordinator.service._MOST_OPEN", 3)
+    router = Router()
+    requests = [client.Generate(number, client.TokenPrompt((1,)), None) for number in range(4)]
+    router.inbox = [[READER, *encode(request)] for request in requests]  # type: ignore[list-item]
     rounds = iter([False, True])
     Service(Model(), router).run(lambda: next(rounds))  # type: ignore[arg-type]
-    assert len(caplog.records) == 10
+    refused, *others = [message for _, message in router.sent]
+    assert isinstance(refused, client.Error)
+    assert refused.request_id == 3 and "3 requests are open" in refused.text
+    assert [each.request_id for each in others] == [0, 1, 2]

@@ -179,9 +179,21 @@ def test_steps_of_another_epoch_are_dropped(chain: Chain) -> None:
     coordinator, first, _ = chain
     for epoch in (0, 2):
         coordinator.send_step(first, HIDDEN[:2], span(1, 0, 2), epoch=epoch)
-    coordinator.send_step(first, HIDDEN[:1], span(2, 0, 1), step_id=77)
-    assert coordinator.collect()[0].step_id == 77
+    coordinator.send_step(first, HIDDEN[:1], span(2, 0, 1), step_id=7007)
+    assert coordinator.collect()[0].step_id == 7007
     assert first.ping().kv_tokens == 1
+
+
+def test_a_step_that_was_there_before_is_dropped(chain: Chain) -> None:
+    """A repeated or older step would cut the cache back to its positions; the sequence goes on as if it never came."""
+    coordinator, first, _ = chain
+    old = coordinator.send_step(first, HIDDEN[:2], span(1, 0, 2))
+    new = coordinator.send_step(first, HIDDEN[2:3], span(1, 2, 1))
+    for step_id in (old.step_id, new.step_id, 0):
+        coordinator.send_step(first, HIDDEN[:1], span(1, 0, 1), step_id=step_id)
+    last = coordinator.send_step(first, HIDDEN[3:4], span(1, 3, 1))
+    assert [coordinator.collect()[0].step_id for _ in range(3)] == [old.step_id, new.step_id, last.step_id]
+    assert first.ping().kv_tokens == 4
 
 
 def test_a_step_beyond_the_budget_fails_alone(idle: Chain, model_dir: Path) -> None:
@@ -192,11 +204,11 @@ def test_a_step_beyond_the_budget_fails_alone(idle: Chain, model_dir: Path) -> N
     first.assign(model_dir, 0, 2, num_stages=2, next_endpoint=endpoint, kv_budget_tokens=10)
     coordinator.send_step(first, HIDDEN[:6], span(1, 0, 6))
     coordinator.collect()
-    coordinator.send_step(first, HIDDEN[:5], span(2, 0, 5), step_id=50)
-    coordinator.send_step(first, HIDDEN[6:7], span(1, 6, 1), step_id=51)
+    coordinator.send_step(first, HIDDEN[:5], span(2, 0, 5), step_id=7050)
+    coordinator.send_step(first, HIDDEN[6:7], span(1, 6, 1), step_id=7051)
     failed, _ = coordinator.collect()
     assert isinstance(failed, StepFailed)
-    assert (failed.step_id, failed.stage_index, failed.code) == (50, 0, "kv_budget")
+    assert (failed.step_id, failed.stage_index, failed.code) == (7050, 0, "kv_budget")
     assert "5 more tokens do not fit: 6 of this stage's KV budget of 10" in failed.text
     assert [timing.stage_index for timing in failed.timings] == [0, 1]
     message, _ = coordinator.collect()
