@@ -51,31 +51,90 @@ def test_only_outsiders_use_the_torch_bridge() -> None:
         assert path.name == KNOWS_TORCH or "torch_bridge" not in path.read_text(encoding="utf-8"), path
 
 
+BANNED_MODULES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "imp",
+    "builtins",
+}
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
-BANNED_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "imp"}
-BANNED_ATTRIBUTES = {"recv_pyobj", "send_pyobj", "recv_serialized"}
+BANNED_ATTRIBUTES = {"recv_pyobj", "send_pyobj", "recv_serialized", "send_serialized", "read_pickle", "to_pickle"}
+BANNED_FUNCTIONS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.hub.load"}
+SAFE_ONLY_WITH = {"torch.load": ("weights_only", True)}
+NEVER_WITH = {"allow_pickle": (False,), "trust_remote_code": (False,), "shell": (False,)}
+"""Keywords, whatever takes them, and the values they may have."""
+READ_FOR_BANS = (*PACKAGES, "benchmarks", "fuzz", "scripts")
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_nothing_from_outside_is_ever_executed(package: str) -> None:
-    """No pickle, marshal, eval, exec or pyobj sockets; torch.load only with weights_only; no remote code."""
-    for path in sources(package):
-        where = path.relative_to(ROOT)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert not imported(tree) & BANNED_MODULES, where
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute):
-                assert node.attr not in BANNED_ATTRIBUTES, where
-            if not isinstance(node, ast.Call):
-                continue
-            if isinstance(node.func, ast.Name):
-                assert node.func.id not in BANNED_CALLS, f"{where}:{node.lineno}"
-            keywords = {k.arg: k.value for k in node.keywords}
-            assert "trust_remote_code" not in keywords, f"{where}:{node.lineno}"
-            if ast.unparse(node.func) == "torch.load":
-                weights_only = keywords.get("weights_only")
-                assert isinstance(weights_only, ast.Constant), f"{where}:{node.lineno}"
-                assert weights_only.value is True, f"{where}:{node.lineno}"
+def banned(tree: ast.AST) -> list[str]:
+    """What a source does that could run what came from outside, with the line."""
+    found = [f"imports {name}" for name in sorted(imported(tree) & BANNED_MODULES)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in BANNED_ATTRIBUTES:
+            found.append(f"line {node.lineno}: {node.attr}")
+        elif isinstance(node, ast.Call):
+            found += [f"line {node.lineno}: {fault}" for fault in _banned_call(node)]
+    return found
+
+
+def _banned_call(call: ast.Call) -> list[str]:
+    name = ast.unparse(call.func)
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    faults = [name] if name in BANNED_CALLS | BANNED_FUNCTIONS else []
+    keyword, safe = SAFE_ONLY_WITH.get(name, ("", None))
+    if keyword and not _is(given.get(keyword), (safe,)):
+        faults.append(f"{name} without {keyword}={safe}")
+    wrong = [key for key, allowed in NEVER_WITH.items() if key in given and not _is(given[key], allowed)]
+    return [*faults, *(f"{key} of {name}" for key in wrong)]
+
+
+def _is(value: ast.expr | None, allowed: tuple[object, ...]) -> bool:
+    return isinstance(value, ast.Constant) and value.value in allowed
+
+
+@pytest.mark.parametrize("directory", READ_FOR_BANS)
+def test_nothing_from_outside_is_ever_executed(directory: str) -> None:
+    """No pickle, marshal, eval, exec or pyobj sockets; torch.load only with weights_only; no remote code, no shell."""
+    for path in sources(directory):
+        assert not banned(ast.parse(path.read_text(encoding="utf-8"))), path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from marshal import loads",
+        "def f():\n    import dill",
+        "import shelve",
+        "eval('1')",
+        "exec(text)",
+        "socket.recv_pyobj()",
+        "read = socket.send_pyobj",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "numpy.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=flag)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "subprocess.run(text, shell=True)",
+    ],
+)
+def test_what_could_execute_something_is_found(source: str) -> None:
+    """The lint itself sees each of the banned ways."""
+    assert banned(ast.parse(source))
+
+
+@pytest.mark.parametrize("source", ["model.eval()", "torch.load(path, weights_only=True)", "re.compile(text)"])
+def test_what_only_looks_alike_is_allowed(source: str) -> None:
+    """The lint is no nuisance."""
+    assert not banned(ast.parse(source))
 
 
 def test_no_function_is_longer_than_sixty_lines() -> None:
