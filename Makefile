@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: chat check test format clean
+.PHONY: chat check test fuzz format clean
 
 chat: $(STAMP)           ## a chat with the demo model, split over two stage workers
 	$(BIN)/glmpipe chat --layers cpu=1-3 --layers cpu=4-6
@@ -17,6 +17,12 @@ check: $(STAMP)          ## lint, types and the fast tests
 
 test: $(STAMP)           ## the whole suite
 	$(BIN)/pytest
+
+fuzz: $(STAMP)           ## a million hostile frames, ten thousand hostile files of each kind; with atheris where it can be had
+	$(BIN)/pip install --quiet -e ".[fuzz]" || echo "no atheris for this Python: random mutations instead"
+	$(BIN)/python -m fuzz frames --inputs 1000000
+	for target in weights plan prompts; do $(BIN)/python -m fuzz $$target --inputs 10000 --engine random || exit 1; done
+	$(BIN)/python -m fuzz tokenizer --inputs 2000 --engine random
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -73,7 +73,9 @@ def read_plan_file(path: Path) -> PlanRequest:
         raise PlanError([f"the plan file {path} cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
         raise PlanError([f"the plan file {path} is not UTF-8 text"]) from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise PlanError([f"the plan file {path} is nested too deeply"]) from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise PlanError([f"the plan file {path} is not TOML: {error}"]) from None
     return plan_request_of(table, path.parent)
 
@@ -153,7 +155,10 @@ def _model(name: str | None, base: Path) -> str | None:
     if name is None:
         return None
     if name.startswith("~"):
-        return str(Path(name).expanduser())
+        try:
+            return str(Path(name).expanduser())
+        except RuntimeError:  # no such user: then it is a name like any other, and not found
+            return name
     if name.startswith("."):
         return str(base / name)
     return name

@@ -1,4 +1,4 @@
-"""What a peer may send: frames of all planes. Whatever arrives is a valid message or a ProtocolError, soon and cheaply."""
+"""What a peer may send: whatever arrives is a valid message or a ProtocolError, soon and cheaply."""
 
 import dataclasses
 import struct

@@ -1,5 +1,6 @@
 """Spoils bytes, and msgpack values as a tree: the same message with one thing wrong in any place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -98,10 +99,10 @@ def spoiled_bytes(data: bytes, other: bytes, rng: Random) -> bytes:
             return data[:start] + other[rng.randrange(len(other) + 1) :]
 
 
-def spoiled_tree(tree: Any, other: Any, rng: Random) -> Any:
-    """The tree with one node replaced, lost, doubled, multiplied, renamed or swapped for a part of `other`."""
+def spoiled_tree(tree: Any, other: Any, rng: Random, hostile: Sequence[Any] = HOSTILE) -> Any:
+    """The tree with one node replaced, lost, doubled, multiplied, or swapped for a part of `other`."""
     paths = list(_paths(tree))
-    return _replaced(tree, rng.choice(paths), lambda node: _spoiled_node(node, other, rng))
+    return _replaced(tree, rng.choice(paths), lambda node: _spoiled_node(node, other, rng, hostile))
 
 
 def unpack(data: bytes) -> Any:
@@ -143,19 +144,19 @@ def _replaced(tree: Any, path: tuple[int, ...], change: Any) -> Any:
     return copy
 
 
-def _spoiled_node(node: Any, other: Any, rng: Random) -> Any:
+def _spoiled_node(node: Any, other: Any, rng: Random, hostile: Sequence[Any]) -> Any:
     if isinstance(node, list) and node and rng.random() < 0.7:
-        return _spoiled_container(node, rng)
+        return _spoiled_container(node, rng, hostile)
     if isinstance(node, int) and not isinstance(node, bool) and rng.random() < 0.4:
         return max(-(2**63), min(2**64 - 1, node + rng.choice((-1, 1, 2**31, -(2**31), 2**32, node))))
     if isinstance(node, str) and rng.random() < 0.4:
         return rng.choice((node * 2, node[:-1], node.upper(), node + "\0", node * 5000))[: 2**17]
     if rng.random() < 0.3:
         return _part(other, rng)
-    return rng.choice(HOSTILE)
+    return rng.choice(hostile)
 
 
-def _spoiled_container(node: Any, rng: Random) -> Any:
+def _spoiled_container(node: Any, rng: Random, hostile: Sequence[Any]) -> Any:
     index, kind = rng.randrange(len(node)), type(node)
     match rng.randrange(5):
         case 0:
@@ -167,7 +168,7 @@ def _spoiled_container(node: Any, rng: Random) -> Any:
         case 3:
             return kind(node[::-1])
         case _:
-            entry = rng.choice(HOSTILE)
+            entry = rng.choice(hostile)
             return kind([*node, (entry, None) if kind is Pairs else entry])
 
 

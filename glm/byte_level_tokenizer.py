@@ -156,12 +156,21 @@ def read_chat_template(model_dir: Path, settings: Mapping[str, Any]) -> str | No
     """The chat template of a model: chat_template.jinja, else the one in tokenizer_config.json, else None."""
     path = model_dir / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _template_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def _template_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text (byte {error.start}): download it again") from error
 
 
 def _byte_of_character() -> dict[str, int]:

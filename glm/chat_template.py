@@ -1,13 +1,13 @@
-"""Chat templates: Jinja texts that a model brings along and that are rendered in a sandbox."""
+"""Chat templates: Jinja texts that a model brings along, rendered in a sandbox in a process apart."""
 
 import json
 import re
+import subprocess
+import sys
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pathlib import Path
+from typing import Any
 
 from glm.chat_format import ChatMessage
 from glm.errors import ChatFormatError
@@ -15,6 +15,57 @@ from glm.tokenizer import Tokenizer, split_special
 
 # A non-character: Unicode promises that no text holds it.
 BROKEN = "\ufdd0"
+_PROGRAM = Path(__file__).with_name("template_program.py")
+
+
+class TemplateProcess:
+    """A template in a process that can be lost: it has a second or so to start, no more than it needs, and no files."""
+
+    def __init__(self, source: str) -> None:
+        """Raises ChatFormatError: the source is no template."""
+        self._source = source
+        self._start()
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The text. Raises ChatFormatError: the template failed, or took more time or memory than any should."""
+        if self._process.poll() is not None:
+            self._start()
+        return self._ask(variables)
+
+    def _start(self) -> None:
+        # A session of its own: Ctrl-C in a terminal is for the program that the user runs.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.close = weakref.finalize(self, _end, self._process)
+        self._ask(self._source)
+
+    def _ask(self, question: Any) -> str:
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+        except (OSError, ValueError):  # it has ended: a broken pipe, or no whole line
+            self.close()
+            raise ChatFormatError(
+                "the model's chat template took more time or memory than any template should, and was stopped: "
+                "get the model from its publisher, or give a plain prompt"
+            ) from None
+        if "error" in answer:
+            raise ChatFormatError(answer["error"])
+        text: str = answer["text"]
+        return text
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.communicate()
 
 
 class TemplateFormat:
@@ -33,8 +84,8 @@ class TemplateFormat:
             )
         self._tokenizer = tokenizer
         try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
+            self._template = TemplateProcess(source)
+        except ChatFormatError as error:
             raise ChatFormatError(f"the model's chat template is not valid Jinja: {error}") from error
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -52,12 +103,14 @@ class TemplateFormat:
         tools = [self._harmless(tool) for message in messages for tool in message.tools]
         try:
             return self._template.render(
-                messages=[self._as_mapping(message) for message in messages],
-                tools=tools or None,
-                add_generation_prompt=True,
-                **self._tokenizer.vocabulary.template_variables,
+                {
+                    **self._tokenizer.vocabulary.template_variables,
+                    "messages": [self._as_mapping(message) for message in messages],
+                    "tools": tools or None,
+                    "add_generation_prompt": True,
+                }
             )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except ChatFormatError as error:
             raise ChatFormatError(f"the model's chat template refuses this conversation: {error}") from error
 
     def _as_mapping(self, message: ChatMessage) -> dict[str, Any]:
@@ -71,7 +124,7 @@ class TemplateFormat:
     def _harmless(self, value: Any) -> Any:
         """The same value with a mark inside each name of a special token, also in nested JSON."""
         if isinstance(value, str):
-            names = sorted(self._tokenizer.special, key=len, reverse=True)
+            names = sorted(filter(None, self._tokenizer.special), key=len, reverse=True)
             if not names:
                 return value
             pattern = "|".join(map(re.escape, names))
@@ -81,27 +134,3 @@ class TemplateFormat:
         if isinstance(value, list | tuple):
             return [self._harmless(item) for item in value]
         return value
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that published templates are written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own filter escapes for HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

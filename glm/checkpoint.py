@@ -151,10 +151,12 @@ def _read_index(index: Path) -> dict[str, Path]:
         raise ShardError(f"{index} is not a readable weight index ({error!r}): download it again") from error
     for file_name in sorted({file_name for _, file_name in entries}):
         if Path(file_name).name != file_name or file_name in ("", ".", ".."):
-            raise ShardError(f"{index} names {file_name!r}, which is not a file of its own directory: refused")
+            raise ShardError(f"{index} names {file_name!r:.200}, which is not a file of its own directory: refused")
         shard = index.parent / file_name
-        if not shard.is_file():
-            raise ShardError(f"{index} names {file_name}, which is not there: download that shard")
+        with _reading(index):
+            is_there = len(file_name) < 256 and shard.is_file()
+        if not is_there:
+            raise ShardError(f"{index} names {file_name:.200}, which is not there: download that shard")
         _check_shard(shard)
     return {name: index.parent / file_name for name, file_name in entries}
 

@@ -11,6 +11,9 @@ from glm.shapes import SHAPES, random_shape
 
 Family = Literal["chatglm", "chatglm2", "glm", "glm4"]
 
+MOST_LAYERS = 10_000
+"""Many times what any model has: lists of layers are made from this number before a weight is read."""
+
 SUPPORTED = (
     "model_type 'chatglm' (ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B-chat), "
     "'glm' (glm-4-9b-chat-hf, glm-edge) and 'glm4' (GLM-4-0414, GLM-Z1)"
@@ -98,7 +101,7 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: s
     elif model_type in ("glm", "glm4"):
         config = _parse_transformers(keys, model_type)
     else:
-        raise ConfigError(f"{source}: model_type {model_type!r} is not supported; supported are {SUPPORTED}")
+        raise ConfigError(f"{source}: model_type {model_type!r:.200} is not supported; supported are {SUPPORTED}")
     keys.check(config)
     return replace(config, name=str(raw.get("_name_or_path") or name))
 
@@ -114,7 +117,13 @@ class _Keys:
         self.source = source
 
     def fail(self, key: str, must: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {key} is {self.raw.get(key)!r}, it must be {must}")
+        return ConfigError(f"{self.source}: {key} is {self.raw.get(key)!r:.200}, it must be {must}")
+
+    def layers(self, key: str) -> int:
+        count = self.count(key)
+        if count > MOST_LAYERS:
+            raise self.fail(key, f"at most {MOST_LAYERS}")
+        return count
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.raw.get(key, default)
@@ -204,7 +213,7 @@ def _parse_chatglm(keys: _Keys) -> ModelConfig:
     return ModelConfig(
         family="chatglm",
         name="",
-        num_layers=keys.count("num_layers"),
+        num_layers=keys.layers("num_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_heads,
@@ -244,7 +253,7 @@ def _parse_chatglm2(keys: _Keys) -> ModelConfig:
     return ModelConfig(
         family="chatglm2",
         name="",
-        num_layers=keys.count("num_layers"),
+        num_layers=keys.layers("num_layers"),
         hidden_size=keys.count("hidden_size"),
         num_heads=num_heads,
         num_kv_heads=keys.count("multi_query_group_num") if grouped else num_heads,
@@ -269,7 +278,7 @@ def _parse_transformers(keys: _Keys, family: Literal["glm", "glm4"]) -> ModelCon
     rope = {**keys.mapping("rope_scaling"), **keys.mapping("rope_parameters")}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        raise ConfigError(f"{keys.source}: rotary scaling {rope_type!r} is not supported; remove rope_scaling")
+        raise ConfigError(f"{keys.source}: rotary scaling {rope_type!r:.200} is not supported; remove rope_scaling")
     if keys.raw.get("hidden_act", "silu") != "silu":
         raise keys.fail("hidden_act", "'silu'")
     if "quantization_config" in keys.raw:
@@ -278,7 +287,7 @@ def _parse_transformers(keys: _Keys, family: Literal["glm", "glm4"]) -> ModelCon
     return ModelConfig(
         family=family,
         name="",
-        num_layers=keys.count("num_hidden_layers"),
+        num_layers=keys.layers("num_hidden_layers"),
         hidden_size=keys.count("hidden_size"),
         num_heads=keys.count("num_attention_heads"),
         num_kv_heads=keys.count("num_key_value_heads", 2),

@@ -55,7 +55,7 @@ def _detect_own_layout(config: ModelConfig, model_dir: Path) -> Dialect:
     has_large_vocabulary = config.vocab_size >= 150_000
     if is_tiktoken_file(model_dir / "tokenizer.model"):
         return "glm4"
-    if "<|user|>" in json.dumps(settings, ensure_ascii=False):
+    if _mentions(settings, "<|user|>"):
         return "glm4" if has_large_vocabulary else "chatglm3"
     for name in (config.name, str(settings.get("name_or_path", "")), directory_name(model_dir)):
         for hint, dialect in _NAME_HINTS:
@@ -64,6 +64,13 @@ def _detect_own_layout(config: ModelConfig, model_dir: Path) -> Dialect:
     if has_large_vocabulary:
         return "glm4"
     return "chatglm3" if config.max_context == 8192 else "chatglm2"
+
+
+def _mentions(settings: Mapping[str, Any], name: str) -> bool:
+    try:
+        return name in json.dumps(settings, ensure_ascii=False)
+    except RecursionError:  # it can be read just so
+        return False
 
 
 def read_tokenizer_config(model_dir: Path) -> Mapping[str, Any]:

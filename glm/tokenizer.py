@@ -98,10 +98,10 @@ class Tokenizer(ABC):
 
 def split_special(text: str, special: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
     """Cut a text at the names of special tokens: yields (text, None) and (name, id), leaving out empty texts."""
-    if not special:
+    names = sorted(filter(None, special), key=len, reverse=True)
+    if not names:
         yield text, None
         return
-    names = sorted(special, key=len, reverse=True)
     for part in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
         if part:
             yield part, special.get(part)

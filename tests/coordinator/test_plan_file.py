@@ -126,3 +126,17 @@ def test_a_plan_file_that_cannot_be_read_is_a_plan_error(tmp_path: Path) -> None
     assert "cannot be read" in faults_of(tmp_path)[0]
     (tmp_path / "latin.toml").write_bytes(b"model = '\xff'")
     assert "not UTF-8" in faults_of(tmp_path / "latin.toml")[0]
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000 + "]" * 5000, "max_num_seqs = " + "9" * 5000, "x = 1\nx = 2"])
+def test_what_no_parser_can_take_is_one_fault(text: str, tmp_path: Path) -> None:
+    """Nested without end, a number of thousands of digits: the file is named."""
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(PlanError, match=r"the plan file .*plan\.toml is n"):
+        read_plan_file(tmp_path / "plan.toml")
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other(tmp_path: Path) -> None:
+    """It will not be found, and that error says so."""
+    (tmp_path / "plan.toml").write_text('model = "~nobody-here/x"')
+    assert read_plan_file(tmp_path / "plan.toml").model == "~nobody-here/x"
