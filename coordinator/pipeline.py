@@ -62,7 +62,7 @@ class Pipeline:
         """Aim at the first stage, which may be another one than before: what was not sent yet is dropped."""
         self._push.close(linger=0)
         self._push = data_socket(self._context, zmq.PUSH)
-        self._submitted_at_s.clear()
+        self._submitted.clear()
         connect(self._push, first_stage_endpoint)
 
     def submit(self, step: Step, hidden: torch.Tensor) -> None:
