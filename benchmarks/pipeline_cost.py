@@ -22,6 +22,7 @@ from benchmarks.peers import MODEL, SINGLE, ours
 from coordinator.answer import Answer
 from coordinator.bench import prompt_ids
 from coordinator.chat_model import ChatModel
+from coordinator.timing import StepRecord
 from glm.attention import Segment
 from glm.config import load_config
 from glm.model import Model
@@ -66,6 +67,8 @@ class Divided:
         self._chat_model = chat_model
         self._answer: Answer = chat_model.begin(TokenPrompt(prompt), GREEDY)
         self._advance()
+        self.records: list[StepRecord] = []
+        chat_model.engine.observers.append(self.records.append)
 
     @property
     def last_id(self) -> int:
@@ -77,6 +80,14 @@ class Divided:
         started_s = time.perf_counter()
         self._advance()
         return time.perf_counter() - started_s
+
+    def parts_s(self) -> tuple[float, float, float]:
+        """Median seconds of all stages computing, of the ends, and on the way, of the tokens decoded so far."""
+        stages = [sum(stage.compute_s for stage in record.stages) for record in self.records]
+        ends = [sum(lap.ended_at_s - lap.started_at_s for lap in record.ends) for record in self.records]
+        under_way = [record.arrived_at_s - record.submitted_at_s for record in self.records]
+        wires = [whole - inside for whole, inside in zip(under_way, stages, strict=True)]
+        return statistics.median(stages), statistics.median(ends), statistics.median(wires)
 
     def _advance(self) -> None:
         """Step until there is one more id. Raises GenerationError."""
@@ -112,11 +123,12 @@ def run(options: argparse.Namespace) -> list[Figure]:
     for num_workers in options.workers:
         with ours(options.precision, options.threads, num_workers, [SINGLE]) as chat_model:
             undivided.begin()
-            one_round: Callable[[], tuple[float, float]] = partial(
-                compare, undivided, Divided(chat_model, prompt), options.tokens
-            )
+            divided = Divided(chat_model, prompt)
+            one_round: Callable[[], tuple[float, float]] = partial(compare, undivided, divided, options.tokens)
             one_round()
             found += figures(num_workers, [one_round() for _ in range(options.rounds)])
+            for name, seconds in zip(("in the stages", "in both ends", "on the way"), divided.parts_s(), strict=True):
+                found.append(Figure(f"of it {name}, {num_workers} workers", "ms", (1e3 * seconds,)))
     return found
 
 
