@@ -20,7 +20,7 @@ import torch
 from benchmarks.figures import Figure, in_turns, options_parser, over, publish, say
 from benchmarks.peers import MODEL, SINGLE, ours
 from coordinator.answer import Answer
-from coordinator.bench import prompt_ids
+from coordinator.bench_streams import prompt_ids
 from coordinator.chat_model import ChatModel
 from coordinator.timing import StepRecord
 from glm.attention import Segment

@@ -6,6 +6,7 @@ first part of a head by the position and pair neighbours.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -23,9 +24,14 @@ class RotaryTable:
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     """fp32 [pairs]: the angle a pair turns by from one position to the next."""
     width = config.rotary_dim // 2 if config.position_encoding_2d else config.rotary_dim
+    return _inverse_frequencies(width, config.rotary_base, config.is_prefix_lm)
+
+
+@cache
+def _inverse_frequencies(width: int, base: float, is_prefix_lm: bool) -> torch.Tensor:
     exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
-    frequencies = 1.0 / (config.rotary_base**exponent)
-    return frequencies.to(torch.float16).to(torch.float32) if config.is_prefix_lm else frequencies
+    frequencies = 1.0 / (base**exponent)
+    return frequencies.to(torch.float16).to(torch.float32) if is_prefix_lm else frequencies
 
 
 def rotary_table(positions: torch.Tensor, config: ModelConfig, device: torch.device) -> RotaryTable:

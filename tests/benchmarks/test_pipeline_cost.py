@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import pipeline_cost
 from benchmarks.pipeline_cost import Divided, Undivided, figures
-from coordinator.bench import prompt_ids
+from coordinator.bench_streams import prompt_ids
 from coordinator.chat_model import launch
 from coordinator.plan_request import Option, PlanRequest
 from glm.config import load_config
