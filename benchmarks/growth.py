@@ -80,7 +80,7 @@ def _filled(layers: LayerStack, most_tokens: int) -> SequenceCache:
     cache.reserve(most_tokens + 1)
     for layer in range(len(layers.blocks)):
         for tensor in cache.tensors(layer):
-            tensor.normal_()
+            tensor.fill_(0.1)
     return cache
 
 
