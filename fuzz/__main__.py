@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -39,7 +38,6 @@ def main() -> int:
     if options.replay is not None:
         target.check(options.replay.read_bytes())
         return 0
-    tracemalloc.start()
     run = _run_atheris if engine == "atheris" else _run_random
     return run(target, options.inputs, options.seed)
 

@@ -50,7 +50,7 @@ HOSTILE: tuple[Any, ...] = (
     b"x",
     [],
     [[]],
-    Raw(msgpack.packb([None] * 5000)),
+    Raw(msgpack.packb([None] * 1100)),
     Pairs(),
     Pairs([("a", 1), ("a", 2)]),
     Pairs([(1, 1)]),
@@ -69,10 +69,10 @@ HOSTILE: tuple[Any, ...] = (
     Raw(b"\xc6\xff\xff\xff\xff"),
     Raw(b"\xc9\xff\xff\xff\xff\x05"),
     Raw(b"\x91" * 400 + b"\xc0"),
-    Raw(b"\x91" * 3000 + b"\xc0"),
+    Raw(b"\x91" * 1100 + b"\xc0"),
     Raw(b"\x81\xa1a" * 600 + b"\xc0"),
-    Raw(b"\xdc\x40\x00" + b"\x80" * 0x4000),
-    Raw(b"\xdc\x80\x01" + b"\x90" * 0x8001),
+    Raw(b"\xdc\x02\x00" + b"\x80" * 0x200),
+    Raw(b"\xdc\x02\x00" + b"\x90" * 0x200),
 )
 
 
@@ -164,7 +164,7 @@ def _spoiled_container(node: Any, rng: Random, hostile: Sequence[Any]) -> Any:
         case 1:
             return kind([*node, node[index]])
         case 2 if len(node) < 50:
-            return kind(node * rng.choice((2, 3, 40)))
+            return kind(node * rng.choice((2, 3, 20)))
         case 3:
             return kind(node[::-1])
         case _:

@@ -27,7 +27,7 @@ class Target:
 
 @contextmanager
 def allocating_at_most(num_bytes: int) -> Iterator[None]:
-    """Raises Finding if Python's memory rose by more at any time within. Cheaper where tracemalloc is on already."""
+    """Raises Finding if Python's memory rose by more at any time within."""
     tracing = tracemalloc.is_tracing()
     if not tracing:
         tracemalloc.start()
