@@ -173,7 +173,7 @@ class ChatModel(Closing):
             request_id=0,
             model_name=clip_text(self.config.name or self.model_dir.name, MAX_NAME),
             family=self.config.family,
-            max_context=self.config.max_context,
+            max_context=max_model_len(self.config, self.engine.settings),
             plan_lines=describe_stages(self.cluster.plan),
             defaults=to_wire(self.defaults.sampling),
         )

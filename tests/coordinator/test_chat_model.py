@@ -12,6 +12,7 @@ from coordinator.chat_model import ChatModel
 from coordinator.dump import dump
 from coordinator.errors import DumpError
 from coordinator.planning import plan_for
+from coordinator.scheduler import SchedulerSettings
 from glm.config import load_config
 from protocol.client import Delta, Finished, TokenPrompt
 from protocol.wire import encode
@@ -26,7 +27,7 @@ def chat_model(tmp_path: Path) -> ChatModel:
     write_checkpoint(tmp_path, CAUSAL)
     config = dataclasses.replace(load_config(tmp_path), name="/models/" + "deep/" * 100)
     cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
-    engine: Any = SimpleNamespace(cancel=lambda _: None)
+    engine: Any = SimpleNamespace(cancel=lambda _: None, settings=SchedulerSettings(1000))
     return ChatModel(cluster, engine, config, tmp_path, None)
 
 
@@ -35,6 +36,7 @@ def test_a_description_fits_its_message_however_long_the_models_name_is(chat_mod
     described = chat_model.describe()
     assert encode(described)
     assert described.model_name.startswith("/models/deep/")
+    assert described.max_context == min(1000, chat_model.config.max_context)
 
 
 def test_a_dump_that_cannot_be_written_says_so(
