@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from coordinator.commands import bench, cache, chat, compare, convert, doctor, dump, generate, launch, score, worker
+from coordinator.commands.session import log_of
 from coordinator.errors import CoordinatorError
+from coordinator.log import JsonLog
 from coordinator.signals import leaving_on_signals
 from protocol.version import VERSION
 
@@ -60,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _forget_stdout()
         return 128 + signal.SIGPIPE
     except Exception as error:
-        code_for_users = _exit_code(error)
-        if code_for_users is None:
+        code_for_users, log = _exit_code(error), log_of(options)
+        if code_for_users is not None:
+            log.failed(error)
+            return code_for_users
+        if not isinstance(log, JsonLog):
             raise
-        print(f"glmpipe: {error}", file=sys.stderr)
-        return code_for_users
+        log.broke(error)
+        return 1
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -95,6 +95,11 @@ class Cluster(Closing):
         default = self._settings.default_kv_budget_tokens
         return tuple(stage.kv_budget_tokens or default for stage in self.plan.stages)
 
+    @property
+    def epoch(self) -> int:
+        """Of the latest assignment."""
+        return self._settings.epoch
+
     def assign(self, default_kv_budget_tokens: int | None = None) -> None:
         """Let all workers begin to load, side by side; `load` waits for them.
 

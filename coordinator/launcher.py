@@ -19,15 +19,16 @@ from typing import IO, Self
 
 from coordinator.closing import Closing
 from coordinator.errors import LaunchError, WorkerDied
+from coordinator.log import WorkerLine
 from coordinator.plan import StagePlan
 from coordinator.signals import signals_deferred
 from coordinator.worker_command import usable_cores, worker_command, worker_environment
 
 LogSink = Callable[[str], None]
-"""Takes one line of a worker's output, prefixed with its stage. Called from the launcher's reader threads."""
+"""Takes one line of a worker's output, a `WorkerLine`. Called from the launcher's reader threads."""
 
 NUM_LAST_LINES = 12
-_MAX_LINE_BYTES = 16 * 1024
+_MAX_LINE_BYTES = 32 * 1024
 _SIGNAL_REMEDIES: Mapping[int, str] = {
     signal.SIGKILL: "the system has probably run out of memory: give this stage fewer layers or a lower precision",
     signal.SIGILL: "this CPU lacks an instruction that the installed torch needs: install another build of torch",
@@ -162,7 +163,7 @@ class Launcher(Closing):
             "--worker-id": self.worker_ids[index],
             "--lifeline-fd": lifeline,
         }
-        command = [*self._command, *(str(part) for option in options.items() for part in option)]
+        command = [*self._command, "--log-json", *(str(part) for option in options.items() for part in option)]
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -212,16 +213,15 @@ class _Worker:
         self._reader.join(timeout=1.0)
 
     def _read(self) -> None:
-        prefix = f"[stage {self._index + 1} {self._device}]"
         pipe: IO[bytes] | None = self._process.stdout
         assert pipe is not None
         with pipe:
             while line := pipe.readline(_MAX_LINE_BYTES):
-                text = line.decode("utf-8", errors="replace").rstrip()
-                self._last_lines.append(text)
+                said = WorkerLine(self._index + 1, self._device, line.decode("utf-8", errors="replace").rstrip())
+                self._last_lines.append(said.text)
                 # A sink that fails must not stop the reading: the worker would block on a full pipe.
                 with contextlib.suppress(Exception):
-                    self._on_log(f"{prefix} {text}")
+                    self._on_log(said)
         self.ended_at_s = time.monotonic()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Self, TextIO
 
 from coordinator.closing import Closing
+from coordinator.log import Log
 from coordinator.plan import Plan, StagePlan
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ class LoadView(Closing):
         raise NotImplementedError
 
 
-def load_view(plan: Plan, stream: TextIO | None = None) -> LoadView:
-    """The view that suits `stream`, stderr by default."""
+def load_view(plan: Plan, stream: TextIO | None = None, log: Log | None = None) -> LoadView:
+    """The view that suits `stream`, stderr by default; or `log`, if that is for programs."""
+    if log is not None and log.is_json:
+        return LogView(plan, log)
     stream = stream or sys.stderr
     return BarView(plan, stream) if stream.isatty() else PlainView(plan, stream)
 
@@ -55,6 +58,32 @@ class PlainView(LoadView):
 
     def log(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class LogView(LoadView):
+    """An event for each of a stage's layers, and one when it is ready."""
+
+    def __init__(self, plan: Plan, log: Log) -> None:
+        self._plan = plan
+        self._log = log
+
+    def update(self, progress: StageProgress) -> None:
+        number, stage = progress.stage_index + 1, self._plan.stages[progress.stage_index]
+        done = f"{progress.layers_done}/{progress.layers_total} layers, {_size(progress)}"
+        self._log.say(
+            f"{_title(number, stage)}: {done}",
+            event="loading" if progress.ready is None else "ready",
+            stage=number,
+            device=stage.device,
+            epoch=None if progress.ready is None else progress.ready.epoch,
+        )
+        _explain(progress, self.log)
+
+    def log(self, line: str) -> None:
+        self._log.say(line)
 
     def close(self) -> None:
         pass

@@ -10,6 +10,7 @@ import zmq
 from coordinator.answer import Answer
 from coordinator.chat_model import ChatModel
 from coordinator.errors import CoordinatorError, GenerationError
+from coordinator.request_log import RequestLog
 from glm.errors import GlmError
 from protocol import client
 from protocol.errors import ProtocolError
@@ -25,8 +26,12 @@ _MOST_OPEN = 4096
 _log = logging.getLogger(__name__)
 
 
-def serve(chat_model: ChatModel, endpoint: str, should_stop: Callable[[], bool]) -> None:
+def serve(
+    chat_model: ChatModel, endpoint: str, should_stop: Callable[[], bool], requests: RequestLog | None = None
+) -> None:
     """Answer clients until `should_stop()`; it is asked between steps and a few times a second.
+
+    `requests` hears of every request; by default nothing is logged of them.
 
     Raises:
         StageLost: the pipeline is broken; every waiting client has been told.
@@ -35,7 +40,7 @@ def serve(chat_model: ChatModel, endpoint: str, should_stop: Callable[[], bool])
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     try:
         bind(router, endpoint)
-        Service(chat_model, router).run(should_stop)
+        Service(chat_model, router, requests).run(should_stop)
     finally:
         router.close()
 
@@ -43,9 +48,10 @@ def serve(chat_model: ChatModel, endpoint: str, should_stop: Callable[[], bool])
 class Service:
     """Requests by client and request id; a client may have several at once."""
 
-    def __init__(self, chat_model: ChatModel, router: Socket) -> None:
+    def __init__(self, chat_model: ChatModel, router: Socket, requests: RequestLog | None = None) -> None:
         self._chat_model = chat_model
         self._router = router
+        self._requests = requests
         self._answers: dict[tuple[bytes, int], Answer] = {}
         self._positions: dict[int, int] = {}
         self._owed: deque[tuple[bytes, client.Error]] = deque(maxlen=_MOST_OPEN)
@@ -63,7 +69,7 @@ class Service:
                     self._chat_model.supervisor.check()
         except CoordinatorError as error:
             for (identity, request_id), _ in list(self._answers.items()):
-                self._send(identity, client.Error(request_id, type(error).__name__, clip_text(str(error))))
+                self._fail(identity, request_id, error)
             raise
 
     def _take_in(self) -> None:
@@ -114,7 +120,19 @@ class Service:
                 message.prompt, message.sampling, message.request_id, num_logprobs=message.num_logprobs
             )
         except (CoordinatorError, GlmError) as error:
-            self._send(identity, client.Error(message.request_id, type(error).__name__, clip_text(str(error))))
+            self._fail(identity, message.request_id, error)
+            return
+        if self._requests is not None:
+            self._requests.began(identity, message, self._answers[key].sequence.num_prompt)
+
+    def _fail(self, identity: bytes, request_id: int, error: Exception) -> None:
+        message = client.Error(request_id, type(error).__name__, clip_text(str(error)))
+        self._end(identity, message)
+
+    def _end(self, identity: bytes, message: client.Finished | client.Error) -> None:
+        if self._requests is not None:
+            self._requests.ended(identity, message)
+        self._send(identity, message)
 
     def _step(self) -> None:
         owners = {id(answer): identity for (identity, _), answer in self._answers.items()}
@@ -142,12 +160,12 @@ class Service:
             return  # its client was found gone a moment ago
         error = answer.sequence.error
         if error is not None:
-            self._send(identity, client.Error(answer.request_id, type(error).__name__, clip_text(str(error))))
+            self._fail(identity, answer.request_id, error)
             return
         tail, finished = answer.close(self._chat_model.engine.pacing.reason())
         if tail is not None:
             self._send(identity, tail)
-        self._send(identity, finished)
+        self._end(identity, finished)
 
     def _send(self, identity: bytes, message: client.ClientMessage) -> None:
         """Nobody waits for a client: one that is gone, or does not read, has its answers cancelled."""

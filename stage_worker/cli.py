@@ -29,6 +29,7 @@ class WorkerOptions:
     worker_id: str
     join_timeout_s: float
     lifeline_fd: int | None
+    log_json: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +57,7 @@ def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
         "--join-timeout", type=_seconds, default=60.0, metavar="S", help="leave if not welcomed by then (default: 60)"
     )
     parser.add_argument("--lifeline-fd", type=int, metavar="FD", help="leave when this inherited pipe is closed")
+    parser.add_argument("--log-json", action="store_true", help="log one JSON object a line")
     parser.add_argument("--version", action="version", version=f"glmpipe {VERSION}")
     given = parser.parse_args(arguments)
     worker_id = given.worker_id or f"{given.device}-{os.getpid()}"
@@ -64,7 +66,9 @@ def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
             os.fstat(given.lifeline_fd)
         except OSError as error:
             parser.error(f"--lifeline-fd {given.lifeline_fd}: {error.strerror}")
-    return WorkerOptions(given.join, given.device, given.threads, worker_id, given.join_timeout, given.lifeline_fd)
+    return WorkerOptions(
+        given.join, given.device, given.threads, worker_id, given.join_timeout, given.lifeline_fd, given.log_json
+    )
 
 
 def _catch_signals() -> int:

@@ -4,16 +4,22 @@ Whoever can reach a socket could fill a disk with complaints: of one kind of eve
 while, and the next one says how many were left out.
 """
 
+import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 MAX_LINES = 10
 PERIOD_S = 10.0
 """At most MAX_LINES events of one kind are written in each period of so many seconds."""
 
 logger = logging.getLogger("stage_worker")
+
+facts: dict[str, str | int] = {}
+"""What is known of this worker: `worker` and `device`; `stage` (from 1) and `epoch` while it is assigned."""
 
 
 class _OneLine(logging.Formatter):
@@ -22,6 +28,23 @@ class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return " ".join(text.split())[:2000]
+
+
+class _OneObject(_OneLine):
+    """An event is one JSON object, in ASCII, whatever stderr's encoding; `facts` say whose it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(
+            {
+                "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+                "level": record.levelname.lower(),
+                "process": "worker",
+                "pid": os.getpid(),
+                **facts,
+                "event": "log",
+                "message": super().format(record),
+            }
+        )
 
 
 class RateLimit(logging.Filter):
@@ -45,10 +68,10 @@ class RateLimit(logging.Filter):
         return count < MAX_LINES
 
 
-def set_up_logging() -> None:
-    """Send this program's events to stderr."""
+def set_up_logging(*, as_json: bool = False) -> None:
+    """Send this program's events to stderr, as lines for people or as JSON objects."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(levelname)s %(message)s"))
+    handler.setFormatter(_OneObject("%(message)s") if as_json else _OneLine("%(levelname)s %(message)s"))
     handler.addFilter(RateLimit())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

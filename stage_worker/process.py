@@ -20,13 +20,14 @@ from stage_worker.control_link import EXIT_INTERNAL, EXIT_USAGE, ControlLink, Li
 from stage_worker.device import device_facts, parse_device
 from stage_worker.errors import DeviceError
 from stage_worker.lifeline import remove_private_dir
-from stage_worker.log import logger, set_up_logging
+from stage_worker.log import facts, logger, set_up_logging
 from stage_worker.worker import Worker
 
 
 def run_worker(options: WorkerOptions, signal_fd: int) -> int:
     """Join, serve, leave; returns the exit code. `signal_fd` becomes readable when a signal asks to leave."""
-    set_up_logging()
+    set_up_logging(as_json=options.log_json)
+    facts.update(worker=options.worker_id, device=options.device)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     context: zmq.Context[Socket] = zmq.Context()

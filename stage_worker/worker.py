@@ -19,7 +19,7 @@ from protocol.wire import decode
 from stage_worker.control_link import ControlLink
 from stage_worker.errors import AbandonedError, InspectError, LoadError
 from stage_worker.loading import load_stage
-from stage_worker.log import logger
+from stage_worker.log import facts, logger
 from stage_worker.memory import resident_bytes, return_memory
 from stage_worker.stage import Stage
 from stage_worker.status import Status
@@ -88,6 +88,7 @@ class Worker:
         if kept is None:
             self._give_up()
         self._link.status = Status("loading", assign.epoch)
+        facts.update(stage=assign.stage_index + 1, epoch=assign.epoch)
         if self._data_out is not None:
             self._data_out.close()
         self._data_out = data_socket(self._context, zmq.PUSH)
@@ -166,6 +167,8 @@ class Worker:
             self._data_out = None
         return_memory(self._device)
         self._link.status = Status()
+        for name in ("stage", "epoch"):
+            facts.pop(name, None)
 
     # -- steps
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from coordinator.commands.options import add_model_options, add_placement_options, add_watching_options
-from coordinator.commands.session import check_watch, launched, say, watched
-from coordinator.errors import PlanError
+from coordinator.commands.session import check_watch, launched, log_of, watched
+from coordinator.errors import PlanError, UsageError
+from coordinator.log import JsonLog, Log
 
 if TYPE_CHECKING:
     from coordinator.watch_view import WatchView
@@ -48,6 +49,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_placement_options(parser)
     add_watching_options(parser, can_watch="")
+    group = parser.add_argument_group("logs", "All go to stderr. docs/operations.md says what is in them.")
+    group.add_argument("--log-json", action="store_true", help="one JSON object a line, those of the workers included")
+    group.add_argument(
+        "--log-prompts",
+        action="store_true",
+        help="log the text of prompts and answers; without this, no text of theirs is in the logs",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,16 +65,23 @@ def run(options: argparse.Namespace) -> int:
             raise PlanError([f"{options.plan_file} and --plan {options.plan} are both given; give one plan"])
         options.plan = options.plan_file
     check_watch(options)
+    log = log_of(options)
+    if isinstance(log, JsonLog):
+        if options.watch:
+            raise UsageError("--watch draws on stderr, where --log-json writes objects; drop one of them")
+        log.take_over_logging()
     with launched(options, show_logs=True) as chat_model, watched(options, chat_model) as panel:
+        from coordinator.request_log import RequestLog
         from coordinator.runtime_dir import CLIENT_SOCKET
         from coordinator.service import serve
 
         endpoint = chat_model.cluster.runtime_dir.endpoint(CLIENT_SOCKET)
-        serve(chat_model, endpoint, _announcing(endpoint, panel))
+        requests = RequestLog(log, with_text=options.log_prompts)
+        serve(chat_model, endpoint, _announcing(endpoint, log, panel), requests)
     return 0
 
 
-def _announcing(endpoint: str, panel: WatchView | None) -> Callable[[], bool]:
+def _announcing(endpoint: str, log: Log, panel: WatchView | None) -> Callable[[], bool]:
     """A `should_stop` that never says so (signals do); asked for the first time, it announces the service.
 
     It is asked while nothing is computed, too, and so keeps the panel up to date.
@@ -78,7 +93,7 @@ def _announcing(endpoint: str, panel: WatchView | None) -> Callable[[], bool]:
         if not announced:
             announced = True
             print(f"serving at {endpoint}", flush=True)
-            say("try `glmpipe chat --connect` in another terminal; Ctrl-C stops everything")
+            log.say("try `glmpipe chat --connect` in another terminal; Ctrl-C stops everything", event="serving")
         if panel is not None:
             panel.look()
         return False

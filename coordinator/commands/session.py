@@ -18,6 +18,7 @@ from coordinator.commands.options import (
     sampling_overrides,
 )
 from coordinator.errors import UsageError
+from coordinator.log import JsonLog, Log
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
 
@@ -52,6 +53,7 @@ def launched(
     request = plan_request(options) if request is None else request
     check_scheduling(options)
     choose_cache(options)
+    log = log_of(options)
     from coordinator.chat_model import launch
     from coordinator.limits import context_line, limits_of
     from coordinator.plan import describe
@@ -68,12 +70,12 @@ def launched(
     config = load_config(description)
     check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
-    say(*describe(plan, verbose=options.verbose))
-    say(*(f"note: {note}" for note in notes(request, plan)))
-    say(*_cache_notes(resolve_model(model, revision), config, plan))
+    log.say(*describe(plan, verbose=options.verbose), event="plan")
+    log.say(*(f"note: {note}" for note in notes(request, plan)))
+    log.say(*_cache_notes(resolve_model(model, revision), config, plan))
     with ExitStack() as stack:
-        observers = _traces(options, plan, stack)
-        with load_view(plan) as view:
+        observers = _traces(options, plan, stack, log)
+        with load_view(plan, log=log) as view:
             chat_model = launch(
                 model,
                 plan,
@@ -89,11 +91,21 @@ def launched(
                 recovery=RecoveryPolicy(max_attempts=options.recovery_attempts),
             )
             stack.enter_context(chat_model)
-            chat_model.supervisor.on_event = lambda text: say(f"[pipeline] {text}")
+            chat_model.supervisor.on_event = lambda text: _say_pipeline(log, chat_model, text)
             chat_model.engine.observers += observers
-        say(*_kernel_lines(chat_model))
-        say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))
+        log.say(*_kernel_lines(chat_model))
+        log.say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))
         yield chat_model
+
+
+def log_of(options: argparse.Namespace) -> Log:
+    """Where a command with these options says what happens."""
+    return JsonLog() if getattr(options, "log_json", False) else Log()
+
+
+def _say_pipeline(log: Log, chat_model: ChatModel, text: str) -> None:
+    line = text if log.is_json else f"[pipeline] {text}"
+    log.say(line, event="pipeline", level="warning", epoch=chat_model.cluster.epoch)
 
 
 @contextmanager
@@ -111,7 +123,7 @@ def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = l
         yield backend
 
 
-def _traces(options: argparse.Namespace, plan: Plan, stack: ExitStack) -> list[TraceFile]:
+def _traces(options: argparse.Namespace, plan: Plan, stack: ExitStack, log: Log) -> list[TraceFile]:
     """What `--trace` asks for; the file is complete when the stack unwinds. Raises UsageError."""
     path = getattr(options, "trace", None)
     if path is None:
@@ -120,7 +132,7 @@ def _traces(options: argparse.Namespace, plan: Plan, stack: ExitStack) -> list[T
 
     from coordinator.trace import TraceFile
 
-    return [stack.enter_context(TraceFile(Path(path), plan, say))]
+    return [stack.enter_context(TraceFile(Path(path), plan, log.say))]
 
 
 def check_watch(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ def main() -> None:
     parser.add_argument("behaviour")
     for option in ("--join", "--device", "--threads", "--worker-id"):
         parser.add_argument(option, required=True)
+    parser.add_argument("--log-json", action="store_true", required=True)
     parser.add_argument("--lifeline-fd", type=int, required=True)
     options = parser.parse_args()
     print(f"hello from {os.getpid()} {options.worker_id} {options.join} x{options.threads}", flush=True)

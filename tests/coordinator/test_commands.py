@@ -260,3 +260,58 @@ def test_a_running_launch_answers_generate_and_chat(model_dir: Path, base: Path)
     assert (code, out) == (1, "")
     assert "the launch has ended" in err
     assert list(base.iterdir()) == []
+
+
+SECRET = "marker-7b1e"
+
+
+def logged(base: Path, model_dir: Path, *options: str) -> list[dict[str, object]]:
+    """The stderr, line by line, of a launch that answered a prompt with the secret in it, and lost a stage."""
+    with start("launch", "--model", model_dir, *TWO_STAGES, "--log-json", *options) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        question = ("generate", "--connect", "--prompt", SECRET, "--max-new-tokens", "4", "--stop", SECRET)
+        assert glmpipe(*question)[0] == 0
+        os.kill(max(workers(base)), signal.SIGKILL)
+        lines: list[str] = []
+        while not lines or "all stages serve again" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        process.send_signal(signal.SIGTERM)
+        lines += process.communicate(timeout=60)[1].splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_json_log_is_objects_and_holds_no_prompt(model_dir: Path, base: Path) -> None:
+    """From the plan to the end, workers, a request and a recovery included; none is encoded twice."""
+    found = logged(base, model_dir)
+    assert SECRET not in json.dumps(found)
+    assert all({"time", "level", "process", "event", "message"} <= entry.keys() for entry in found)
+    events = {entry["event"] for entry in found}
+    assert {"plan", "note", "loading", "ready", "serving", "request", "answer", "pipeline", "log"} <= events
+    by_workers = [entry for entry in found if entry["process"] == "worker"]
+    assert {entry["stage"] for entry in by_workers} == {1, 2}
+    assert not [entry for entry in by_workers if str(entry["message"]).startswith("{")]
+    assert {1, 2} <= {entry.get("epoch") for entry in by_workers}
+    lost, mended = (entry for entry in found if entry["event"] == "pipeline")
+    assert "SIGKILL" in str(lost["message"])
+    assert (lost["epoch"], mended["epoch"]) == (1, 2)
+    assert '"message"' not in str(lost["message"])
+
+
+def test_prompts_and_answers_are_logged_if_asked_for(model_dir: Path, base: Path) -> None:
+    """And then only by the launch: workers see none."""
+    found = logged(base, model_dir, "--log-prompts")
+    assert [entry["prompt"] for entry in found if entry["event"] == "request"] != []
+    assert {entry["process"] for entry in found if SECRET in json.dumps(entry)} == {"coordinator"}
+    assert all("answer" in entry for entry in found if entry["event"] == "answer")
+
+
+def test_what_ends_a_launch_is_an_object_too(base: Path, tmp_path: Path) -> None:
+    """An error for users, with its name."""
+    code, out, err = glmpipe("launch", "--model", tmp_path / "absent", "--log-json")
+    assert (code, out) == (2, "")
+    last = json.loads(err.splitlines()[-1])
+    assert (last["event"], last["level"], last["error"]) == ("failed", "error", "ModelNotFoundError")
+    assert list(base.iterdir()) == []

@@ -1,8 +1,14 @@
 """What a worker writes: bounded, whatever arrives."""
 
+import io
+import json
 import logging
+import sys
+from collections.abc import Iterator
 
-from stage_worker.log import MAX_LINES, PERIOD_S, RateLimit
+import pytest
+
+from stage_worker.log import MAX_LINES, PERIOD_S, RateLimit, facts, logger, set_up_logging
 
 
 def test_a_flood_of_one_kind_is_cut_and_counted() -> None:
@@ -23,3 +29,32 @@ def test_a_flood_of_one_kind_is_cut_and_counted() -> None:
         f"dropped a data message: x %s ({left_out} more like it were left out before)"
     )
     assert passed("dropped a data message: %s", "y") == "dropped a data message: y"
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    stream, handlers = io.StringIO(), list(logger.handlers)
+    monkeypatch.setattr(sys, "stderr", stream)
+    set_up_logging(as_json=True)
+    facts.update(worker="stage-1", device="cpu")
+    yield stream
+    facts.clear()
+    logger.handlers[:] = handlers
+
+
+def test_an_event_is_one_json_object(written: io.StringIO) -> None:
+    """Whatever its text holds; with the stage and the epoch while there are any."""
+    logger.info("joined %s", "x")
+    facts.update(stage=2, epoch=5)
+    logger.warning("dropped: %s", 'a\nb "c" \x1b[2J\udc80你')
+    first, second = map(json.loads, written.getvalue().splitlines())
+    assert {"time", "pid"} < first.keys()
+    assert (first["level"], first["process"], first["worker"], first["message"]) == (
+        "info",
+        "worker",
+        "stage-1",
+        "joined x",
+    )
+    assert "stage" not in first
+    assert (second["stage"], second["epoch"], second["message"]) == (2, 5, 'dropped: a b "c" \x1b[2J\udc80你')
+    assert written.getvalue().isascii()

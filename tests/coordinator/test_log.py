@@ -1,0 +1,159 @@
+"""What goes to stderr: the lines people read, and the same as JSON objects, each of them once encoded."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coordinator.log import JsonLog, Log, WorkerLine
+from coordinator.request_log import RequestLog
+from protocol import client
+
+SECRET = "marker-7b1e"
+SAID = {"level": "warning", "message": 'step 3 "failed"', "epoch": 2, "pid": 7, "time": "T", "worker": "stage-1"}
+SAMPLING = client.SamplingParams(1.0, 0, 1.0, 0.0, 1.0, None, (SECRET,), 4, False, True)
+
+
+def objects(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_workers_json_line_is_one_line_for_people() -> None:
+    """With its stage in front, its level, and its text as it was."""
+    line = WorkerLine(2, "cpu", json.dumps(SAID))
+    assert line == '[stage 2 cpu] WARNING step 3 "failed"'
+    assert line.text == 'WARNING step 3 "failed"'
+
+
+def test_a_workers_json_line_is_relayed_as_one_object() -> None:
+    """Its text is not encoded a second time; stage and device are the launcher's."""
+    stream = io.StringIO()
+    JsonLog(stream).say(WorkerLine(2, "cpu", json.dumps({**SAID, "stage": 9, "process": "root"})))
+    [found] = objects(stream)
+    assert found == {**SAID, "process": "worker", "stage": 2, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "torch: a warning",
+        "{not json",
+        "[1]",
+        '{"message": "x"}',
+        '{"level": "loud", "message": "x"}',
+        '{"level": ["info"], "message": "x"}',
+        '{"level": "info", "message": 5}',
+        "{" * 5000,
+        '{"a":' * 5000,
+    ],
+)
+def test_whatever_else_a_worker_prints_is_text(written: str) -> None:
+    """Shown as it is, and one JSON string of an object."""
+    line = WorkerLine(1, "cuda:0", written)
+    assert line == f"[stage 1 cuda:0] {written}"
+    stream = io.StringIO()
+    JsonLog(stream).say(line)
+    [found] = objects(stream)
+    assert (found["message"], found["event"], found["stage"]) == (written, "output", 1)
+
+
+def test_fields_that_are_unknown_or_mistyped_are_not_passed_on() -> None:
+    """A worker cannot put what it likes into a launch's log."""
+    line = WorkerLine(1, "cpu", json.dumps({**SAID, "epoch": True, "pid": "x", "more": "y"}))
+    assert set(line.fields) == {"level", "message", "time", "worker", "process", "stage", "device"}
+
+
+def test_lines_for_people_are_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fields are for programs."""
+    Log().say("one", "two", event="note", stage=3)
+    Log().failed(ValueError("three"))
+    assert capsys.readouterr().err == "one\ntwo\nglmpipe: three\n"
+
+
+def test_every_object_says_when_who_and_what() -> None:
+    """On one line whatever the text holds; what is not known is left out."""
+    stream = io.StringIO()
+    JsonLog(stream).say("a\nb\u2028c 你好\udc80", event="pipeline", epoch=4, stage=None)
+    [found] = objects(stream)
+    assert found["message"] == "a\nb\u2028c 你好\udc80"
+    assert found.keys() == {"time", "level", "process", "pid", "event", "message", "epoch"}
+    assert (found["process"], found["level"], found["epoch"]) == ("coordinator", "info", 4)
+    assert stream.getvalue().isascii()
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    root, handlers = logging.getLogger(), list(logging.getLogger().handlers)
+    yield
+    root.handlers[:] = handlers
+    logging.captureWarnings(False)
+    logging.getLogger("coordinator").setLevel(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_events_of_logging_become_objects() -> None:
+    """What modules say through `logging` is not missing."""
+    stream = io.StringIO()
+    JsonLog(stream).take_over_logging()
+    logging.getLogger("coordinator.service").info("a client is %s", "gone")
+    assert [(found["message"], found["event"]) for found in objects(stream)] == [
+        ("a client is gone", "coordinator.service")
+    ]
+
+
+def test_an_error_of_our_own_does_not_quote_what_it_was_about() -> None:
+    """Its type and its place are logged, its text is not."""
+    stream = io.StringIO()
+    try:
+        raise KeyError(SECRET)
+    except KeyError as error:
+        JsonLog(stream).broke(error)
+    [found] = objects(stream)
+    assert (found["level"], found["error"]) == ("critical", "KeyError")
+    assert "test_log.py:" in found["message"]
+    assert SECRET not in stream.getvalue()
+
+
+def requests_said(log: Log, *, with_text: bool) -> None:
+    """A chat, a continuation and a request that failed, each with the secret in its texts."""
+    requests = RequestLog(log, with_text=with_text)
+    prompts = (client.ChatPrompt((client.ChatTurn("user", "", SECRET),)), client.TextPrompt(SECRET))
+    for number, prompt in enumerate(prompts):
+        requests.began(b"\x01\xff", client.Generate(number, prompt, SAMPLING), 12)
+    stats: Any = SimpleNamespace(total_s=1.5)
+    requests.ended(b"\x01\xff", client.Finished(0, "length", SECRET, (1, 2), stats))
+    requests.ended(b"\x01\xff", client.Error(1, "ChatFormatError", SECRET))
+
+
+def test_requests_are_logged_in_numbers() -> None:
+    """Who, which, how many tokens, how it ended; no text of theirs."""
+    stream = io.StringIO()
+    requests_said(JsonLog(stream), with_text=False)
+    assert SECRET not in stream.getvalue()
+    found = objects(stream)
+    assert [entry["event"] for entry in found] == ["request", "request", "answer", "request_failed"]
+    assert {entry["client"] for entry in found} == {"01ff"}
+    assert found[2]["message"] == "answer 0 of client 01ff: 2 new tokens in 1.50 s, length"
+
+
+def test_requests_are_logged_with_their_text_if_asked_for() -> None:
+    """In fields of their own."""
+    stream = io.StringIO()
+    requests_said(JsonLog(stream), with_text=True)
+    first, second, answer, failed = objects(stream)
+    assert json.loads(first["prompt"]) == [{"role": "user", "content": SECRET}]
+    assert (second["prompt"], answer["answer"], failed["error_text"]) == (SECRET, SECRET, SECRET)
+
+
+def test_people_read_of_requests_only_if_they_asked_for_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """A launch's lines are as they always were; with the text, a request is one line."""
+    requests_said(Log(), with_text=False)
+    assert capsys.readouterr().err == ""
+    requests_said(Log(), with_text=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert all(SECRET in line for line in lines)
