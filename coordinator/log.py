@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -60,6 +61,7 @@ class JsonLog(Log):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
+        self._lock = threading.Lock()
 
     def say(self, *lines: str, **fields: Field) -> None:
         for line in lines:
@@ -90,7 +92,10 @@ class JsonLog(Log):
     def _write(self, fields: Mapping[str, Field]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "process": "coordinator", **fields})  # ASCII: no terminal's encoding breaks it
-        print(line, file=self._stream or sys.stderr, flush=True)
+        stream = self._stream or sys.stderr
+        with self._lock:  # each worker's lines come in a thread of their own
+            stream.write(f"{line}\n")
+            stream.flush()
 
 
 class _Handler(logging.Handler):

@@ -57,7 +57,8 @@ class PlainView(LoadView):
         _explain(progress, self.log)
 
     def log(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        self._stream.write(f"{line}\n")  # in one piece: workers' lines come in threads of their own
+        self._stream.flush()
 
     def close(self) -> None:
         pass

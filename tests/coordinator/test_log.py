@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +85,27 @@ def test_every_object_says_when_who_and_what() -> None:
     assert found.keys() == {"time", "level", "process", "pid", "event", "message", "epoch"}
     assert (found["process"], found["level"], found["epoch"]) == ("coordinator", "info", 4)
     assert stream.getvalue().isascii()
+
+
+class Interrupted(io.StringIO):
+    """Lets other threads run after each write, as a full pipe does."""
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        time.sleep(0.0001)
+        return written
+
+
+def test_lines_of_several_threads_stay_apart() -> None:
+    """A newline belongs to its line."""
+    stream = Interrupted()
+    log = JsonLog(stream)
+    threads = [threading.Thread(target=lambda: [log.say("x") for _ in range(50)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found["message"] for found in objects(stream)] == ["x"] * 200
 
 
 @pytest.fixture
