@@ -23,7 +23,7 @@ import torch
 import zmq
 
 from benchmarks.figures import Figure, in_turns, options_parser, over, publish, say
-from coordinator.chain import EPOCH
+from coordinator.chain import FIRST_EPOCH
 from coordinator.cluster import Cluster, ClusterSettings
 from coordinator.pipeline import Outcome, Pipeline
 from coordinator.plan_request import Option, PlanRequest
@@ -87,7 +87,7 @@ def workers(length: int) -> Iterator[Pipeline]:
     """Both ends of a chain of stage workers without layers."""
     plan = plan_for(PlanRequest(num_stages=length, num_threads=1, cpu_precision=Option("", "bf16")), num_layers=28)
     command = (sys.executable, "-P", "-m", "benchmarks.hop", WORKER_WORD)
-    settings = ClusterSettings(MODEL, "", EPOCH, default_kv_budget_tokens=64)
+    settings = ClusterSettings(MODEL, "", FIRST_EPOCH, default_kv_budget_tokens=64)
     with patch("coordinator.launcher.worker_command", lambda: command), Cluster(plan, settings) as cluster:
         cluster.load()
         yield cluster.pipeline
@@ -135,9 +135,9 @@ class Chain:
 
     def _lap(self) -> Outcome:
         self._num_laps += 1
-        step = Step(EPOCH, self._num_laps, (), (Span(1, 0, 1, None, None),), ())
+        step = Step(FIRST_EPOCH, self._num_laps, (), (Span(1, 0, 1, None, None),), ())
         self._pipeline.submit(step, self._hidden)
-        return self._pipeline.collect(EPOCH)
+        return self._pipeline.collect(FIRST_EPOCH)
 
     def inside_s(self) -> float:
         """Median seconds from a step's arrival at a worker until it was about to send it on."""
