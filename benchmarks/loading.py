@@ -62,7 +62,7 @@ def status(name):
 where, precision, layers, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(threads)
 before = status("VmRSS:")
-assign = Assign(1, 1, 0, 1, where, "", 0, layers, precision, 4096, "ipc:///x", None, None, False)
+assign = Assign(1, 1, 0, 1, where, None, "", 0, layers, precision, 4096, "ipc:///x", None, None, None, False)
 started = time.perf_counter()
 stage = load_stage(assign, torch.device("cpu"), lambda *_: None)
 ready_s = time.perf_counter() - started

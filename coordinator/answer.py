@@ -58,7 +58,7 @@ class Answer:
         if timing is None or len(timing.stages) != len(self._shares):
             return
         self._shares = [
-            StageShare(old.compute_s + new.compute_s, old.wire_s + new.wire_s, new.kv_tokens)
+            StageShare(old.compute_s + new.compute_s, old.wire_s + new.wire_s, new.kv_tokens, new.is_wire_derived)
             for old, new in zip(self._shares, timing.stages, strict=True)
         ]
 
@@ -130,7 +130,7 @@ class Answer:
             stages=tuple(
                 StageStats(
                     number,
-                    stage.device,
+                    stage.place,
                     stage.layers_text,
                     stage.precision,
                     share.compute_s,
@@ -152,6 +152,9 @@ class Answer:
             notes.append(f"{sequence.num_accepted} of {sequence.num_drafted} drafted tokens were right")
         if sequence.num_set_back:
             notes.append(f"computed again for want of KV cache: {sequence.num_set_back} times")
+        derived = [str(number) for number, share in enumerate(self._shares, start=1) if share.is_wire_derived]
+        if derived:
+            notes.append(f"wire of stage {', '.join(derived)}: a share of what the whole way took beyond computing")
         return [*notes, pacing] if pacing else notes
 
 

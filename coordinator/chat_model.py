@@ -12,8 +12,9 @@ import torch
 from coordinator.answer import Answer
 from coordinator.chain import FIRST_EPOCH
 from coordinator.closing import Closing
-from coordinator.cluster import Cluster, ClusterSettings, ProgressSink
+from coordinator.cluster import Cluster, ClusterSettings, Listening, ProgressSink
 from coordinator.engine import Engine
+from coordinator.errors import PlanError
 from coordinator.launcher import LogSink
 from coordinator.limits import limits_of
 from coordinator.memory import NoteSink, fitting_kv_budget
@@ -63,6 +64,7 @@ def launch(
     reuse: bool = True,
     steps_in_flight: int | None = None,
     recovery: RecoveryPolicy = DEFAULT_RECOVERY,
+    listening: Listening | None = None,
 ) -> "ChatModel":
     """Start the workers of a plan and load a model into them.
 
@@ -75,15 +77,18 @@ def launch(
         check_memory: refuse a plan that does not fit.
         speculate: guess tokens that the text has had before, and verify several in one step.
         reuse: keep what ended requests cached, for those that begin alike.
+        listening: where workers of the other hosts in the plan join, and the keys that let them in.
         steps_in_flight: how many decode steps the sequences are dealt out to; None finds the fastest number.
 
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
     """
+    name_elsewhere = "" if model is None else _name_elsewhere(model)
     model = demo_model_dir() if model is None else model
     description = resolve_description(model, revision)
     config = load_config(description)
     checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
+    _check_hosts(checked_plan, listening)
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
     settings = ClusterSettings(
@@ -92,8 +97,12 @@ def launch(
         FIRST_EPOCH,
         default_kv_budget_tokens=KV_BUDGET_CONTEXTS * config.max_context,
         record_hidden_states=record_hidden_states,
+        model_name=name_elsewhere,
+        revision=revision,
     )
-    cluster = Cluster(checked_plan, settings, on_progress=on_progress, on_log=on_log)
+    cluster = Cluster(
+        checked_plan, settings, on_progress=on_progress, on_log=on_log, on_note=on_note, listening=listening
+    )
     try:
         budget = fitting_kv_budget(
             checked_plan, config, cluster.join(), settings.default_kv_budget_tokens, on_note, refuse=check_memory
@@ -108,6 +117,22 @@ def launch(
     except BaseException:
         cluster.close()
         raise
+
+
+def _name_elsewhere(model: str | Path) -> str:
+    """What other hosts find the model by: the demo model comes along, a directory is looked for in the same place."""
+    if Path(model).expanduser().is_dir():
+        path = Path(model).expanduser().absolute()
+        return "" if path == demo_model_dir() else str(path)
+    return str(model)
+
+
+def _check_hosts(plan: Plan, listening: Listening | None) -> None:
+    hosts = sorted({stage.host for stage in plan.stages if stage.host is not None})
+    if hosts and listening is None:
+        raise PlanError(
+            [f"stages of {', '.join(hosts)} need a place to join: glmpipe launch --listen tcp://ADDRESS_OF_THIS_HOST"]
+        )
 
 
 def _load_ends(checkpoint: ModelSource, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:

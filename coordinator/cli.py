@@ -11,7 +11,20 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from coordinator.commands import bench, cache, chat, compare, convert, doctor, dump, generate, launch, score, worker
+from coordinator.commands import (
+    bench,
+    cache,
+    chat,
+    compare,
+    convert,
+    doctor,
+    dump,
+    generate,
+    keys,
+    launch,
+    score,
+    worker,
+)
 from coordinator.commands.session import log_of
 from coordinator.errors import CoordinatorError
 from coordinator.log import JsonLog
@@ -32,6 +45,7 @@ COMMANDS = {
     "chat": chat,
     "generate": generate,
     "launch": launch,
+    "keys": keys,
     "convert": convert,
     "cache": cache,
     "score": score,

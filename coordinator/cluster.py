@@ -1,6 +1,7 @@
 """The worker processes of one plan on this host: brought up, assigned their layers, watched, taken down."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ import torch
 import zmq
 
 from coordinator.closing import Closing
-from coordinator.control import ControlPlane, Reply, expect
+from coordinator.control import ControlPlane, NoteSink, Reply, expect
+from coordinator.door import Door, Seat, data_endpoint
 from coordinator.errors import StageLost, WorkerDied
 from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
@@ -18,12 +20,16 @@ from coordinator.plan import Plan
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
 from protocol.control import Assign, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready
+from protocol.key_files import KeyDirectory
+from protocol.security import Gatekeeper
 from protocol.sockets import Socket
 from protocol.torch_bridge import from_raw
 
 JOIN_DEADLINE_S = 120.0
 """Python and torch take seconds to start, a minute on a slow disk."""
 REQUEST_DEADLINE_S = 60.0
+WAITING_NOTE_S = 60.0
+"""How often a launch says which other hosts it waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +48,26 @@ ProgressSink = Callable[[StageProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class ClusterSettings:
-    """What every stage is told: the model, the epoch, the KV budget of stages that state none themselves."""
+    """What every stage is told: the model, the epoch, the KV budget of stages that state none themselves.
+
+    `model_name` and `revision` are what other hosts find the model by; an empty name is the model that comes along.
+    """
 
     model_dir: Path
     fingerprint: str
     epoch: int
     default_kv_budget_tokens: int
     record_hidden_states: bool = False
+    model_name: str = ""
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where other hosts reach this one, `tcp://ADDR:PORT`, and the keys by which they know each other."""
+
+    endpoint: str
+    keys: KeyDirectory
 
 
 class Cluster(Closing):
@@ -61,13 +80,17 @@ class Cluster(Closing):
         *,
         on_progress: ProgressSink | None = None,
         on_log: LogSink | None = None,
+        on_note: NoteSink | None = None,
+        listening: Listening | None = None,
     ) -> None:
         """Start the workers; `load` makes them ready.
 
         Raises:
-            LaunchError: a worker cannot be started.
+            LaunchError: a worker cannot be started. ProtocolError: other hosts cannot be listened to.
         """
         self.plan = plan
+        self._on_note = on_note or (lambda _: None)
+        self._note_due_s = 0.0
         self.ready: tuple[Ready, ...] = ()
         self._joins: tuple[Join, ...] = ()
         self._assigned: list[Future[Reply]] = []
@@ -75,7 +98,7 @@ class Cluster(Closing):
         self._on_progress = on_progress
         with ExitStack() as stack:
             with signals_deferred():
-                self._bring_up(stack, on_log)
+                self._bring_up(stack, on_log, listening)
             self._resources = stack.pop_all()
 
     def join(self) -> tuple[Join, ...]:
@@ -85,7 +108,7 @@ class Cluster(Closing):
             LaunchError: a worker died, or did not join in time.
         """
         if not self._joins:
-            joins = self._control.wait_for_joins(JOIN_DEADLINE_S, self._launcher.check)
+            joins = self._control.wait_for_joins(JOIN_DEADLINE_S, self._check_joining)
             self._joins = tuple(joins[worker_id] for worker_id in self._worker_ids)
         return self._joins
 
@@ -105,13 +128,11 @@ class Cluster(Closing):
 
         `default_kv_budget_tokens` replaces the settings' one. Raises LaunchError as `join`.
         """
-        endpoints = [join.data_endpoint for join in self.join()]
-        following = [*endpoints[1:], self.pipeline.return_endpoint]
+        self.pipeline.last_public_key = self.join()[-1].public_key if self.pipeline.is_guarded else ""
         if default_kv_budget_tokens is not None:
             self._settings = replace(self._settings, default_kv_budget_tokens=default_kv_budget_tokens)
         self._assigned = [
-            self._control.begin(worker_id, self._assignment(index, following[index]))
-            for index, worker_id in enumerate(self._worker_ids)
+            self._control.begin(worker_id, self._assignment(index)) for index, worker_id in enumerate(self._worker_ids)
         ]
 
     def load(self) -> tuple[Ready, ...]:
@@ -124,7 +145,8 @@ class Cluster(Closing):
             self.assign()
         self.ready = self._wait_until_ready(self._assigned)
         self._on_progress = None  # what is loaded again later, nobody watches
-        self.pipeline.connect(self._joins[0].data_endpoint)
+        first = self._joins[0]
+        self.pipeline.connect(first.data_endpoint, first.public_key if first.is_guarded else None)
         return self.ready
 
     def check(self) -> None:
@@ -133,7 +155,7 @@ class Cluster(Closing):
             raise StageLost(dead.describe("while serving"))
         for worker_id, what in self._control.lost().items():
             stage = self.plan.stages[self._worker_ids.index(worker_id)]
-            raise StageLost(f"{worker_id} ({stage.device}, layers {stage.layers_text}) {what}")
+            raise StageLost(f"{worker_id} ({stage.place}, layers {stage.layers_text}) {what}")
 
     def recover(self) -> int:
         """Start workers anew in the place of those lost, and assign all stages in a new epoch, which is returned.
@@ -147,8 +169,10 @@ class Cluster(Closing):
         lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.lost()}
         for index in sorted(lost or {self._laggard()}):
             self._control.forget(self._worker_ids[index])
-            self._launcher.restart(index)
+            if self.plan.stages[index].host is None:  # another host's worker comes back by itself, or another one does
+                self._launcher.restart(index)
         self._joins = ()
+        self._note_due_s = 0.0
         self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
         self.assign()
         self.load()
@@ -189,34 +213,78 @@ class Cluster(Closing):
         """Stop and reap the workers, close the sockets, remove the runtime directory. Safe to call twice."""
         self._resources.close()
 
-    def _bring_up(self, stack: ExitStack, on_log: LogSink | None) -> None:
+    def _bring_up(self, stack: ExitStack, on_log: LogSink | None, listening: Listening | None) -> None:
+        stages = self.plan.stages
+        hosts = tuple(stage.host for stage in stages)
         self.runtime_dir = stack.enter_context(RuntimeDir())
         self.context: zmq.Context[Socket] = stack.enter_context(zmq.Context())
         endpoint = self.runtime_dir.endpoint("control")
-        self._launcher = Launcher(self.plan.stages, endpoint, on_log=on_log)
+        guarded = _guarded_endpoints(hosts, listening)
+        self._launcher = Launcher(stages, endpoint, on_log=on_log, data_endpoints=guarded)
         self._worker_ids = self._launcher.worker_ids
+        own = [worker_id for worker_id, host in zip(self._worker_ids, hosts, strict=True) if host is None]
+        gatekeeper = None if listening is None else stack.enter_context(Gatekeeper(self.context))
+        self._door = None if listening is None else Door(listening.endpoint, listening.keys, self._seats())
         self._control = stack.enter_context(
-            ControlPlane(self.context, endpoint, self._worker_ids, on_progress=self._relay_progress)
+            ControlPlane(
+                self.context,
+                endpoint,
+                own,
+                on_progress=self._relay_progress,
+                door=self._door,
+                gatekeeper=gatekeeper,
+                on_note=self._on_note,
+            )
         )
-        self.pipeline = Pipeline(self.context, self.runtime_dir.endpoint("return"), self.check)
+        self.pipeline = Pipeline(
+            self.context,
+            guarded.get(len(stages), self.runtime_dir.endpoint("return")),
+            self.check,
+            gatekeeper=gatekeeper if len(stages) in guarded else None,
+            hosts=hosts,
+        )
         stack.callback(self.pipeline.close)
         stack.enter_context(self._launcher)
 
-    def _assignment(self, index: int, next_endpoint: str) -> Assign:
+    def _seats(self) -> list[Seat]:
+        stages = zip(self._worker_ids, self.plan.stages, strict=True)
+        return [Seat(worker_id, stage.host, stage.device) for worker_id, stage in stages if stage.host is not None]
+
+    def _check_joining(self) -> None:
+        """While workers join: whether one of this host has died; now and then, for which other hosts we wait."""
+        self._launcher.check()
+        waiting = self._control.waiting_seats()
+        if self._door is not None and waiting and time.monotonic() >= self._note_due_s:
+            self._note_due_s = time.monotonic() + WAITING_NOTE_S
+            for line in self._door.waiting_lines(waiting):
+                self._on_note(line)
+
+    def _assignment(self, index: int) -> Assign:
         stage, settings = self.plan.stages[index], self._settings
+        is_last = index == len(self.plan.stages) - 1
+        previous = self.pipeline.keys.public if index == 0 else self._joins[index - 1].public_key
+        if is_last:
+            next_endpoint = self.pipeline.return_endpoint
+            next_key = self.pipeline.keys.public if self.pipeline.is_guarded else None
+        else:
+            following = self._joins[index + 1]
+            next_endpoint = following.data_endpoint
+            next_key = following.public_key if following.is_guarded else None
         return Assign(
             request_id=0,
             epoch=settings.epoch,
             stage_index=index,
             num_stages=len(self.plan.stages),
-            model_path=str(settings.model_dir),
+            model_path=str(settings.model_dir) if stage.host is None else settings.model_name,
+            model_revision=None if stage.host is None else settings.revision,
             fingerprint=settings.fingerprint,
             layer_start=stage.layer_start,
             layer_end=stage.layer_end,
             precision=stage.precision,
             kv_budget_tokens=self.kv_budgets[index],
             next_endpoint=next_endpoint,
-            next_public_key=None,
+            next_public_key=next_key,
+            previous_public_key=previous,
             activation_dtype=None,
             record_hidden_states=settings.record_hidden_states,
         )
@@ -237,7 +305,7 @@ class Cluster(Closing):
 
     def _ready(self, index: int, future: Future[Reply]) -> Ready:
         stage = self.plan.stages[index]
-        message, _ = expect(future.result(0), Ready, f"stage {index + 1} ({stage.device}, layers {stage.layers_text})")
+        message, _ = expect(future.result(0), Ready, f"stage {index + 1} ({stage.place}, layers {stage.layers_text})")
         assert isinstance(message, Ready)
         num_layers = stage.layer_end - stage.layer_start
         self._report(StageProgress(index, num_layers, num_layers, message.weight_bytes, message))
@@ -250,3 +318,12 @@ class Cluster(Closing):
     def _report(self, progress: StageProgress) -> None:
         if self._on_progress is not None:
             self._on_progress(progress)
+
+
+def _guarded_endpoints(hosts: Sequence[str | None], listening: Listening | None) -> dict[int, str]:
+    """Where this host's stages listen that follow another host's stage; by `len(hosts)`, the way back to here."""
+    if listening is None:
+        return {}
+    hops = zip([None, *hosts], [*hosts, None], strict=True)
+    behind = [index for index, (before, here) in enumerate(hops) if before is not None and here is None]
+    return {index: data_endpoint(listening.endpoint, (index + 1) % (len(hosts) + 1)) for index in behind}

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import IO, Self
 
 from coordinator.closing import Closing
@@ -66,7 +67,8 @@ class Launcher(Closing):
     """One worker process per stage of a plan. A context manager: `start` on the way in, `close` on the way out.
 
     `endpoint` is the coordinator's control endpoint. `on_log` receives the workers' prefixed lines, stderr by
-    default. `command` is what starts a worker; the worker's options are appended.
+    default. `command` is what starts a worker; the worker's options are appended. Stages of other hosts are not its
+    business. `data_endpoints` says, by stage, where those listen that follow another host's stage.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Launcher(Closing):
         *,
         on_log: LogSink | None = None,
         command: Sequence[str] | None = None,
+        data_endpoints: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
+        self._data_endpoints = data_endpoints
         self._stages = tuple(stages)
         self._endpoint = endpoint
         self._on_log = on_log or _to_stderr
@@ -97,7 +101,7 @@ class Launcher(Closing):
         self._lifeline = os.pipe()
         try:
             with signals_deferred():
-                for index in range(len(self._stages)):
+                for index in (i for i, stage in enumerate(self._stages) if stage.host is None):
                     self._workers.append(self._spawn(index, self._lifeline[0]))
         except OSError as error:
             self.close()
@@ -113,10 +117,11 @@ class Launcher(Closing):
             LaunchError: it cannot be spawned.
         """
         assert self._lifeline is not None
-        self._workers[index].kill()
+        place = next(i for i, worker in enumerate(self._workers) if worker.stage_index == index)
+        self._workers[place].kill()
         try:
             with signals_deferred():
-                self._workers[index] = self._spawn(index, self._lifeline[0])
+                self._workers[place] = self._spawn(index, self._lifeline[0])
         except OSError as error:
             raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None
 
@@ -163,6 +168,8 @@ class Launcher(Closing):
             "--worker-id": self.worker_ids[index],
             "--lifeline-fd": lifeline,
         }
+        if index in self._data_endpoints:
+            options["--listen"] = self._data_endpoints[index]
         command = [*self._command, "--log-json", *(str(part) for option in options.items() for part in option)]
         process = subprocess.Popen(
             command,
@@ -180,7 +187,7 @@ class _Worker:
     """One worker process and the thread that reads what it prints."""
 
     def __init__(self, index: int, device: str, process: "subprocess.Popen[bytes]", on_log: LogSink) -> None:
-        self._index = index
+        self.stage_index = index
         self._device = device
         self._process = process
         self._on_log = on_log
@@ -195,7 +202,7 @@ class _Worker:
     def exit(self) -> WorkerExit:
         self._reader.join(timeout=1.0)
         return WorkerExit(
-            self._index, self._device, self._process.pid, self._process.returncode, tuple(self._last_lines)
+            self.stage_index, self._device, self._process.pid, self._process.returncode, tuple(self._last_lines)
         )
 
     def signal(self, number: signal.Signals) -> None:

@@ -11,7 +11,8 @@ from coordinator.errors import StepStuck
 from protocol.data import Span, Step, StepFailed
 from protocol.errors import ProtocolError
 from protocol.messages import Plane
-from protocol.sockets import Socket, bind, connect, data_socket, receive, send
+from protocol.security import Gatekeeper, KeyPair, be_client, new_key_pair
+from protocol.sockets import Socket, bind, connect, data_socket, receive, receive_from, send
 from protocol.tensors import RawTensor
 from protocol.torch_bridge import from_raw, to_raw
 from protocol.wire import decode
@@ -23,13 +24,15 @@ _POLL_MS = 100
 class Outcome:
     """What became of a step. `hidden` [num_tokens, hidden_size] is None when a stage failed it.
 
-    Times are seconds of this host's monotonic clock.
+    Times are seconds of this host's monotonic clock. `hosts` are the stages', None for this one: the stamps of others
+    are of clocks that have nothing to do with it.
     """
 
     message: Step | StepFailed
     hidden: torch.Tensor | None
     submitted_at_s: float
     arrived_at_s: float
+    hosts: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +50,46 @@ class _Submitted:
 class Pipeline:
     """The coordinator's two ends of the chain of stages.
 
-    `check` is called while waiting and raises when a stage is gone: nothing here waits for what cannot come.
+    `check` is called while waiting and raises when a stage is gone: nothing here waits for what cannot come. With a
+    `gatekeeper` the last stage is another host's: only who owns the key `last_public_key` is listened to.
     """
 
-    def __init__(self, context: "zmq.Context[Socket]", return_endpoint: str, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        context: "zmq.Context[Socket]",
+        return_endpoint: str,
+        check: Callable[[], None],
+        *,
+        gatekeeper: Gatekeeper | None = None,
+        hosts: tuple[str | None, ...] = (),
+    ) -> None:
         self._context = context
+        self.keys: KeyPair = new_key_pair()
+        self.last_public_key = ""
+        self.is_guarded = gatekeeper is not None
+        self._hosts = hosts
         self._push = data_socket(context, zmq.PUSH)
         self._pull = data_socket(context, zmq.PULL)
-        self.return_endpoint = bind(self._pull, return_endpoint)
+        if gatekeeper is not None:
+            gatekeeper.guard(self._pull, self.keys, "return", lambda key: key == self.last_public_key, may_retry=True)
         self._check = check
         self._submitted: dict[int, _Submitted] = {}
+        try:
+            self.return_endpoint = bind(self._pull, return_endpoint)
+        except BaseException:
+            self.close()
+            raise
 
-    def connect(self, first_stage_endpoint: str) -> None:
-        """Aim at the first stage, which may be another one than before: what was not sent yet is dropped."""
+    def connect(self, first_stage_endpoint: str, first_public_key: str | None = None) -> None:
+        """Aim at the first stage, which may be another one than before: what was not sent yet is dropped.
+
+        It demands keys where its own is given.
+        """
         self._push.close(linger=0)
         self._push = data_socket(self._context, zmq.PUSH)
         self._submitted.clear()
+        if first_public_key is not None:
+            be_client(self._push, self.keys, first_public_key)
         connect(self._push, first_stage_endpoint)
 
     def submit(self, step: Step, hidden: torch.Tensor) -> None:
@@ -81,7 +108,9 @@ class Pipeline:
         """
         while True:
             self._wait(self._pull, zmq.POLLIN, patience_s)
-            frames = receive(self._pull)
+            sender, frames = receive_from(self._pull) if self.is_guarded else ("", receive(self._pull))
+            if sender != self.last_public_key:
+                continue
             arrived_at_s = time.monotonic()
             try:
                 message, tensors = decode(frames, Plane.DATA)
@@ -93,7 +122,7 @@ class Pipeline:
                 continue
             del self._submitted[message.step_id]
             hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
-            return Outcome(message, hidden, submitted.at_s, arrived_at_s)
+            return Outcome(message, hidden, submitted.at_s, arrived_at_s, self._hosts)
 
     def close(self) -> None:
         """Close both sockets; steps under way are dropped."""

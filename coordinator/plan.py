@@ -26,6 +26,7 @@ class StagePlan:
 
     `num_threads` None leaves the choice to the launcher: all usable cores, because stages take turns.
     `kv_budget_tokens` None leaves the size of the KV cache to the coordinator, which knows the model's context.
+    `host` None is this host; another one is called as the keys of its workers are (`glmpipe keys list`).
     """
 
     device: str
@@ -34,6 +35,12 @@ class StagePlan:
     precision: str
     num_threads: int | None = None
     kv_budget_tokens: int | None = None
+    host: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The device as a user reads it: `cuda:0`, or `cuda:0 of lab2`."""
+        return self.device if self.host is None else f"{self.device} of {self.host}"
 
     @property
     def layers_text(self) -> str:
@@ -127,7 +134,7 @@ def describe(plan: Plan, *, verbose: bool = False) -> tuple[str, ...]:
     lines = [_line("embeddings", ends.embedding_precision, ends.embedding_device)]
     for stage in plan.stages:
         parts = _parts(stage, one_by_one)
-        lines += [_line(part, stage.precision, stage.device) for part in parts]
+        lines += [_line(part, stage.precision, stage.place) for part in parts]
     lines.append(_line("final_layernorm", ends.final_layernorm_precision, ends.final_layernorm_device))
     lines.append(_line("lm_head", ends.lm_head_precision, ends.lm_head_device))
     return tuple(lines)
@@ -137,7 +144,7 @@ def describe_stages(plan: Plan) -> tuple[str, ...]:
     """A line for each stage, by its number, and each part of the ends: `stage 1, layers 1-12 -> int8 -> cuda:1`."""
     first, *_, norm, lm_head = describe(plan)
     stages = [
-        _line(f"stage {number}, {part}", stage.precision, stage.device)
+        _line(f"stage {number}, {part}", stage.precision, stage.place)
         for number, stage in enumerate(plan.stages, start=1)
         for part in _parts(stage, one_by_one=False)
     ]

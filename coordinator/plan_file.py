@@ -12,6 +12,7 @@ layers = "1-24"                   # counted from 1, inclusive
 precision = "int8"                # fp32 bf16 fp16 int8 int4
 threads = 4
 kv_budget_tokens = 4096           # or kv_budget = "2GiB"
+host = "lab2"                     # another host than the launching one, as `glmpipe keys list` calls it
 
 [[stage]]
 device = "cpu"
@@ -50,6 +51,7 @@ _STAGE_KEYS: Mapping[str, type] = {
     "threads": int,
     "kv_budget_tokens": int,
     "kv_budget": str,
+    "host": str,
 }
 _ENDS_KEYS: Mapping[str, type] = dict.fromkeys(
     ("embeddings", "final_layernorm", "lm_head", "precision", "lm_head_precision"), str
@@ -127,6 +129,7 @@ def _stage(entry: object, number: int, faults: list[str]) -> StageRequest | None
         num_threads=known.get("threads"),
         kv_budget_tokens=known.get("kv_budget_tokens"),
         kv_budget=known.get("kv_budget"),
+        host=known.get("host"),
     )
 
 

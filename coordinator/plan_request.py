@@ -24,6 +24,7 @@ class StageRequest:
     num_threads: int | None = None
     kv_budget_tokens: int | None = None
     kv_budget: str | None = None
+    host: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def request_of(plan: Plan) -> PlanRequest:
             precision=stage.precision,
             num_threads=stage.num_threads,
             kv_budget_tokens=stage.kv_budget_tokens,
+            host=stage.host,
         )
         for number, stage in enumerate(plan.stages, start=1)
     )

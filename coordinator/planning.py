@@ -31,6 +31,7 @@ from coordinator.plan_request import Option, PlanRequest, StageRequest, request_
 HEAD_PRECISION = "int8"
 """lm_head's where all stages are quantised: docs/measurements.md has why not int4."""
 MAX_THREADS = 4096
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 PlanSource = Plan | PlanRequest | Path | str | None
 """A plan, a wish, a plan file, or None for the default."""
@@ -157,7 +158,9 @@ def _stage(
     devices: Sequence[str],
     faults: list[str],
 ) -> StagePlan:
-    device = _device(Option(wish.origin, wish.device), devices, faults)
+    device = _device(Option(wish.origin, wish.device), devices, faults, is_here=wish.host is None)
+    if wish.host is not None and not HOST_NAME.fullmatch(wish.host):
+        faults.append(f"{wish.origin}: {wish.host!r} is no host's name; write what `glmpipe keys list` calls it")
     precision = _device_precision(request, device)
     if wish.precision is not None:
         precision = wish.precision.strip().lower()
@@ -166,7 +169,9 @@ def _stage(
     if num_threads is not None:
         faults += out_of_range(wish.origin, "threads", num_threads, MAX_THREADS)
     start, end = (found.start, found.end) if found else (0, 0)
-    return StagePlan(device or "cpu", start, end, precision, num_threads)
+    if wish.host is not None and wish.num_threads is not None:
+        faults.append(f"{wish.origin}: threads of {wish.host} are chosen there, with the worker's --threads")
+    return StagePlan(device or "cpu", start, end, precision, num_threads, host=wish.host)
 
 
 def _kv_budget(
@@ -309,14 +314,14 @@ def _precision_faults(wish: Option, device: str | None) -> list[str]:
     return []
 
 
-def _device(wish: Option, devices: Sequence[str], faults: list[str]) -> str | None:
-    """The canonical device; None for one that is at fault."""
+def _device(wish: Option, devices: Sequence[str], faults: list[str], *, is_here: bool = True) -> str | None:
+    """The canonical device; None for one that is at fault. What another host has will be seen when it joins."""
     device = parse_device(wish.text)
     if device is None:
         remedy = _did_you_mean(wish.text, devices)
         faults.append(f"{wish.origin}: device {wish.text!r} is unknown; {remedy}")
         return None
-    if device not in devices:
+    if is_here and device not in devices:
         seen = ", ".join(devices)
         hint = "" if any(map(is_gpu, devices)) else "; torch sees no GPU, so check its driver and its CUDA build"
         faults.append(f"{wish.origin}: device {device} is not on this machine, which has {seen}{hint}")

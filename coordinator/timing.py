@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from coordinator.pipeline import Outcome
@@ -18,11 +18,15 @@ EndsPart = Literal["embed", "head", "sample"]
 
 @dataclass(frozen=True, slots=True)
 class StageShare:
-    """What one stage had of a step: seconds computing, seconds the step travelled to it, tokens cached after."""
+    """What one stage had of a step: seconds computing, seconds the step travelled to it, tokens cached after.
+
+    `is_wire_derived`: its clock is another host's, so the travel is a share of what the whole way took beyond the rest.
+    """
 
     compute_s: float
     wire_s: float
     kv_tokens: int
+    is_wire_derived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ class Interval:
 class StepRecord:
     """One finished step, for those who watch the engine: what it fed, what came of it, who was at it when.
 
-    `stages` are as the stages sent them, each by its own host's clock. `ends` are in order of time.
+    `stages` are as the stages sent them, in order, those of other hosts moved onto this host's clock (the way to them
+    is then a guess, how long they had it is not). `ends` are in order of time.
     `num_new_tokens` counts the tokens that the step's outcome gave all its sequences.
     """
 
@@ -152,19 +157,49 @@ class EndsClock:
 def step_timing(outcome: Outcome, clock: EndsClock) -> StepTiming:
     """Each hop's travel counts for the stage it leads to, and the way back for the last one.
 
-    All processes run on one host and share its monotonic clock, so the difference of two stamps is the hop.
+    Processes of one host share its monotonic clock, so the difference of two stamps is the hop; see `on_one_clock`.
     """
     shares, left_at_s = [], outcome.submitted_at_s
-    timings = outcome.message.timings
+    timings = on_one_clock(outcome)
+    derived = _derived_hops(outcome)
     back_s = max(0.0, outcome.arrived_at_s - timings[-1].sent_at_s) if timings else 0.0
     for position, timing in enumerate(timings):
         wire_s = max(0.0, timing.received_at_s - left_at_s)
         if position == len(timings) - 1:
             wire_s += back_s
-        shares.append(StageShare(timing.compute_s, wire_s, timing.kv_tokens))
+        is_derived = derived[position] or (position == len(timings) - 1 and derived[-1])
+        shares.append(StageShare(timing.compute_s, wire_s, timing.kv_tokens, is_derived))
         left_at_s = timing.sent_at_s
     ends = EndsShare(clock.embedding.total_s, clock.head.total_s, clock.sampling.total_s, back_s)
     return StepTiming(outcome.submitted_at_s, outcome.arrived_at_s, tuple(shares), ends)
+
+
+def on_one_clock(outcome: Outcome) -> tuple[StageTiming, ...]:
+    """The stages' stamps, all of this host's clock.
+
+    No two hosts' clocks are compared. How long a stage had the step, and how long it travelled inside one host, is
+    measured; what is left of the whole way is shared evenly by the hops between hosts.
+    """
+    timings, derived = outcome.message.timings, _derived_hops(outcome)
+    if not any(derived):
+        return timings
+    left = [outcome.submitted_at_s, *(timing.sent_at_s for timing in timings)]
+    reached = [*(timing.received_at_s for timing in timings), outcome.arrived_at_s]
+    hops = [0.0 if unknown else end - start for start, end, unknown in zip(left, reached, derived, strict=True)]
+    stays = [timing.sent_at_s - timing.received_at_s for timing in timings]
+    rest_s = max(0.0, outcome.arrived_at_s - outcome.submitted_at_s - sum(hops) - sum(stays))
+    moved, now_s = [], outcome.submitted_at_s
+    for timing, hop_s, stay_s, unknown in zip(timings, hops, stays, derived, strict=False):
+        received_at_s = now_s + (rest_s / sum(derived) if unknown else hop_s)
+        now_s = received_at_s + stay_s
+        moved.append(replace(timing, received_at_s=received_at_s, sent_at_s=now_s))
+    return tuple(moved)
+
+
+def _derived_hops(outcome: Outcome) -> list[bool]:
+    """For each hop, the way back included, whether it leads from one host to another."""
+    hosts = [outcome.hosts[t.stage_index] if outcome.hosts else None for t in outcome.message.timings]
+    return [before != after for before, after in zip([None, *hosts], [*hosts, None], strict=True)]
 
 
 def step_record(
@@ -178,7 +213,7 @@ def step_record(
         spans=tuple(SpanRecord(span.sequence_id, span.start_pos, span.num_tokens) for span in spans),
         submitted_at_s=outcome.submitted_at_s,
         arrived_at_s=outcome.arrived_at_s,
-        stages=message.timings,
+        stages=on_one_clock(outcome),
         failed=isinstance(message, StepFailed),
         ends=clock.intervals(),
         num_new_tokens=num_new_tokens,

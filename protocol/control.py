@@ -30,7 +30,11 @@ ControlFailureCode = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Worker -> coordinator, first message: who I am, what I have. `data_endpoint` is where my PULL listens."""
+    """Worker -> coordinator, first message: who I am, what I have. `data_endpoint` is where my PULL listens.
+
+    `public_key` is this process's own on the data plane; `is_guarded` says that its PULL demands keys. `token` lets the
+    key that the connection was made with be allowed, once.
+    """
 
     request_id: Id
     worker_id: Name
@@ -45,11 +49,17 @@ class Join:
     num_threads: PositiveCount
     kernels: Annotated[tuple[Name, ...], MaxLength(64)]
     data_endpoint: Name
+    public_key: Name
+    is_guarded: bool
+    token: Name | None
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Coordinator -> worker: joined. A worker that hears nothing for `orphan_timeout_s` leaves."""
+    """Coordinator -> worker: joined. A worker that hears nothing for `orphan_timeout_s` has lost this coordinator.
+
+    `coordinator_id` differs between any two launches.
+    """
 
     request_id: Id
     coordinator_id: Name
@@ -59,7 +69,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Coordinator -> worker: not joined, and why; the worker leaves."""
+    """Coordinator -> worker: not joined, or no longer, and why. It leaves; with `no_seat` it may ask again later."""
 
     request_id: Id
     code: Name
@@ -70,6 +80,8 @@ class Refused:
 class Assign:
     """Coordinator -> worker: become stage `stage_index` of `num_stages` with layers [layer_start, layer_end), 0-based.
 
+    `model_path`: a directory or whatever else names a model; empty is the one that comes along. `next_public_key` None:
+    the next hop's PULL demands no keys. `previous_public_key`: the one that may connect to a guarded PULL.
     `kv_budget_tokens` bounds the sum of all sequences' cached tokens. `activation_dtype` None: hidden states leave in
     the stage's compute dtype. `record_hidden_states` keeps every layer's output per sequence, for Inspect.
     """
@@ -79,6 +91,7 @@ class Assign:
     stage_index: Index
     num_stages: PositiveCount
     model_path: PathText
+    model_revision: Name | None
     fingerprint: Name
     layer_start: Index
     layer_end: PositiveCount
@@ -86,6 +99,7 @@ class Assign:
     kv_budget_tokens: PositiveCount
     next_endpoint: Name
     next_public_key: Name | None
+    previous_public_key: Name | None
     activation_dtype: Literal["float32", "float16", "bfloat16"] | None
     record_hidden_states: bool
 

@@ -5,7 +5,8 @@ ProtocolError
 ├── VersionError    a header of another protocol version
 ├── MessageError    an unknown type, a missing, unknown, mistyped or impossible field
 ├── TensorError     a descriptor beyond the limits, or a buffer that does not match it
-└── EndpointError   an address this version does not bind or connect
+├── EndpointError   an address that is malformed, or that nobody may bind or connect so
+└── SecurityError   a key that is malformed, missing, or in a file that others may read
 """
 
 
@@ -40,3 +41,7 @@ class TensorError(ProtocolError):
 
 class EndpointError(ProtocolError):
     """An address that is malformed or not allowed."""
+
+
+class SecurityError(ProtocolError):
+    """A key that is malformed, missing, or kept where others may read it; says what to do."""

@@ -1,13 +1,14 @@
-"""ZeroMQ sockets as the contract wants them: bounded queues and message sizes, loopback only."""
+"""ZeroMQ sockets as the contract wants them: bounded queues and message sizes, and keys where other hosts can reach."""
 
 from collections.abc import Sequence
 
 import zmq
 
-from protocol.endpoints import checked_endpoint, needs_ipv6
+from protocol.endpoints import checked_endpoint, checked_own_address, is_local, needs_ipv6
 from protocol.errors import EndpointError
 from protocol.limits import MAX_TENSOR_BYTES
 from protocol.messages import Message
+from protocol.security import sender_key
 from protocol.tensors import RawTensor
 from protocol.wire import encode
 
@@ -19,6 +20,15 @@ DATA_QUEUE = 64
 """Steps waiting per hop: each may carry a whole prompt's hidden states, so backpressure must reach the coordinator."""
 CONTROL_LINGER_MS = 500
 """How long closing a control socket waits for a goodbye to leave; a data socket drops what nobody took."""
+
+HEARTBEAT_MS = 2000
+SILENT_MS = 10_000
+"""A connection over TCP that has been silent for so long, although ZeroMQ's own heartbeats went out, is closed."""
+HANDSHAKE_MS = 2000
+"""Whoever has not shaken hands after so long is disconnected: strangers that say nothing, and clients refused for now,
+whose connection ZeroMQ does not always close at once."""
+RECONNECT_MAX_MS = 2000
+"""Trying to connect again begins after 0.1 s and doubles up to this."""
 
 
 def control_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
@@ -34,9 +44,15 @@ def data_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
 
 
 def bind(socket: Socket, endpoint: str) -> str:
-    """Bind after the loopback check; returns the endpoint others can connect to (with the port chosen for `*`)."""
-    checked = checked_endpoint(endpoint)
-    socket.setsockopt(zmq.IPV6, int(needs_ipv6(checked)))
+    """Bind, with keys where others can reach it; returns the endpoint to connect to (with the port chosen for `*`).
+
+    Raises:
+        EndpointError: the address cannot be bound, or is no file, not on loopback, and the socket has no keys
+            (see `security.Gatekeeper.guard`).
+    """
+    checked = checked_own_address(endpoint)
+    _check_keys(socket, checked, "bound")
+    _prepare(socket, checked)
     try:
         socket.bind(checked)
     except zmq.ZMQError as error:
@@ -45,9 +61,14 @@ def bind(socket: Socket, endpoint: str) -> str:
 
 
 def connect(socket: Socket, endpoint: str) -> None:
-    """Connect after the loopback check; ZeroMQ goes on trying until somebody listens."""
+    """Connect; ZeroMQ goes on trying until somebody listens.
+
+    Raises:
+        EndpointError: another host's address, and the socket has no keys (see `security.be_client`).
+    """
     checked = checked_endpoint(endpoint)
-    socket.setsockopt(zmq.IPV6, int(needs_ipv6(checked)))
+    _check_keys(socket, checked, "connected")
+    _prepare(socket, checked)
     try:
         socket.connect(checked)
     except zmq.ZMQError as error:
@@ -70,6 +91,31 @@ def receive(socket: Socket, flags: int = 0) -> list[memoryview]:
         frame = socket.recv(flags, copy=False)
         frames.append(frame.buffer)
     return frames
+
+
+def receive_from(socket: Socket, flags: int = 0) -> tuple[str, list[memoryview]]:
+    """As `receive`, with the public key that the sender has proved to own; empty on a socket without keys."""
+    frames = socket.recv_multipart(flags=flags, copy=False)
+    return sender_key(frames[0]), [frame.buffer for frame in frames]
+
+
+def _check_keys(socket: Socket, checked: str, what: str) -> None:
+    if not is_local(checked) and socket.getsockopt(zmq.MECHANISM) != zmq.CURVE:
+        raise EndpointError(
+            f"{checked} is not this host's loopback interface, and nothing is {what} to other hosts without keys: "
+            "make them with `glmpipe keys new` (and name them, see `glmpipe worker --help`), or use "
+            "tcp://127.0.0.1:PORT (also 127.x.y.z, localhost, [::1]) or ipc:///path/to/socket"
+        )
+
+
+def _prepare(socket: Socket, checked: str) -> None:
+    """Between hosts, cables drop and machines sleep without a word: let ZeroMQ notice, and come back by itself."""
+    socket.setsockopt(zmq.IPV6, int(needs_ipv6(checked)))
+    if checked.startswith("tcp://"):
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
 
 
 def _socket(context: "zmq.Context[Socket]", kind: int, queue: int, linger_ms: int) -> Socket:

@@ -11,12 +11,29 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from protocol.endpoints import checked_endpoint
-from protocol.errors import EndpointError
+from protocol.endpoints import checked_endpoint, is_local
+from protocol.errors import EndpointError, SecurityError
+from protocol.security import checked_key
 from protocol.version import VERSION
 
+LOCAL_JOIN_TIMEOUT_S = 60.0
+EXAMPLES = """\
+On another host than the coordinator's, with what `glmpipe launch --listen` printed there:
+  glmpipe worker --join tcp://192.168.1.2:7410 --key 'COORDINATOR KEY' --token TOKEN --device cuda:0
+Once the token was used, --token may go: the coordinator's host keeps this host's key (`glmpipe keys list` there). The
+worker may start before the coordinator, waits for it as long as it takes, and keeps its weights for the next one.
+"""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModel:
+    """The model that a worker was started for: a directory, hub id or `random:SHAPE`, and a revision."""
+
+    name: str
+    revision: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +44,13 @@ class WorkerOptions:
     device: str
     num_threads: int | None
     worker_id: str
-    join_timeout_s: float
+    join_timeout_s: float | None
     lifeline_fd: int | None
+    listen: str | None = None
+    server_key: str | None = None
+    token: str | None = None
+    keys: Path | None = None
+    model: OwnModel | None = None
     log_json: bool = False
 
 
@@ -47,15 +69,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
     """Exits with code 2 and a usage message if the options cannot be."""
     parser = argparse.ArgumentParser(
-        prog="glmpipe worker", description="Serve one stage of a pipeline: join a coordinator, load what it assigns."
+        prog="glmpipe worker",
+        description="Serve one stage of a pipeline: join a coordinator, load what it assigns.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--join", required=True, metavar="ENDPOINT", type=_endpoint, help="the coordinator's endpoint")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--worker-id", type=_worker_id, metavar="ID", help="name to join with (default: DEVICE-PID)")
     parser.add_argument(
-        "--join-timeout", type=_seconds, default=60.0, metavar="S", help="leave if not welcomed by then (default: 60)"
+        "--join-timeout",
+        type=_seconds,
+        metavar="S",
+        help="leave if not welcomed by then (default: 60; with --key wait for ever)",
     )
+    _add_other_hosts_options(parser)
     parser.add_argument("--lifeline-fd", type=int, metavar="FD", help="leave when this inherited pipe is closed")
     parser.add_argument("--log-json", action="store_true", help="log one JSON object a line")
     parser.add_argument("--version", action="version", version=f"glmpipe {VERSION}")
@@ -66,9 +95,49 @@ def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
             os.fstat(given.lifeline_fd)
         except OSError as error:
             parser.error(f"--lifeline-fd {given.lifeline_fd}: {error.strerror}")
+    _check_keys(parser, given)
+    timeout_s = given.join_timeout or (None if given.key else LOCAL_JOIN_TIMEOUT_S)
     return WorkerOptions(
-        given.join, given.device, given.threads, worker_id, given.join_timeout, given.lifeline_fd, given.log_json
+        given.join,
+        given.device,
+        given.threads,
+        worker_id,
+        timeout_s,
+        given.lifeline_fd,
+        given.listen,
+        given.key,
+        given.token,
+        given.keys,
+        None if given.model is None else OwnModel(given.model, given.revision),
+        given.log_json,
     )
+
+
+def _add_other_hosts_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a coordinator on another host")
+    group.add_argument("--key", metavar="KEY", type=_key, help="the coordinator's public key, as its host shows it")
+    group.add_argument("--token", metavar="T", help="lets this host's key in, once and soon (glmpipe launch prints it)")
+    group.add_argument("--keys", metavar="DIR", type=Path, help="where keys are (default ~/.config/glmpipe/keys)")
+    group.add_argument(
+        "--listen",
+        metavar="ENDPOINT",
+        type=_endpoint,
+        help="tcp://ADDR:PORT where the stage before this one reaches it (default: a free port of the address that "
+        "leads to the coordinator)",
+    )
+    group.add_argument("--model", metavar="DIR|ID", help="where this host has the model (default: as launched)")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
+
+
+def _check_keys(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if given.key is None and not is_local(given.join):
+        parser.error(f"--join {given.join} is another host, which must be known by its key: add --key KEY")
+    if given.key is not None and not given.join.startswith("tcp://"):
+        parser.error(f"--key is for tcp://, not for {given.join}: drop it")
+    if given.token is not None and given.key is None:
+        parser.error("--token proves nothing to a coordinator that is not known by its key: add --key KEY")
+    if given.revision is not None and given.model is None:
+        parser.error(f"--revision {given.revision} is of no model: add --model ID")
 
 
 def _catch_signals() -> int:
@@ -85,6 +154,13 @@ def _endpoint(text: str) -> str:
     try:
         return checked_endpoint(text)
     except EndpointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _key(text: str) -> str:
+    try:
+        return checked_key(text)
+    except SecurityError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 

@@ -5,6 +5,9 @@
 The control thread alone owns the DEALER. It answers Ping itself, hands Assign, Inspect and Release to the main thread,
 sends out what the main thread gives it, and notices every reason to leave: Shutdown, a refusal, a signal, a silent
 coordinator, a dead launcher. It then wakes the main thread, which leaves; one that is stuck is not waited for.
+
+A worker of another host than the coordinator's stays when it loses one: it tells the main thread, which keeps its
+weights, and joins whichever coordinator comes next at the same address with the same key.
 """
 
 import logging
@@ -18,12 +21,14 @@ from dataclasses import dataclass
 import zmq
 
 from protocol.control import Assign, Inspect, Join, Leaving, Ping, Refused, Release, Shutdown, Welcome
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, VersionError
 from protocol.limits import clip_text
 from protocol.messages import Message, Plane
-from protocol.sockets import Socket, connect, control_socket, receive, send
+from protocol.security import KeyPair
+from protocol.sockets import Socket, receive, send
 from protocol.tensors import RawTensor
 from protocol.wire import decode
+from stage_worker.connection import Connection, News
 from stage_worker.log import logger
 from stage_worker.status import Status
 
@@ -35,17 +40,35 @@ EXIT_LOST = 3
 STUCK_AFTER_S = 5.0
 _POLL_S = 1.0
 _PAIR_ENDPOINT = "inproc://commands"
+_LOST = b"lost"
+ASK_AGAIN_S = 5.0
+"""After a coordinator said that it has no stage for this worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorLost:
+    """For the main thread: nobody will ask for what is being served; the next coordinator may want the same weights."""
+
+
+Command = Assign | Inspect | Release | CoordinatorLost
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """What the link needs to know: where to join, and the descriptors whose events mean leaving."""
+    """What the link needs to know: where to join, and the descriptors whose events mean leaving.
+
+    `keys` and `server_key` are there for a coordinator on another host, or neither is. `join` says what the worker has
+    at the time; `join_timeout_s` None waits for ever.
+    """
 
     endpoint: str
-    join: Join
-    join_timeout_s: float
+    worker_id: str
+    join: Callable[[], Join]
+    join_timeout_s: float | None
     signal_fd: int
     lifeline_fd: int | None
+    keys: KeyPair | None = None
+    server_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +100,15 @@ class ControlLink:
         self._closed = threading.Event()
         self._interrupts_seen = 0
         self._interrupts_taken = 0
+        self._coordinator_id: str | None = None
+        self._ask_again_s: float | None = None
         self._join_left_s = settings.join_timeout_s
         self._orphan_timeout_s: float | None = None
         self._silent_s = 0.0
         self.commands = context.socket(zmq.PAIR)
         self._main = context.socket(zmq.PAIR)
-        self._dealer = control_socket(context, zmq.DEALER)
+        self._connection = Connection(context, settings.endpoint, settings.keys, settings.server_key)
+        self._poller = zmq.Poller()
         self._main.bind(_PAIR_ENDPOINT)
         self.commands.connect(_PAIR_ENDPOINT)
         self._thread = threading.Thread(target=self._run, name="control")
@@ -91,9 +117,9 @@ class ControlLink:
 
     def start(self) -> None:
         """Connect, send Join and go on in the control thread. Raises EndpointError."""
-        self._dealer.setsockopt(zmq.ROUTING_ID, f"{self._settings.join.worker_id}.{os.getpid()}".encode()[:255])
-        connect(self._dealer, self._settings.endpoint)
-        send(self._dealer, self._settings.join)
+        self._connection.open(f"{self._settings.worker_id}.{os.getpid()}".encode()[:255])
+        if self._connection.monitor is None:
+            send(self._connection.dealer, self._settings.join())
         self._thread.start()
 
     @property
@@ -110,11 +136,14 @@ class ControlLink:
         """Whether the work in hand is no longer wanted: leaving, or a Release or another Assign waits to be taken."""
         return self._exit is not None or self._interrupts_seen != self._interrupts_taken
 
-    def take_command(self) -> Assign | Inspect | Release | None:
+    def take_command(self) -> Command | None:
         """The next command; call when `commands` is readable. None: look at `leaving`."""
         frames = receive(self.commands)
         if len(frames) == 1 and not frames[0]:
             return None
+        if len(frames) == 1 and frames[0] == _LOST:
+            self._interrupts_taken += 1
+            return CoordinatorLost()
         message, _ = decode(frames, Plane.CONTROL)
         assert isinstance(message, Assign | Inspect | Release)
         if isinstance(message, Assign | Release):
@@ -133,8 +162,9 @@ class ControlLink:
             if self._exit is None:
                 self.commands.send(b"")
             self._thread.join()
-        for socket in (self.commands, self._main, self._dealer):
+        for socket in (self.commands, self._main):
             socket.close()
+        self._connection.close()
 
     # -- the control thread's side
 
@@ -149,16 +179,17 @@ class ControlLink:
             self._on_stuck(self.exit_code)
 
     def _serve(self) -> None:
-        poller = zmq.Poller()
-        for source in (self._dealer, self._main, self._settings.signal_fd, self._settings.lifeline_fd):
-            if source is not None:
-                poller.register(source, zmq.POLLIN)
+        self._watch()
         while not self.leaving and not self._closed.is_set():
-            slice_s = min(_POLL_S, (self._orphan_timeout_s or self._settings.join_timeout_s) / 4)
+            if self._connection.reopen_if_due():
+                self._watch()
+            slice_s = min(_POLL_S, (self._orphan_timeout_s or self._settings.join_timeout_s or _POLL_S) / 4)
             started_s = time.monotonic()
-            events = dict(poller.poll(int(slice_s * 1000)))
+            events = dict(self._poller.poll(int(slice_s * 1000)))
             waited_s = min(slice_s, time.monotonic() - started_s)
-            heard = self._dealer in events and self._receive()
+            heard = self._connection.dealer in events and self._receive()
+            if self._connection.monitor is not None and self._connection.monitor in events:
+                self._on_news(self._connection.news())
             if self._main in events:
                 self._send_out()
             if self._settings.signal_fd in events:
@@ -167,19 +198,40 @@ class ControlLink:
                 self._on_lifeline()
             self._count_silence(heard, waited_s)
 
+    def _watch(self) -> None:
+        """Watch the sockets as they are now."""
+        self._poller = zmq.Poller()
+        connection, settings = self._connection, self._settings
+        for source in (connection.dealer, connection.monitor, self._main, settings.signal_fd, settings.lifeline_fd):
+            if source is not None:
+                self._poller.register(source, zmq.POLLIN)
+
+    def _on_news(self, news: News | None) -> None:
+        if news is News.UP:
+            self._reply(self._settings.join())
+        elif news in (News.UNKNOWN_KEY, News.WRONG_SERVER):
+            assert self._settings.keys is not None and news is not None
+            logger.warning("not let in at %s: %s", self._settings.endpoint, news.value)
+            if news is News.UNKNOWN_KEY:
+                logger.warning("there: glmpipe keys allow NAME_OF_THIS_HOST '%s'", self._settings.keys.public)
+
     def _receive(self) -> bool:
         """Handle one message of the coordinator; whether there was a valid one."""
         try:
-            message, _ = decode(receive(self._dealer), Plane.CONTROL)
+            message, _ = decode(receive(self._connection.dealer), Plane.CONTROL)
         except ProtocolError as error:
+            if isinstance(error, VersionError) and self._settings.keys is not None:
+                self._leave(EXIT_USAGE, f"the coordinator is of another release: {error}")
             logger.warning("dropped a control message: %s", error)
             return False
         match message:
             case Ping(request_id):
                 self._reply(self._pong(self.status, request_id))
             case Welcome():
-                self._orphan_timeout_s = message.orphan_timeout_s
-                logger.info("joined %s as %s", message.coordinator_id, self._settings.join.worker_id)
+                self._on_welcome(message)
+            case Refused() if message.code == "no_seat" and self._settings.keys is not None:
+                logger.warning("asking again every %g s: %s", ASK_AGAIN_S, message.text)
+                self._ask_again_s = ASK_AGAIN_S
             case Refused():
                 self._leave(EXIT_USAGE, f"refused by the coordinator ({message.code}): {message.text}")
             case Shutdown(request_id, reason):
@@ -189,6 +241,21 @@ class ControlLink:
             case _:
                 logger.warning("dropped a %s message: not for a worker", type(message).__name__)
         return True
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        if self._coordinator_id not in (None, welcome.coordinator_id):
+            self._lose_coordinator("another one has taken its place")
+        self._coordinator_id = welcome.coordinator_id
+        self._orphan_timeout_s = welcome.orphan_timeout_s
+        logger.info("joined %s as %s", welcome.coordinator_id, self._settings.worker_id)
+
+    def _lose_coordinator(self, what: str) -> None:
+        """Let the main thread forget what it serves, and wait for the next coordinator."""
+        logger.warning("lost %s: %s; keeping the weights for the next one", self._coordinator_id, what)
+        self._coordinator_id = self._orphan_timeout_s = None
+        self._silent_s = 0.0
+        self._interrupts_seen += 1
+        self._main.send(_LOST, flags=zmq.NOBLOCK)
 
     def _hand_over(self, command: Assign | Inspect | Release) -> None:
         if isinstance(command, Assign) and self.status.state == "idle":
@@ -206,13 +273,13 @@ class ControlLink:
         if len(frames) == 1 and not len(frames[0]):
             return
         try:
-            self._dealer.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+            self._connection.dealer.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
         except zmq.Again:
             logger.warning("dropped a message: the coordinator does not take any")
 
     def _reply(self, message: Message) -> None:
         try:
-            send(self._dealer, message, flags=zmq.NOBLOCK)
+            send(self._connection.dealer, message, flags=zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("dropped a %s message: the coordinator does not take any", type(message).__name__)
 
@@ -228,7 +295,14 @@ class ControlLink:
 
     def _count_silence(self, heard: bool, waited_s: float) -> None:
         """Add up time spent waiting, not time passed: a worker that was itself stopped listens before it judges."""
+        if self._ask_again_s is not None:
+            self._ask_again_s -= waited_s
+            if self._ask_again_s <= 0:
+                self._ask_again_s = None
+                self._reply(self._settings.join())
         if self._orphan_timeout_s is None:
+            if self._join_left_s is None:
+                return
             self._join_left_s -= waited_s
             if self._join_left_s <= 0 and not self.leaving:
                 wanted = f"{self._settings.endpoint} for {self._settings.join_timeout_s:g} s"
@@ -236,7 +310,12 @@ class ControlLink:
             return
         self._silent_s = 0.0 if heard else self._silent_s + waited_s
         if self._silent_s >= self._orphan_timeout_s and not self.leaving:
-            self._leave(EXIT_LOST, f"the coordinator has been silent for {self._orphan_timeout_s:g} s")
+            silence = f"silent for {self._orphan_timeout_s:g} s"
+            if self._settings.keys is None:
+                self._leave(EXIT_LOST, f"the coordinator has been {silence}")
+            else:
+                self._lose_coordinator(silence)
+                self._ask_again_s = ASK_AGAIN_S
 
     def _leave(self, code: int, reason: str, request_id: int = 0) -> None:
         """Decide to end: say goodbye, wake the main thread."""

@@ -6,12 +6,15 @@ from pathlib import Path
 import torch
 
 from glm.config import load_config
-from glm.errors import GlmError
+from glm.demo import demo_model_dir
+from glm.errors import GlmError, ModelNotFoundError
+from glm.hub import resolve_model
 from glm.layer_cache import CachedCheckpoint, with_cache
 from glm.model import LayerStack
 from glm.model_source import open_checkpoint
 from glm.precision import Precision
 from protocol.control import Assign
+from stage_worker.cli import OwnModel
 from stage_worker.errors import AbandonedError, LoadError
 from stage_worker.log import logger
 from stage_worker.memory import is_out_of_memory
@@ -20,15 +23,18 @@ from stage_worker.stage import Stage
 LoadProgress = Callable[[int, int, int], None]
 
 
-def load_stage(assign: Assign, device: torch.device, progress: LoadProgress) -> Stage:
+def load_stage(assign: Assign, device: torch.device, progress: LoadProgress, model: OwnModel | None = None) -> Stage:
     """Load the assigned layers; `progress(layers_done, layers_total, weight_bytes)` after each.
+
+    `model` says where this host has the assigned model; None looks where the assignment says.
 
     Raises:
         LoadError: whatever was wrong, in words for the user.
         AbandonedError: `progress` raised it.
     """
     try:
-        return Stage(_load_layers(assign, device, progress), assign.kv_budget_tokens, assign.record_hidden_states)
+        layers = _load_layers(assign, _model_dir(assign, model), device, progress)
+        return Stage(layers, assign.kv_budget_tokens, assign.record_hidden_states)
     except (AbandonedError, LoadError):
         raise
     except GlmError as error:
@@ -43,8 +49,18 @@ def load_stage(assign: Assign, device: torch.device, progress: LoadProgress) -> 
         ) from None
 
 
-def _load_layers(assign: Assign, device: torch.device, progress: LoadProgress) -> LayerStack:
-    model_dir = Path(assign.model_path)
+def _model_dir(assign: Assign, model: OwnModel | None) -> Path:
+    if model is not None:
+        return resolve_model(model.name, model.revision)
+    if not assign.model_path:
+        return demo_model_dir()
+    try:
+        return resolve_model(assign.model_path, assign.model_revision)
+    except ModelNotFoundError as error:
+        raise LoadError("bad_model", f"{error}; or say with the worker's --model where this host has it") from None
+
+
+def _load_layers(assign: Assign, model_dir: Path, device: torch.device, progress: LoadProgress) -> LayerStack:
     precision = Precision.parse(assign.precision)
     config = load_config(model_dir)
     if assign.layer_end > config.num_layers:

@@ -2,21 +2,22 @@
 
 import os
 import platform
-from contextlib import suppress
-from pathlib import Path
+from contextlib import closing
 
 import torch
 import zmq
 
 from glm.kernels.diagnosis import native_state
 from protocol.control import Join
-from protocol.endpoints import ipc_path
-from protocol.errors import EndpointError
+from protocol.errors import EndpointError, SecurityError
+from protocol.key_files import KeyDirectory
 from protocol.limits import MAX_NAME, clip_text
-from protocol.sockets import Socket, bind, data_socket
+from protocol.security import KeyPair
+from protocol.sockets import Socket
 from protocol.version import VERSION
 from stage_worker.cli import WorkerOptions
 from stage_worker.control_link import EXIT_INTERNAL, EXIT_USAGE, ControlLink, LinkSettings
+from stage_worker.data_plane import DataPlane, listening_endpoint, unlink_socket
 from stage_worker.device import device_facts, parse_device
 from stage_worker.errors import DeviceError
 from stage_worker.lifeline import remove_private_dir
@@ -31,67 +32,82 @@ def run_worker(options: WorkerOptions, signal_fd: int) -> int:
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     context: zmq.Context[Socket] = zmq.Context()
-    data_in = data_socket(context, zmq.PULL)
-    data_endpoint = ""
     try:
-        data_endpoint = bind(data_in, _data_endpoint(options.join))
-        join = _join(options, data_endpoint)
-        return _serve(options, join, signal_fd, context, data_in)
-    except (DeviceError, EndpointError) as error:
+        keys = None if options.server_key is None else _own_keys(options)
+        device = _usable_device(options.device)
+        endpoint = options.listen or listening_endpoint(options.join)
+        is_guarded = keys is not None or options.listen is not None
+        with closing(DataPlane(context, endpoint, is_guarded=is_guarded)) as data_plane:
+            return _serve(options, context, data_plane, device, signal_fd, keys)
+    except (DeviceError, EndpointError, SecurityError) as error:
         logger.error("%s", error)
         return EXIT_USAGE
     except Exception:
         logger.exception("the worker failed")
         return EXIT_INTERNAL
     finally:
-        data_in.close()
         context.term()
-        _unlink_socket(data_endpoint)
 
 
-def _serve(options: WorkerOptions, join: Join, signal_fd: int, context: "zmq.Context[Socket]", data_in: Socket) -> int:
-    device = torch.device(join.device)
+def _own_keys(options: WorkerOptions) -> KeyPair:
+    """This host's key pair. Whoever has a token needs no key beforehand. Raises SecurityError."""
+    directory = KeyDirectory(options.keys)
+    if options.token is not None and not directory.own_path.exists():
+        logger.info("made a key for this host, %s", directory.own_path)
+        return directory.make_own()
+    return directory.own()
 
+
+def _usable_device(name: str) -> torch.device:
+    """Raises DeviceError."""
+    device = parse_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    device_facts(device)
+    return device
+
+
+def _serve(
+    options: WorkerOptions,
+    context: "zmq.Context[Socket]",
+    data_plane: DataPlane,
+    device: torch.device,
+    signal_fd: int,
+    keys: KeyPair | None,
+) -> int:
     def leave_stuck(code: int) -> None:
-        _unlink_socket(join.data_endpoint)
+        unlink_socket(data_plane.endpoint)
         os._exit(code)
+
+    def join() -> Join:
+        return _join(options, data_plane, device, link.status.weight_bytes)
 
     link = ControlLink(
         context,
-        LinkSettings(options.join, join, options.join_timeout_s, signal_fd, options.lifeline_fd),
+        LinkSettings(
+            options.join,
+            options.worker_id,
+            join,
+            options.join_timeout_s,
+            signal_fd,
+            options.lifeline_fd,
+            keys,
+            options.server_key,
+        ),
         pong=lambda status, request_id: status.pong(request_id, device),
         on_lifeline_end=lambda: remove_private_dir(options.join),
         on_stuck=leave_stuck,
     )
     try:
         link.start()
-        Worker(context, link, data_in, device).serve()
+        Worker(link, data_plane, device, options.model).serve()
         return link.exit_code
     finally:
         link.close()
 
 
-def _data_endpoint(join_endpoint: str) -> str:
-    """Where this worker listens: beside the coordinator's socket, or on a free port of the same loopback address."""
-    socket_path = ipc_path(join_endpoint)
-    if socket_path is not None:
-        return f"ipc://{socket_path.parent}/worker-{os.getpid()}"
-    return join_endpoint.rpartition(":")[0] + ":*"
-
-
-def _unlink_socket(endpoint: str) -> None:
-    """ZeroMQ leaves the file of an ipc socket behind."""
-    socket_path = ipc_path(endpoint)
-    if socket_path is not None:
-        with suppress(OSError):
-            Path(socket_path).unlink()
-
-
-def _join(options: WorkerOptions, data_endpoint: str) -> Join:
-    """Who this worker is. Raises DeviceError."""
-    device = parse_device(options.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def _join(options: WorkerOptions, data_plane: DataPlane, device: torch.device, kept_bytes: int) -> Join:
+    """Who this worker is, and what it has now; weights that it only keeps count as free. Raises DeviceError."""
     facts = device_facts(device)
     return Join(
         request_id=1,
@@ -103,8 +119,11 @@ def _join(options: WorkerOptions, data_endpoint: str) -> Join:
         device=str(device),
         device_name=clip_text(facts.name, MAX_NAME),
         memory_total_bytes=facts.memory_total_bytes,
-        memory_free_bytes=facts.memory_free_bytes,
+        memory_free_bytes=facts.memory_free_bytes + kept_bytes,
         num_threads=torch.get_num_threads(),
         kernels=(device.type == "cpu" and native_state().usable) or ("torch",),
-        data_endpoint=data_endpoint,
+        data_endpoint=data_plane.endpoint,
+        public_key=data_plane.keys.public,
+        is_guarded=data_plane.is_guarded,
+        token=options.token,
     )

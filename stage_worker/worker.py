@@ -9,14 +9,16 @@ import zmq
 from glm.model import LayerStack
 from protocol.control import Assign, Failed, Inspect, Inspected, Progress, Ready, Release, Released
 from protocol.data import DataMessage, StageTiming, Step, StepFailed
-from protocol.errors import EndpointError, ProtocolError
+from protocol.errors import EndpointError, ProtocolError, SecurityError
 from protocol.limits import clip_text
 from protocol.messages import Message, Plane
-from protocol.sockets import Socket, connect, data_socket, receive, send
+from protocol.sockets import Socket, send
 from protocol.tensors import RawTensor
 from protocol.torch_bridge import from_raw, to_raw
 from protocol.wire import decode
-from stage_worker.control_link import ControlLink
+from stage_worker.cli import OwnModel
+from stage_worker.control_link import Command, ControlLink, CoordinatorLost
+from stage_worker.data_plane import DataPlane
 from stage_worker.errors import AbandonedError, InspectError, LoadError
 from stage_worker.loading import load_stage
 from stage_worker.log import facts, logger
@@ -29,15 +31,20 @@ _WIRE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 
 class Worker:
-    """Serves until the link says to leave. `data_in` is a bound PULL; the caller closes it and the link."""
+    """Serves until the link says to leave. The caller closes the link and the data plane.
+
+    `model` is what this host was told to load, whatever the coordinator calls it.
+    """
 
     def __init__(
-        self, context: "zmq.Context[Socket]", link: ControlLink, data_in: Socket, device: torch.device
+        self, link: ControlLink, data_plane: DataPlane, device: torch.device, model: OwnModel | None = None
     ) -> None:
-        self._context = context
         self._link = link
-        self._data_in = data_in
+        self._data_plane = data_plane
+        self._data_in = data_plane.pull
         self._device = device
+        self._model = model
+        self._kept: tuple[Assign, LayerStack] | None = None
         self._assign: Assign | None = None
         self._stage: Stage | None = None
         self._data_out: Socket | None = None
@@ -54,14 +61,18 @@ class Worker:
                 if self._link.commands in events:
                     self._obey(self._link.take_command())
                 elif self._data_in in events:
-                    self._take_data(receive(self._data_in), time.monotonic())
+                    frames = self._data_plane.receive()
+                    if frames is not None:
+                        self._take_data(frames, time.monotonic())
         finally:
             self._give_up()
 
     # -- commands
 
-    def _obey(self, command: Assign | Inspect | Release | None) -> None:
+    def _obey(self, command: Command | None) -> None:
         match command:
+            case CoordinatorLost():
+                self._keep_weights()
             case Assign():
                 self._take_assignment(command)
             case Inspect():
@@ -91,10 +102,10 @@ class Worker:
         facts.update(stage=assign.stage_index + 1, epoch=assign.epoch)
         if self._data_out is not None:
             self._data_out.close()
-        self._data_out = data_socket(self._context, zmq.PUSH)
+            self._data_out = None
         try:
-            connect(self._data_out, assign.next_endpoint)
-        except EndpointError as error:
+            self._data_out = self._data_plane.open_next(assign)
+        except (EndpointError, SecurityError) as error:
             raise LoadError("unreachable", f"next hop: {error}") from None
 
         def report(layers_done: int, layers_total: int, weight_bytes: int) -> None:
@@ -104,22 +115,28 @@ class Worker:
             self._link.send(Progress(0, assign.epoch, layers_done, layers_total, weight_bytes))
 
         if kept is not None:
-            self._stage = Stage(kept, assign.kv_budget_tokens, assign.record_hidden_states)
+            self._stage, self._kept = Stage(kept, assign.kv_budget_tokens, assign.record_hidden_states), None
+            logger.info("these layers were still here")
         else:
             report(0, assign.layer_end - assign.layer_start, 0)
-            self._stage = load_stage(assign, self._device, report)
+            self._stage = load_stage(assign, self._device, report, self._model)
         self._assign, self._last_step_id = assign, 0
         self._announce(assign, self._stage, time.monotonic() - started_s)
 
     def _weights_for(self, assign: Assign) -> LayerStack | None:
         """The layers held already, if they are what is assigned: only the KV caches are given up then."""
-        old = self._assign
-        if self._stage is None or old is None or assign.fingerprint == "":
+        held = self._held()
+        if held is None or assign.fingerprint == "":
             return None
+        old, layers = held
         wanted = (assign.fingerprint, assign.layer_start, assign.layer_end, assign.precision)
-        return (
-            self._stage.layers if wanted == (old.fingerprint, old.layer_start, old.layer_end, old.precision) else None
-        )
+        return layers if wanted == (old.fingerprint, old.layer_start, old.layer_end, old.precision) else None
+
+    def _held(self) -> tuple[Assign, LayerStack] | None:
+        """Layers in memory and the assignment that they were loaded for: served, or kept after a coordinator's loss."""
+        if self._stage is None or self._assign is None:
+            return self._kept
+        return self._assign, self._stage.layers
 
     def _announce(self, assign: Assign, stage: Stage, load_s: float) -> None:
         layers = stage.layers
@@ -160,8 +177,16 @@ class Worker:
         logger.info("released epoch %d: %.1f MB freed", epoch, freed / 1e6)
         return freed
 
+    def _keep_weights(self) -> None:
+        """Forget the assignment and all sequences, but not the layers."""
+        held = self._held()
+        self._give_up()
+        self._kept = held
+        if held is not None:
+            self._link.status = Status(weight_bytes=held[1].weight_bytes)
+
     def _give_up(self) -> None:
-        self._assign = self._stage = None
+        self._assign = self._stage = self._kept = None
         if self._data_out is not None:
             self._data_out.close()
             self._data_out = None

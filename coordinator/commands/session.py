@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.chat_model import ChatModel
+    from coordinator.cluster import Listening
     from coordinator.conversation import ChatBackend
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
@@ -40,6 +41,7 @@ def launched(
     options: argparse.Namespace,
     request: PlanRequest | None = None,
     *,
+    listening: Listening | None = None,
     show_logs: bool = False,
     record_hidden_states: bool = False,
     check: Callable[[ModelConfig], None] = lambda _: None,
@@ -89,6 +91,7 @@ def launched(
                 reuse=not options.no_prefix_reuse,
                 steps_in_flight=options.steps_in_flight,
                 recovery=RecoveryPolicy(max_attempts=options.recovery_attempts),
+                listening=listening,
             )
             stack.enter_context(chat_model)
             chat_model.supervisor.on_event = lambda text: _say_pipeline(log, chat_model, text)

@@ -42,7 +42,26 @@ class ScriptedWorker:
         self.dealer.send_multipart(encode(message))
 
     def join(self, worker_id: str, version: str = VERSION) -> Message:
-        self.say(Join(7, worker_id, version, "2.13", "here", 1, "cpu", "a CPU", 1, 1, 1, (), "ipc:///nowhere"))
+        self.say(
+            Join(
+                7,
+                worker_id,
+                version,
+                "2.13",
+                "here",
+                1,
+                "cpu",
+                "a CPU",
+                1,
+                1,
+                1,
+                (),
+                "ipc:///nowhere",
+                "key",
+                False,
+                None,
+            )
+        )
         return self.hear(Welcome, Refused)
 
     def hear(self, *wanted: type[Message]) -> Message:

@@ -37,7 +37,24 @@ def config() -> ModelConfig:
 
 def join(device: str = "cpu", free: float = 16, host: str = HERE) -> Join:
     free_bytes = int(free * GB)
-    return Join(1, "w", "0", "0", host, 1, device, "x", 2 * free_bytes, free_bytes, 1, ("torch",), "ipc:///x")
+    return Join(
+        1,
+        "w",
+        "0",
+        "0",
+        host,
+        1,
+        device,
+        "x",
+        2 * free_bytes,
+        free_bytes,
+        1,
+        ("torch",),
+        "ipc:///x",
+        "key",
+        False,
+        None,
+    )
 
 
 def plan(*stages: tuple[str, int, int, str], budget: int | None = None, head: str = "int8") -> Plan:

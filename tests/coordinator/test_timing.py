@@ -62,3 +62,28 @@ def test_a_failed_step_has_a_record_too() -> None:
     assert (record.step_id, record.num_tokens, record.num_new_tokens) == (6, 3, 0)
     assert record.stages == STAGES
     assert record.ends == ()
+
+
+def test_other_hosts_clocks_are_not_compared() -> None:
+    """Whatever the other host's clock says, its stay counts; the hops between hosts share what is left, and say so."""
+    for offset_s in (0.0, 1e6, -1e6):
+        far = StageTiming(1, offset_s + 5.0, 0.5, offset_s + 6.0, 41)
+        stages = (StageTiming(0, 1.5, 0.25, 2.0, 40), far, StageTiming(2, 5.0, 0.25, 5.5, 42))
+        outcome = Outcome(Step(1, 5, (), SPANS, stages), torch.zeros(3, 4), 1.0, 6.0, (None, "lab2", None))
+        timing = step_timing(outcome, EndsClock())
+        # 5 s in all: stages had it for 0.5 + 1 + 0.5, hops inside this host took 0.5 + 0.5, the two others the rest.
+        assert [share.wire_s for share in timing.stages] == pytest.approx([0.5, 1.0, 1.5])
+        assert [share.is_wire_derived for share in timing.stages] == [False, True, True]
+        assert timing.ends.wire_s == pytest.approx(0.5)
+        record = step_record(outcome, SPANS, EndsClock(), kind="decode")
+        assert [stage.received_at_s for stage in record.stages] == pytest.approx([1.5, 3.0, 5.0])
+        assert [stage.sent_at_s for stage in record.stages] == pytest.approx([2.0, 4.0, 5.5])
+
+
+def test_stages_of_one_other_host_share_its_clock() -> None:
+    """The hop between them is measured; one stage elsewhere makes the way there and back a guess."""
+    stages = (StageTiming(0, 101.0, 0.5, 102.0, 40), StageTiming(1, 102.25, 0.5, 103.0, 41))
+    outcome = Outcome(Step(1, 5, (), SPANS, stages), torch.zeros(3, 4), 0.0, 3.0, ("lab2", "lab2"))
+    timing = step_timing(outcome, EndsClock())
+    assert [share.wire_s for share in timing.stages] == pytest.approx([0.5, 0.75])
+    assert [share.is_wire_derived for share in timing.stages] == [True, True]

@@ -1,4 +1,4 @@
-"""Only this host, only this user: which addresses are bound or connected."""
+"""Which addresses are bound or connected: this host's freely, any other only with keys."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import zmq
 
 from protocol.control import Ping
-from protocol.endpoints import checked_endpoint, ipc_path
+from protocol.endpoints import checked_endpoint, host_of, ipc_path, is_local
 from protocol.errors import EndpointError
 from protocol.messages import Plane
 from protocol.sockets import bind, connect, data_socket, receive, send
@@ -39,22 +39,14 @@ def test_this_host_is_allowed(endpoint: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "endpoint",
-    [
-        "tcp://0.0.0.0:1",
-        "tcp://*:1",
-        "tcp://192.168.1.2:1",
-        "tcp://example.org:1",
-        "tcp://[::]:1",
-        "tcp://eth0:1",
-        "tcp://128.0.0.1:1",
-    ],
+    ["tcp://192.168.1.2:1", "tcp://example.org:1", "tcp://lab-2:1", "tcp://[fd00::1]:1", "tcp://128.0.0.1:1"],
 )
-def test_other_hosts_are_refused(endpoint: str) -> None:
-    """Another interface or host is refused with the reason and what to use instead."""
-    with pytest.raises(
-        EndpointError, match=r"Other hosts.*keys.*not supported yet: use tcp://127\.0\.0\.1:PORT.*ipc:///"
-    ):
-        checked_endpoint(endpoint)
+def test_other_hosts_are_told_from_this_one(endpoint: str) -> None:
+    """A name counts as another host, wherever it leads; only files and loopback addresses are local."""
+    assert checked_endpoint(endpoint) == endpoint
+    assert not is_local(endpoint)
+    assert is_local("tcp://127.0.0.9:1") and is_local("tcp://[::1]:1") and is_local("ipc:///tmp/x")
+    assert host_of("tcp://[::1]:7") == "[::1]" and host_of("tcp://lab-2:7") == "lab-2" and host_of("ipc:///x") is None
 
 
 @pytest.mark.parametrize(
@@ -75,6 +67,8 @@ def test_other_hosts_are_refused(endpoint: str) -> None:
         ("tcp://127.0.0.1:http", "no host and port"),
         ("tcp://127.0.0.2:1;127.0.0.1:2", "no host and port"),
         ("tcp://::1:5", "no host and port"),
+        ("tcp://*:5", "neither a host's name nor an IP address"),
+        ("tcp://[::zz]:5", "no IPv6 address"),
     ],
 )
 def test_malformed_endpoints(endpoint: str, words: str) -> None:
@@ -104,15 +98,22 @@ def test_a_data_socket_queues_only_for_a_peer_that_is_there(
             send(push, Ping(5), flags=zmq.NOBLOCK)
 
 
-def test_bind_and_connect_check_and_explain(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
-    """No socket gets past the rule, and a bind that the system refuses is an EndpointError too."""
+def test_without_keys_nothing_reaches_other_hosts(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
+    """No socket gets past the rule, the refusal says what to do, and a bind that the system refuses is told too."""
     with data_socket(context, zmq.PULL) as socket:
-        with pytest.raises(EndpointError):
-            bind(socket, "tcp://0.0.0.0:*")
-        with pytest.raises(EndpointError):
+        with pytest.raises(EndpointError, match=r"192\.0\.2\.1.*bound.*without keys.*glmpipe keys new.*ipc:///"):
+            bind(socket, "tcp://192.0.2.1:*")
+        with pytest.raises(EndpointError, match=r"10\.0\.0\.1:5.*connected.*without keys"):
             connect(socket, "tcp://10.0.0.1:5")
         with pytest.raises(EndpointError, match=r"cannot bind ipc://.*absent"):
             bind(socket, f"ipc://{tmp_path}/absent/s")
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:1", "tcp://[::]:1", "tcp://lab2:1"])
+def test_one_address_is_bound(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    """All interfaces at once, or a name that may be several, is refused with what to give instead, keys or not."""
+    with data_socket(context, zmq.PULL) as socket, pytest.raises(EndpointError, match="other hosts reach"):
+        bind(socket, endpoint)
 
 
 def test_ipc_path() -> None:

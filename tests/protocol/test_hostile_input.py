@@ -16,6 +16,7 @@ from protocol.data import DropSequence, Span, StageTiming, Step
 from protocol.errors import FrameError, MessageError, ProtocolError, TensorError, VersionError
 from protocol.messages import Plane
 from protocol.tensors import RawTensor
+from protocol.version import PROTOCOL_VERSION
 from protocol.wire import decode, encode
 
 STEP = Step(
@@ -107,7 +108,7 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "error", "words"),
     [
         (set_in("p", to="http"), FrameError, '"glmpipe"'),
-        (set_in("v", to=1), VersionError, "version 1, this program version 3: install the same"),
+        (set_in("v", to=1), VersionError, "version 1, this program version 4: install the same"),
         (set_in("v", to=True), VersionError, "version True"),
         (set_in("t", to="Stop"), MessageError, "'Stop' is no message type"),
         (set_in("t", to="Ping"), MessageError, "Ping: fields: missing request_id; unknown"),
@@ -207,7 +208,7 @@ def test_header_limits_per_plane() -> None:
     for plane in (Plane.CONTROL, Plane.DATA):
         with pytest.raises(FrameError, match="at most"):
             decode(encode(long), plane)
-    padded = {"p": "glmpipe", "v": 3, "t": "Ping", "b": {"request_id": 1}, "x": [], "y": "a" * 2**18}
+    padded = {"p": "glmpipe", "v": PROTOCOL_VERSION, "t": "Ping", "b": {"request_id": 1}, "x": [], "y": "a" * 2**18}
     with pytest.raises(FrameError):
         decode([msgpack.packb(padded)])
 
@@ -241,10 +242,10 @@ def test_nothing_invalid_is_sent(message: Any, tensors: tuple[RawTensor, ...], e
 
 def test_impossible_assignments_cannot_be_built() -> None:
     """An empty layer range, a stage beyond the last one or epoch 0 is no Assign at all."""
-    fields = (1, 1, 0, 2, "/model", "", 3, 5, "fp32", 100, "ipc:///tmp/x", None, None, False)
+    fields = (1, 1, 0, 2, "/model", None, "", 3, 5, "fp32", 100, "ipc:///tmp/x", None, None, None, False)
     assert decode(encode(Assign(*fields)))[0] == Assign(*fields)
     with pytest.raises(MessageError, match="empty"):
-        Assign(*fields[:6], 5, *fields[7:])
+        Assign(*fields[:7], 5, *fields[8:])
     with pytest.raises(MessageError, match="stage 2 of 2"):
         Assign(1, 1, 2, *fields[3:])
     with pytest.raises(MessageError, match="epoch 0"):

@@ -81,6 +81,7 @@ class FakeWorker:
             "stage_index": 0,
             "num_stages": 1,
             "model_path": str(model_dir),
+            "model_revision": None,
             "fingerprint": "",
             "layer_start": start,
             "layer_end": end,
@@ -88,6 +89,7 @@ class FakeWorker:
             "kv_budget_tokens": 100,
             "next_endpoint": self.coordinator.data_endpoint,
             "next_public_key": None,
+            "previous_public_key": None,
             "activation_dtype": None,
             "record_hidden_states": False,
         }

@@ -19,7 +19,7 @@ def test_defaults() -> None:
     ("arguments", "words"),
     [
         ([], "--join"),
-        (["--join", "tcp://192.168.0.4:5"], "not supported yet: use tcp://127.0.0.1:PORT"),
+        (["--join", "tcp://192.168.0.4:5"], "another host, which must be known by its key: add --key"),
         (["--join", "nonsense"], "is no endpoint"),
         (["--join", "ipc:///tmp/x", "--threads", "0"], "'0' is not a number from 1"),
         (["--join", "ipc:///tmp/x", "--threads", "two"], "'two' is not a number from 1"),

@@ -95,7 +95,7 @@ def test_bad_options_and_devices(coordinator: FakeCoordinator) -> None:
     for worker, words in (
         (unknown, "device 'tpu' is unknown: use cpu or cuda:N; devices of this host: cpu"),
         (absent, "cuda:999"),
-        (remote, "Other hosts, and the keys they need, are not supported yet: use tcp://127.0.0.1:PORT"),
+        (remote, "another host, which must be known by its key: add --key"),
     ):
         assert worker.wait() == 2
         assert words in worker.log.splitlines()[-1]

@@ -1,0 +1,64 @@
+"""`glmpipe keys`: who may join from other hosts, and by which key this host is known there."""
+
+import argparse
+from pathlib import Path
+
+HELP = "make this host's key; say which other hosts may join"
+EXAMPLES = """\
+Hosts know each other by key pairs. A secret key never leaves its host; public keys are told to others.
+The names given to other hosts here are those that a plan uses (host = "lab2").
+
+on every host, once:
+  glmpipe keys new                                # makes the key pair, prints the public key
+on the host that launches:
+  glmpipe keys allow lab2 'PUBLIC KEY OF LAB2'    # or let the worker join with the token that launch prints
+  glmpipe keys list
+taking it back, at any time, also while a launch runs (it takes effect at once):
+  glmpipe keys revoke lab2                        # all its keys
+replacing a worker's key without a gap:
+  lab2:   glmpipe keys new --replace              # then restart the workers there when convenient
+  launch: glmpipe keys allow lab2 'NEW KEY'       # both count
+          glmpipe keys revoke 'OLD KEY'           # after that only the new one
+replacing the launching host's own key: keys new --replace there, start the launch anew, and give the workers
+  the new --key.
+
+Keys are in ~/.config/glmpipe/keys ($XDG_CONFIG_HOME), readable by their owner alone; otherwise they are refused.
+"""
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """The command's own subcommands."""
+    parser.add_argument("--keys", metavar="DIR", type=Path, help="where keys are (default ~/.config/glmpipe/keys)")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    new = actions.add_parser("new", help="make this host's key pair, print the public key", allow_abbrev=False)
+    new.add_argument("--replace", action="store_true", help="although there is one; others must be told the new key")
+    actions.add_parser("show", help="print this host's public key", allow_abbrev=False)
+    actions.add_parser("list", help="print the hosts that may join, and their public keys", allow_abbrev=False)
+    allow = actions.add_parser("allow", help="let a host join", allow_abbrev=False)
+    allow.add_argument("name", metavar="NAME", help="what plans call that host")
+    allow.add_argument("key", metavar="PUBLIC_KEY", help="what `glmpipe keys show` prints there")
+    revoke = actions.add_parser("revoke", help="let a host join no more", allow_abbrev=False)
+    revoke.add_argument("name", metavar="NAME|PUBLIC_KEY", help="a host, or one of its keys")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the subcommand says."""
+    from protocol.key_files import KeyDirectory
+
+    keys = KeyDirectory(options.keys)
+    match options.action:
+        case "new":
+            print(keys.make_own(replace=options.replace).public)
+        case "show":
+            print(keys.own().public)
+        case "list":
+            width = max((len(name) for name in keys.allowed.names().values()), default=0)
+            for key, name in sorted(keys.allowed.names().items(), key=lambda entry: entry[::-1]):
+                print(f"{name:<{width}}  {key}")
+        case "allow":
+            keys.allowed.add(options.name, options.key)
+            print(f"{options.name} may join")
+        case "revoke":
+            for key in keys.allowed.remove(options.name):
+                print(f"revoked {key}")
+    return 0

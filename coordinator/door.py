@@ -1,0 +1,127 @@
+"""Who may come in from other hosts: keys on the allow-list, one-time tokens, and the stages that wait for a worker."""
+
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from protocol.endpoints import checked_own_address, host_of
+from protocol.errors import EndpointError
+from protocol.key_files import KeyDirectory
+from protocol.security import KeyPair
+
+PORT = 7410
+"""Of the control plane, where --listen names none. The data plane of this host has the ports after it."""
+MAX_PORT = 65_000
+TOKEN_LIFE_S = 15 * 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A stage that a worker of another host is to take. `host` is what the allow-list calls that host."""
+
+    worker_id: str
+    host: str
+    device: str
+
+
+class Tokens:
+    """One-time tokens, each for one host and for a while. Kept in memory: they end with the launch."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tokens: dict[str, tuple[str, float]] = {}
+
+    def issue(self, host: str) -> str:
+        """A new token that lets a key in under this host's name."""
+        token = secrets.token_hex(16)
+        self._tokens[token] = (host, self._clock() + TOKEN_LIFE_S)
+        return token
+
+    def redeem(self, token: str) -> str | None:
+        """The host that a token was made for, which uses it up; None for a wrong, used or old one."""
+        self._forget_old()
+        found = [known for known in self._tokens if secrets.compare_digest(known.encode(), token.encode())]
+        return self._tokens.pop(found[0])[0] if found else None
+
+    def hosts(self) -> set[str]:
+        """For whom there is a token that may still be used."""
+        self._forget_old()
+        return {host for host, _ in self._tokens.values()}
+
+    def _forget_old(self) -> None:
+        now_s = self._clock()
+        self._tokens = {token: entry for token, entry in self._tokens.items() if entry[1] > now_s}
+
+
+class Door:
+    """Where other hosts' workers come in, and which stages wait for them.
+
+    A key that is not on the allow-list may connect only while a token is out, and then only join with it.
+    """
+
+    def __init__(self, endpoint: str, keys: KeyDirectory, seats: Sequence[Seat]) -> None:
+        """Raises SecurityError: this host has no key, or the files are not private."""
+        self.endpoint = endpoint
+        self.own: KeyPair = keys.own()
+        self.allowed = keys.allowed
+        self.allowed.names()
+        self.seats = tuple(seats)
+        self.tokens = Tokens()
+
+    def may_connect(self, key: str) -> bool:
+        """Asked for every connection, by the gatekeeper."""
+        return self.allowed.name_of(key) is not None or bool(self.tokens.hosts())
+
+    def admit(self, key: str, token: str | None) -> str | None:
+        """The name of the host that a key belongs to; a good token puts the key on the list first. None: a stranger."""
+        name = self.allowed.name_of(key)
+        if name is None and token is not None:
+            name = self.tokens.redeem(token)
+            if name is not None:
+                self.allowed.add(name, key)
+        return name
+
+    def seat_for(self, host: str, device: str, taken: Collection[str]) -> Seat | None:
+        """The first free stage for a device of a host."""
+        return next((s for s in self.seats if (s.host, s.device) == (host, device) and s.worker_id not in taken), None)
+
+    def waiting_lines(self, waiting: Sequence[Seat]) -> list[str]:
+        """For whom a launch waits, and what to run there. A host without a key gets a token, and later a new one."""
+        known = set(self.allowed.names().values())
+        lines = []
+        for host in dict.fromkeys(seat.host for seat in waiting):
+            seats = [seat for seat in waiting if seat.host == host]
+            stages = ", ".join(f"{seat.worker_id.replace('-', ' ')} ({seat.device})" for seat in seats)
+            lines.append(f"waiting for {host}: {stages}")
+            is_new = host not in known and host not in self.tokens.hosts()
+            token = f" --token {self.tokens.issue(host)}" if is_new else ""
+            if is_new or host in known:
+                command = f"glmpipe worker --join {self.endpoint} --key {shlex.quote(self.own.public)}{token}"
+                lines += [f"  there: {command} --device {device}" for device in dict.fromkeys(s.device for s in seats)]
+            else:
+                lines.append(
+                    f"  there: the command given above, whose token is good for {TOKEN_LIFE_S / 60:.0f} minutes"
+                )
+        return lines
+
+
+def listen_endpoint(text: str) -> str:
+    """`tcp://ADDR[:PORT]` with its port. Raises EndpointError for what other hosts cannot be told to come to."""
+    has_port = re.search(r"[^:]:[0-9*]+$|\]:", text.removeprefix("tcp://")) is not None
+    endpoint = checked_own_address(text if has_port else f"{text}:{PORT}")
+    if host_of(endpoint) is None or not 0 < _port(endpoint) < MAX_PORT:
+        raise EndpointError(f"--listen {text}: other hosts need an address and a port, tcp://192.168.1.2:{PORT}")
+    return endpoint
+
+
+def _port(endpoint: str) -> int:
+    port = endpoint.rpartition(":")[2]
+    return int(port) if port.isdecimal() else 0
+
+
+def data_endpoint(listen: str, number: int) -> str:
+    """Where this host's `number`-th PULL for other hosts listens: 0 is the coordinator's own, then its stages'."""
+    return f"tcp://{host_of(listen)}:{_port(listen) + 1 + number}"

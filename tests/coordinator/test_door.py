@@ -1,0 +1,113 @@
+"""The door for other hosts: tokens, seats, and what a launch says while it waits."""
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.cluster import Listening, _guarded_endpoints
+from coordinator.door import TOKEN_LIFE_S, Door, Seat, Tokens, data_endpoint, listen_endpoint
+from protocol.errors import EndpointError, SecurityError
+from protocol.key_files import KeyDirectory
+from protocol.security import new_key_pair
+
+SEATS = (Seat("stage-1", "lab2", "cpu"), Seat("stage-2", "lab2", "cuda:0"), Seat("stage-4", "lab3", "cpu"))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyDirectory:
+    keys = KeyDirectory(tmp_path / "keys")
+    keys.make_own()
+    return keys
+
+
+@pytest.fixture
+def door(keys: KeyDirectory) -> Door:
+    return Door("tcp://192.0.2.1:7410", keys, SEATS)
+
+
+def test_a_token_is_good_once_and_for_a_while() -> None:
+    """Used, wrong and old tokens are nothing; each belongs to one host."""
+    now_s = 0.0
+    tokens = Tokens(lambda: now_s)
+    first, second = tokens.issue("lab2"), tokens.issue("lab3")
+    assert tokens.redeem(first + "0") is None
+    assert tokens.redeem("\u00e9") is None
+    assert tokens.redeem(first) == "lab2"
+    assert tokens.redeem(first) is None
+    assert tokens.hosts() == {"lab3"}
+    now_s = TOKEN_LIFE_S + 1
+    assert tokens.redeem(second) is None
+    assert tokens.hosts() == set()
+
+
+def test_strangers_may_connect_only_while_a_token_is_out(door: Door) -> None:
+    """And joining with it puts their key on the list, for good; without it they stay strangers."""
+    stranger, other = new_key_pair().public, new_key_pair().public
+    assert not door.may_connect(stranger)
+    token = door.tokens.issue("lab2")
+    assert door.may_connect(stranger)
+    assert door.admit(stranger, None) is None
+    assert door.admit(stranger, token) == "lab2"
+    assert door.may_connect(stranger) and door.admit(stranger, None) == "lab2"
+    assert not door.may_connect(other) and door.admit(other, token) is None
+    door.allowed.remove("lab2")
+    assert not door.may_connect(stranger) and door.admit(stranger, None) is None
+
+
+def test_a_worker_gets_a_stage_of_its_host_and_device(door: Door) -> None:
+    """The first free one; none for a device that the plan does not use there."""
+    assert door.seat_for("lab2", "cuda:0", ()) == SEATS[1]
+    assert door.seat_for("lab2", "cuda:0", ("stage-2",)) is None
+    assert door.seat_for("lab3", "cuda:0", ()) is None
+
+
+def test_what_to_run_elsewhere_is_told(door: Door) -> None:
+    """One command for a device; a token only for hosts without a key, and printed once."""
+    door.allowed.add("lab3", new_key_pair().public)
+    lines = door.waiting_lines(SEATS)
+    assert lines[0] == "waiting for lab2: stage 1 (cpu), stage 2 (cuda:0)"
+    assert lines[1].startswith("  there: glmpipe worker --join tcp://192.0.2.1:7410 --key ")
+    assert lines[1].endswith("--device cpu") and lines[2].endswith("--device cuda:0")
+    token = lines[1].partition("--token ")[2].split()[0]
+    assert token in lines[2]
+    assert "--token" not in lines[4]
+    again = "\n".join(door.waiting_lines(SEATS))
+    assert token not in again and "given above" in again
+
+
+def test_a_door_needs_a_key(tmp_path: Path) -> None:
+    """Without one nothing is bound, and the remedy is told."""
+    with pytest.raises(SecurityError, match="glmpipe keys new"):
+        Door("tcp://192.0.2.1:7410", KeyDirectory(tmp_path / "none"), SEATS)
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("tcp://192.0.2.1", "tcp://192.0.2.1:7410"),
+        ("tcp://192.0.2.1:5000", "tcp://192.0.2.1:5000"),
+        ("tcp://[fd00::1]", "tcp://[fd00::1]:7410"),
+        ("tcp://[fd00::1]:5000", "tcp://[fd00::1]:5000"),
+    ],
+)
+def test_the_port_may_be_left_out(text: str, endpoint: str) -> None:
+    """Then it is the usual one."""
+    assert listen_endpoint(text) == endpoint
+
+
+@pytest.mark.parametrize(
+    "text", ["tcp://0.0.0.0", "tcp://lab1", "tcp://192.0.2.1:*", "ipc:///tmp/x", "tcp://1.2.3.4:0"]
+)
+def test_others_must_be_able_to_come(text: str) -> None:
+    """One address and one port, or nobody could be told where to join."""
+    with pytest.raises(EndpointError):
+        listen_endpoint(text)
+
+
+def test_only_hops_from_other_hosts_are_listened_for(keys: KeyDirectory) -> None:
+    """The declared ports: the way back first, then this host's stages that follow another host's."""
+    listening = Listening("tcp://192.0.2.1:7410", keys)
+    assert _guarded_endpoints((None, None), None) == {}
+    assert _guarded_endpoints((None, "lab2", None), listening) == {2: "tcp://192.0.2.1:7414"}
+    assert _guarded_endpoints((None, "lab2"), listening) == {2: "tcp://192.0.2.1:7411"}
+    assert data_endpoint("tcp://192.0.2.1:7410", 0) == "tcp://192.0.2.1:7411"

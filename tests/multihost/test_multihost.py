@@ -1,0 +1,137 @@
+"""A coordinator and three workers on four hosts, and a stranger on a fifth: real TCP, real keys, real processes."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.multihost.hosts import DEADLINE_S, Host, Running, hosts, why_not
+
+REASON = why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+NAMES = ("lab2", "lab3", "lab4")
+PLAN = "".join(
+    f'[[stage]]\ndevice = "cpu"\nhost = "{name}"\nlayers = "{layers}"\n'
+    for name, layers in zip(NAMES, ("1-2", "3-4", "5-6"), strict=True)
+)
+QUESTION = ("--prompt", "What is 2 + 3?", "--greedy")
+STRANGER = Path(__file__).with_name("stranger.py")
+
+
+@pytest.fixture
+def five(tmp_path: Path) -> Iterator[list[Host]]:
+    with ExitStack() as stack:
+        yield stack.enter_context(hosts(tmp_path, 5))
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> str:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN)
+    return str(path)
+
+
+def said(host: Host, *words: str) -> str:
+    done = host.glmpipe(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def let_in(launching: Host, name: str, host: Host) -> None:
+    said(launching, "keys", "allow", name, said(host, "keys", "new").strip())
+
+
+def start_worker(host: Host, launching: Host, *more: str) -> Running:
+    key = said(launching, "keys", "show").strip()
+    listen = f"tcp://{host.address}:7500"
+    join = f"tcp://{launching.address}:7410"
+    return host.start("worker", "--join", join, "--key", key, "--listen", listen, "--threads", "1", *more)
+
+
+def start_launch(host: Host, plan: str) -> Running:
+    return host.start("launch", plan, "--listen", f"tcp://{host.address}")
+
+
+def test_four_hosts_compute_what_one_process_does(five: list[Host], plan: str) -> None:
+    """The same tokens; one worker comes before the coordinator, one after it, one by a token. Then a stranger looks."""
+    launching, *workers, stranger = five
+    said(launching, "keys", "new")
+    let_in(launching, "lab2", workers[0])
+    let_in(launching, "lab3", workers[1])
+    early = start_worker(workers[0], launching)
+    launch = start_launch(launching, plan)
+    launch.wait_for("waiting for lab4")
+    token = launch.log.partition("--token ")[2].split()[0]
+    later = [start_worker(workers[1], launching), start_worker(workers[2], launching, "--token", token)]
+    launch.wait_for("serving at")
+    for worker in (early, *later):
+        worker.wait_for("serving epoch")
+
+    alone = said(stranger, "generate", *QUESTION)
+    assert said(launching, "generate", "--connect", *QUESTION) == alone
+    assert "lab4" in said(launching, "keys", "list")
+
+    key = said(launching, "keys", "show").strip()
+    targets = [f"{launching.address}={key}", *(worker.address for worker in workers)]
+    scan = subprocess.run(
+        stranger.command(str(STRANGER), *targets), capture_output=True, text=True, timeout=DEADLINE_S, check=True
+    )
+    report = json.loads(scan.stdout)
+    declared = {launching.address: {"7410", "7411"}, **{worker.address: {"7500"} for worker in workers}}
+    assert {address: set(ports) for address, ports in report.items()} == declared
+    for ports in report.values():
+        for answers in ports.values():
+            assert "READY" not in answers["null"] and "WELCOME" not in answers["null"]
+            assert answers["curve"] is False
+    assert said(launching, "generate", "--connect", *QUESTION) == alone
+
+
+def test_workers_keep_their_weights_for_the_next_coordinator(five: list[Host], plan: str) -> None:
+    """A coordinator that is killed comes back to workers that load nothing; a revoked one is replaced by a new key."""
+    launching, *workers, _ = five
+    said(launching, "keys", "new")
+    running = []
+    for name, host in zip(NAMES, workers, strict=False):
+        let_in(launching, name, host)
+        running.append(start_worker(host, launching))
+    launch = start_launch(launching, plan)
+    launch.wait_for("serving at")
+    before = said(launching, "generate", "--connect", *QUESTION)
+    launch.process.kill()
+    launch.process.wait()
+
+    launch = start_launch(launching, plan)
+    launch.wait_for("serving at")
+    for worker in running:
+        worker.wait_for("these layers were still here")
+        worker.wait_for("serving epoch", count=2)
+    assert said(launching, "generate", "--connect", *QUESTION) == before
+
+    said(launching, "keys", "revoke", "lab3")
+    assert running[1].process.wait(DEADLINE_S) == 2
+    assert "revoked" in running[1].log
+    launch.wait_for("stage-2 (cpu of lab3, layers 3-4) left: the key of lab3 has been revoked")
+    launch.wait_for("--token")
+    token = launch.log.partition("--token ")[2].split()[0]
+    said(workers[1], "keys", "new", "--replace")
+    start_worker(workers[1], launching, "--token", token).wait_for("serving epoch")
+    assert said(launching, "generate", "--connect", *QUESTION) == before
+    assert running[0].process.poll() is None and running[2].process.poll() is None
+
+
+def test_another_model_is_refused_by_name(five: list[Host], plan: str) -> None:
+    """A worker with other files than the coordinator's ends the launch, which names its host and the reason."""
+    launching, *workers, _ = five
+    said(launching, "keys", "new")
+    for name, host in zip(NAMES, workers, strict=False):
+        let_in(launching, name, host)
+        start_worker(host, launching, *(("--model", "random:tiny") if name == "lab3" else ()))
+    launch = start_launch(launching, plan)
+    assert launch.process.wait(DEADLINE_S) == 1
+    assert "stage 2 (cpu of lab3, layers 3-4): random:tiny is not the checkpoint the coordinator sees" in launch.log
+    for words in ("--token", "serving at"):
+        assert words not in launch.log
