@@ -15,7 +15,6 @@ from pathlib import Path
 
 from protocol.endpoints import checked_endpoint, is_local
 from protocol.errors import EndpointError, SecurityError
-from protocol.security import checked_key
 from protocol.version import VERSION
 
 LOCAL_JOIN_TIMEOUT_S = 60.0
@@ -158,6 +157,8 @@ def _endpoint(text: str) -> str:
 
 
 def _key(text: str) -> str:
+    from protocol.security import checked_key
+
     try:
         return checked_key(text)
     except SecurityError as error:

@@ -5,11 +5,8 @@ from pathlib import Path
 
 HELP = "make this host's key; say which other hosts may join"
 EXAMPLES = """\
-Hosts know each other by key pairs. A secret key never leaves its host; public keys are told to others.
-The names given to other hosts here are those that a plan uses (host = "lab2").
-
-on every host, once:
-  glmpipe keys new                                # makes the key pair, prints the public key
+examples:
+  glmpipe keys new                                # on every host, once: makes its key pair, prints the public key
 on the host that launches:
   glmpipe keys allow lab2 'PUBLIC KEY OF LAB2'    # or let the worker join with the token that launch prints
   glmpipe keys list
@@ -22,6 +19,8 @@ replacing a worker's key without a gap:
 replacing the launching host's own key: keys new --replace there, start the launch anew, and give the workers
   the new --key.
 
+Hosts know each other by key pairs. A secret key never leaves its host; public keys are told to others.
+The names given to other hosts here are those that a plan uses (host = "lab2").
 Keys are in ~/.config/glmpipe/keys ($XDG_CONFIG_HOME), readable by their owner alone; otherwise they are refused.
 """
 
