@@ -22,6 +22,7 @@ from protocol.wire import decode, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_MS = 60_000
+pytestmark = pytest.mark.slow
 KEYS = new_key_pair()
 
 
