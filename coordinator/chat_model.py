@@ -83,7 +83,7 @@ def launch(
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
     """
-    name_elsewhere = "" if model is None else _name_elsewhere(model)
+    name_elsewhere = _name_elsewhere(model)
     model = demo_model_dir() if model is None else model
     description = resolve_description(model, revision)
     config = load_config(description)
@@ -91,18 +91,10 @@ def launch(
     _check_hosts(checked_plan, listening)
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
-    settings = ClusterSettings(
-        model_dir,
-        checkpoint.fingerprint(),
-        FIRST_EPOCH,
-        default_kv_budget_tokens=KV_BUDGET_CONTEXTS * config.max_context,
-        record_hidden_states=record_hidden_states,
-        model_name=name_elsewhere,
-        revision=revision,
-    )
-    cluster = Cluster(
-        checked_plan, settings, on_progress=on_progress, on_log=on_log, on_note=on_note, listening=listening
-    )
+    most_kv_tokens = KV_BUDGET_CONTEXTS * config.max_context
+    told = (model_dir, checkpoint.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
+    settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision)
+    cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
     try:
         budget = fitting_kv_budget(
             checked_plan, config, cluster.join(), settings.default_kv_budget_tokens, on_note, refuse=check_memory
@@ -119,8 +111,10 @@ def launch(
         raise
 
 
-def _name_elsewhere(model: str | Path) -> str:
+def _name_elsewhere(model: str | Path | None) -> str:
     """What other hosts find the model by: the demo model comes along, a directory is looked for in the same place."""
+    if model is None:
+        return ""
     if Path(model).expanduser().is_dir():
         path = Path(model).expanduser().absolute()
         return "" if path == demo_model_dir() else str(path)

@@ -77,7 +77,6 @@ class Cluster(Closing):
         self,
         plan: Plan,
         settings: ClusterSettings,
-        *,
         on_progress: ProgressSink | None = None,
         on_log: LogSink | None = None,
         on_note: NoteSink | None = None,
