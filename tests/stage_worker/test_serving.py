@@ -233,11 +233,11 @@ def test_later_stages_apply_a_failed_steps_updates_only(chain: Chain) -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"model_path": "/nowhere/at/all"}, "bad_model", "has no config.json"),
+        ({"model_path": "/nowhere/at/all"}, "bad_model", "no directory here"),
         ({"fingerprint": "0123"}, "fingerprint_mismatch", "not the checkpoint the coordinator sees"),
         ({"layer_end": 9}, "bad_request", "layers 1-9 were assigned, .* has 4"),
         ({"precision": "fp8"}, "bad_model", "'fp8' is unknown"),
-        ({"next_endpoint": "tcp://10.0.0.1:5"}, "unreachable", "Other hosts"),
+        ({"next_endpoint": "tcp://10.0.0.1:5"}, "unreachable", "without keys"),
     ],
 )
 def test_an_assignment_that_cannot_be_is_explained(
