@@ -224,7 +224,7 @@ class _Worker:
         assert pipe is not None
         with pipe:
             while line := pipe.readline(_MAX_LINE_BYTES):
-                said = WorkerLine(self._index + 1, self._device, line.decode("utf-8", errors="replace").rstrip())
+                said = WorkerLine(self.stage_index + 1, self._device, line.decode("utf-8", errors="replace").rstrip())
                 self._last_lines.append(said.text)
                 # A sink that fails must not stop the reading: the worker would block on a full pipe.
                 with contextlib.suppress(Exception):

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.options import (
     check_scheduling,
@@ -60,7 +60,6 @@ def launched(
     from coordinator.limits import context_line, limits_of
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
-    from coordinator.recovery import RecoveryPolicy
     from glm.config import load_config
     from glm.demo import demo_model_dir
     from glm.hub import resolve_description, resolve_model
@@ -73,8 +72,9 @@ def launched(
     check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
     log.say(*describe(plan, verbose=options.verbose), event="plan")
-    log.say(*(f"note: {note}" for note in notes(request, plan)))
-    log.say(*_cache_notes(resolve_model(model, revision), config, plan))
+    log.say(
+        *(f"note: {note}" for note in notes(request, plan)), *_cache_notes(resolve_model(model, revision), config, plan)
+    )
     with ExitStack() as stack:
         observers = _traces(options, plan, stack, log)
         with load_view(plan, log=log) as view:
@@ -87,10 +87,7 @@ def launched(
                 on_note=view.log,
                 record_hidden_states=record_hidden_states,
                 check_memory=not options.no_memory_check,
-                speculate=not options.no_speculation,
-                reuse=not options.no_prefix_reuse,
-                steps_in_flight=options.steps_in_flight,
-                recovery=RecoveryPolicy(max_attempts=options.recovery_attempts),
+                **_scheduling(options),
                 listening=listening,
             )
             stack.enter_context(chat_model)
@@ -109,6 +106,17 @@ def log_of(options: argparse.Namespace) -> Log:
 def _say_pipeline(log: Log, chat_model: ChatModel, text: str) -> None:
     line = text if log.is_json else f"[pipeline] {text}"
     log.say(line, event="pipeline", level="warning", epoch=chat_model.cluster.epoch)
+
+
+def _scheduling(options: argparse.Namespace) -> dict[str, Any]:
+    from coordinator.recovery import RecoveryPolicy
+
+    return {
+        "speculate": not options.no_speculation,
+        "reuse": not options.no_prefix_reuse,
+        "steps_in_flight": options.steps_in_flight,
+        "recovery": RecoveryPolicy(max_attempts=options.recovery_attempts),
+    }
 
 
 @contextmanager
