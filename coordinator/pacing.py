@@ -91,7 +91,7 @@ class Pacing:
             return f"{what}: as asked for"
         ratios = self._state(num_sequences).ratios
         found = ", ".join(f"{other} would give {ratio:.2f}x the tokens/s" for other, ratio in sorted(ratios.items()))
-        return f"{what}: {found or 'nothing else was tried yet'}"
+        return f"{what}: {found or 'too few steps yet to try other numbers of steps'}"
 
     def _state(self, num_sequences: int) -> _Size:
         state = self._sizes.get(num_sequences)
