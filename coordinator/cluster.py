@@ -127,7 +127,8 @@ class Cluster(Closing):
 
         `default_kv_budget_tokens` replaces the settings' one. Raises LaunchError as `join`.
         """
-        self.pipeline.last_public_key = self.join()[-1].public_key if self.pipeline.is_guarded else ""
+        last = self.join()[-1]
+        self.pipeline.last_public_key = last.public_key if self.pipeline.is_guarded else ""
         if default_kv_budget_tokens is not None:
             self._settings = replace(self._settings, default_kv_budget_tokens=default_kv_budget_tokens)
         self._assigned = [
