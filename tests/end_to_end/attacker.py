@@ -120,7 +120,8 @@ def meant(plane: Plane, rng: Random) -> Iterator[list[Frame]]:
     """What would do harm if it were believed."""
     number = rng.randrange(1, 2000)
     if plane is Plane.CONTROL:
-        join = Join(1, "stage-1", VERSION, "2", "host", 1, "cpu", "cpu", 1, 1, 1, (), "ipc:///tmp/nowhere")
+        nowhere = "ipc:///tmp/nowhere"
+        join = Join(1, "stage-1", VERSION, "2", "host", 1, "cpu", "cpu", 1, 1, 1, (), nowhere, "", False, "token")
         for message in (
             join,
             dataclasses.replace(join, worker_id="somebody"),
