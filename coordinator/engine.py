@@ -162,8 +162,7 @@ class Engine:
             return
         others = [s for s in self._running if s is not sequence and s.layout is None]
         running = [KeptPrefix(other.kv_id, tuple(other.token_ids[: other.num_sent])) for other in others]
-        taken = sum(other.num_reserved for other in self._running) + self._kept.num_tokens
-        reuse = find_reuse(sequence.token_ids, self._kept, running, self.settings.kv_budget_tokens - taken)
+        reuse = find_reuse(sequence.token_ids, self._kept, running, self._room())
         if reuse is None:
             return
         if reuse.takes_over:
@@ -171,6 +170,7 @@ class Engine:
             sequence.kv_id = reuse.source
             self._chain.updates.append(TruncateSequence(reuse.source, reuse.num_tokens))
         else:
+            self._make_room()  # the stages check their budget when they copy, not once the whole step is done
             self._chain.updates.append(ForkSequence(reuse.source, sequence.kv_id, reuse.num_tokens))
         sequence.num_sent = sequence.num_cached = sequence.num_held = reuse.num_tokens
         sequence.num_reused = min(reuse.num_tokens, sequence.num_prompt)
@@ -226,13 +226,20 @@ class Engine:
 
     def _send(self, decision: Decision) -> None:
         growth = sum(max(0, c.end + len(c.drafted) - c.sequence.num_reserved) for c in decision.chunks)
-        taken = sum(sequence.num_reserved for sequence in self._running) + self._kept.num_tokens
-        evicted = self._kept.evict(taken + growth - self.settings.kv_budget_tokens)
-        self._chain.updates += map(DropSequence, evicted)
+        self._make_room(growth)
         self._chain.send(decision.kind, decision.chunks)
         self._last_kind = decision.kind
         if decision.kind == "prefill":
             self.pacing.disturb()
+
+    def _room(self) -> int:
+        """Tokens of KV budget that neither running sequences nor kept prefixes have; negative where those must go."""
+        taken = sum(sequence.num_reserved for sequence in self._running) + self._kept.num_tokens
+        return self.settings.kv_budget_tokens - taken
+
+    def _make_room(self, growth: int = 0) -> None:
+        """Let the stages drop kept prefixes until the running sequences fit, and `growth` tokens more."""
+        self._chain.updates += map(DropSequence, self._kept.evict(growth - self._room()))
 
     # -- what came back
 

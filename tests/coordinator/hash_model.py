@@ -104,6 +104,7 @@ class HashPipeline:
                 case ForkSequence(source_id, new_id, length):
                     assert length <= len(self.cached[source_id])
                     self.cached[new_id] = self.cached[source_id][:length]
+            assert self.kv_tokens <= self._kv_budget_tokens, f"the stage's budget, after {update}"
 
 
 def hash_engine(settings: SchedulerSettings, *, is_repetitive: bool = False) -> tuple[Engine, HashPipeline]:

@@ -145,6 +145,24 @@ def test_growth_beyond_the_budget_sets_back_the_newest() -> None:
     assert (older.num_set_back, newer.num_set_back > 0) == (0, True)
 
 
+def test_a_copy_of_a_running_sequence_finds_room_where_prefixes_are_kept() -> None:
+    """What is kept gives way before the stage copies, not with the step behind it: the budget holds at every update."""
+    engine, _ = hash_engine(SchedulerSettings(kv_budget_tokens=120, speculate=False))
+    greedy = SamplingParams(greedy=True)
+    request(engine, [1] * 60, 1, greedy)
+    while not engine.is_idle:
+        engine.step()
+    running = request(engine, [2] * 30, 20, greedy)
+    for _ in range(10):
+        engine.step()
+    alike = request(engine, [*[2] * 30, 3], 5, greedy)
+    while not engine.is_idle:
+        engine.step()
+    assert alike.num_reused == 30
+    assert alike.new_ids == expected_ids([*[2] * 30, 3], 5, greedy, False)
+    assert running.new_ids == expected_ids([2] * 30, 20, greedy, False)
+
+
 def test_what_never_fits_is_refused_with_the_number() -> None:
     """A prompt beyond the whole budget, and an answer that outgrows it alone, fail by themselves."""
     engine, _ = hash_engine(SchedulerSettings(kv_budget_tokens=20))
