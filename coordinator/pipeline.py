@@ -94,7 +94,7 @@ class Pipeline:
 
     def submit(self, step: Step, hidden: torch.Tensor) -> None:
         """Send a step down the chain; waits, watching the stages' health, where the first queue is full."""
-        self._wait(self._push, zmq.POLLOUT)
+        _Waiting(self._check).until(self._push, zmq.POLLOUT)
         self._submitted[step.step_id] = _Submitted(time.monotonic(), step.spans, tuple(hidden.shape))
         send(self._push, step, (to_raw(hidden),))
 
@@ -106,33 +106,58 @@ class Pipeline:
         Raises:
             StepStuck: none came for `patience_s` seconds, although all stages live.
         """
-        while True:
-            self._wait(self._pull, zmq.POLLIN, patience_s)
-            sender, frames = receive_from(self._pull) if self.is_guarded else ("", receive(self._pull))
-            if sender != self.last_public_key:
-                continue
-            arrived_at_s = time.monotonic()
-            try:
-                message, tensors = decode(frames, Plane.DATA)
-            except ProtocolError:
-                continue
-            assert isinstance(message, Step | StepFailed)
-            submitted = self._submitted.get(message.step_id)
-            if submitted is None or message.epoch != epoch or not submitted.is_answered_by(message, tensors):
-                continue
-            del self._submitted[message.step_id]
-            hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
-            return Outcome(message, hidden, submitted.at_s, arrived_at_s, self._hosts)
+        waiting = _Waiting(self._check, patience_s)
+        waiting.until(self._pull, zmq.POLLIN)
+        while (outcome := self._take(epoch)) is None:
+            waiting.go_on()
+            waiting.until(self._pull, zmq.POLLIN)
+        return outcome
 
     def close(self) -> None:
         """Close both sockets; steps under way are dropped."""
         self._push.close(linger=0)
         self._pull.close(linger=0)
 
-    def _wait(self, socket: Socket, event: int, patience_s: float | None = None) -> None:
-        waited_s = 0.0
+    def _take(self, epoch: int) -> Outcome | None:
+        """What arrived, if it is an outcome."""
+        sender, frames = receive_from(self._pull) if self.is_guarded else ("", receive(self._pull))
+        if sender != self.last_public_key:
+            return None
+        arrived_at_s = time.monotonic()
+        try:
+            message, tensors = decode(frames, Plane.DATA)
+        except ProtocolError:
+            return None
+        assert isinstance(message, Step | StepFailed)
+        submitted = self._submitted.get(message.step_id)
+        if submitted is None or message.epoch != epoch or not submitted.is_answered_by(message, tensors):
+            return None
+        del self._submitted[message.step_id]
+        hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
+        return Outcome(message, hidden, submitted.at_s, arrived_at_s, self._hosts)
+
+
+class _Waiting:
+    """For one thing, however much else comes meanwhile; `check` is called again and again, and may raise."""
+
+    def __init__(self, check: Callable[[], None], limit_s: float | None = None) -> None:
+        self._check = check
+        self._limit_s = limit_s
+        self._waited_s = 0.0
+        self._since_s = time.monotonic()
+
+    def until(self, socket: Socket, event: int) -> None:
+        """Wait until the socket is ready. Raises StepStuck once all the waiting has taken longer than the limit."""
         while not socket.poll(_POLL_MS, event):
-            self._check()
-            waited_s += _POLL_MS / 1000  # time spent waiting, not time passed: this process may have been stopped
-            if patience_s is not None and waited_s > patience_s:
-                raise StepStuck(f"no stage answered for {waited_s:.0f} s, far longer than such steps took before")
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Nothing came, or nothing of use: look whether to wait on. Raises StepStuck, see `until`."""
+        self._check()
+        now_s = time.monotonic()
+        self._waited_s += min(
+            now_s - self._since_s, _POLL_MS / 1000
+        )  # not all time passed: this process may be stopped
+        self._since_s = now_s
+        if self._limit_s is not None and self._waited_s > self._limit_s:
+            raise StepStuck(f"no stage answered for {self._waited_s:.0f} s, far longer than such steps took before")

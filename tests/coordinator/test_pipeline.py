@@ -1,5 +1,6 @@
 """The coordinator's two ends of the chain, with the test in the stages' place."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from coordinator.timing import EndsClock, step_timing
 from protocol.data import Span, StageTiming, Step, StepFailed
 from protocol.sockets import Socket, bind, connect, data_socket, receive, send
 from protocol.torch_bridge import from_raw, to_raw
-from protocol.wire import decode
+from protocol.wire import decode, encode
 
 
 class Chain:
@@ -35,12 +36,10 @@ class Chain:
 
 
 @pytest.fixture
-def chain(tmp_path: Path) -> Iterator[Chain]:
-    context: zmq.Context[Socket] = zmq.Context()
+def chain(context: "zmq.Context[Socket]", tmp_path: Path) -> Iterator[Chain]:
     chain = Chain(context, tmp_path)
     yield chain
     chain.pipeline.close()
-    context.destroy(linger=0)
 
 
 def a_step(step_id: int, epoch: int = 1) -> Step:
@@ -100,6 +99,27 @@ def test_waiting_ends_when_patience_does(chain: Chain) -> None:
     with pytest.raises(StepStuck, match="no stage answered for"):
         chain.pipeline.collect(epoch=1, patience_s=0.15)
     assert chain.checks == 2
+
+
+def test_a_flood_of_garbage_prolongs_no_waiting(chain: Chain) -> None:
+    """What is no answer counts as no news: patience ends, and the stages are watched, while something always comes."""
+    frames = [[b"\x00" * 30], encode(a_step(4), (to_raw(torch.zeros(2, 3)),))]
+    flood = itertools.cycle(frames)
+
+    def check() -> None:
+        chain.checks += 1
+        assert chain.checks < 100_000, "waits without end"
+        chain.push.send_multipart(next(flood))
+
+    chain.pipeline._check = check
+    chain.push.send_multipart(next(flood))
+    with pytest.raises(StepStuck, match="no stage answered for"):
+        chain.pipeline.collect(epoch=1, patience_s=0.15)
+    assert chain.checks >= 2
+    chain.broken = StageLost("stage 1 is gone")
+    chain.pipeline._check = chain.check
+    with pytest.raises(StageLost):
+        chain.pipeline.collect(epoch=1, patience_s=60)
 
 
 def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:
