@@ -1,14 +1,15 @@
 """What can be closed can stand in a `with`."""
 
+from abc import ABC, abstractmethod
 from typing import Self
 
 
-class Closing:
+class Closing(ABC):
     """A context manager that closes itself at the end of its block, however that ends."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give everything back. Safe to call twice."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

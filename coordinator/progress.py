@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -21,13 +22,13 @@ PLAIN_INTERVAL_S = 3.0
 class LoadView(Closing):
     """Where load progress and the workers' lines go. A context manager around the loading."""
 
+    @abstractmethod
     def update(self, progress: StageProgress) -> None:
         """Show a stage's progress."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log(self, line: str) -> None:
         """Show a worker's line; works after the loading, too."""
-        raise NotImplementedError
 
 
 def load_view(plan: Plan, stream: TextIO | None = None, log: Log | None = None) -> LoadView:

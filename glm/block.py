@@ -1,6 +1,7 @@
 """One small block class per kind of family: a layer from hidden states to hidden states."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -68,17 +69,19 @@ class _Linears:
         return (found[0], found[1], found[2], found[3]) if len(found) == 4 else None
 
 
-class _Layer:
+class _Layer(ABC):
     """What both kinds of block share: the call, in one go where the native kernels can."""
 
     linears: _Linears
     native: NativeLayer | None
 
+    @abstractmethod
     def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
-        raise NotImplementedError
+        """See `Block`."""
 
+    @abstractmethod
     def close(self, residual: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """See `Block`."""
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         if self.native is not None and len(hidden) <= self.native.most_tokens and geometry.is_causal:

@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,36 +58,31 @@ def write_parts(path: Path, unit: Unit, parts: Mapping[str, StoredPart]) -> Writ
         OSError: no space, no permission; nothing is left of the file.
     """
     tensors = _tensors(unit, parts)
-    temporary = _temporary(path)
-    try:
-        with temporary.open("x+b") as file:
-            written = _write(file, tensors)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _whole(path) as file:
+        written = _write(file, tensors)
     sync_directory(path.parent)
     return written
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all. Raises OSError."""
-    temporary = _temporary(path)
+    with _whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file of another name, which becomes `path` once it is written and on the disk; nothing is left of it if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("x+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def sync_directory(directory: Path) -> None:
