@@ -1,10 +1,14 @@
 """Fixtures every test may use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import zmq
+
+from protocol.sockets import Socket
 
 # What a test quantises belongs in no user's cache. Tests of the cache name one of their own.
 os.environ["GLMPIPE_CACHE"] = "off"
@@ -28,3 +32,11 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no reference data beside the repository ({SHARED.name}/ is absent)")
     return SHARED
+
+
+@pytest.fixture
+def context() -> "Iterator[zmq.Context[Socket]]":
+    """A ZeroMQ context that is closed with all its sockets."""
+    context: zmq.Context[Socket] = zmq.Context()
+    yield context
+    context.destroy(linger=0)

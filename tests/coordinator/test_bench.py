@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,8 @@ from coordinator.cli import main
 from coordinator.plan_request import Option, PlanRequest
 from glm.config import load_config
 from glm.positions import prompt_layout
+from tests.commands import glmpipe
 
-ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     *("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s", "decode_efficiency"),
     *("prefill_efficiency", "read_bandwidth_bytes_per_s", "matmul_flops_per_s", "stages", "coordinator"),
@@ -55,21 +52,15 @@ def check_figures(found: dict[str, Any]) -> None:
 def test_two_stages_of_random_weights_from_the_command_line() -> None:
     """JSON alone on stdout; progress and the plan on stderr; lm_head is held as chats hold it."""
     words = "bench --shape tiny --precision int4 --stages 2 --threads 1 --prompt-tokens 48 --new-tokens 8 --streams 3"
-    done = subprocess.run(
-        [sys.executable, "-m", "coordinator.cli", *words.split(), "--json"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, out, err = glmpipe(*words.split(), "--json")
+    assert code == 0, err
+    found = json.loads(out)
     check_figures(found)
     assert [stage["layers"] for stage in found["stages"]] == ["1-2", "3-4"]
     assert [part["precision"] for part in (*found["stages"], found["coordinator"])] == ["int4", "int4", "int8"]
     assert (found["streams"], found["threads"], found["model"]) == (3, 1, "random:tiny")
     for line in ("lm_head -> int8 -> cpu", "stage 2 cpu 3-4 int4: 2/2 layers", "measuring: decode"):
-        assert line in done.stderr
+        assert line in err
 
 
 @pytest.mark.slow

@@ -3,21 +3,18 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.commands import glmpipe, start
 from tests.coordinator.test_trace import assert_no_overlaps, read, rows_of
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 from tests.tiny_tokenizers import train_chatglm2
 
-ROOT = Path(__file__).resolve().parents[2]
 TWO_STAGES = ("--stages", "2", "--threads", "1")
 pytestmark = pytest.mark.slow
 
@@ -39,23 +36,6 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(name)
 
 
-@contextmanager
-def start(*arguments: str | Path, stderr: int = subprocess.PIPE) -> "Iterator[subprocess.Popen[str]]":
-    """The command in a process of its own, killed at the end of the block if it still runs."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "coordinator.cli", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def read_terminal(terminal: int) -> str:
     """All that is shown until the last process that has it open is gone."""
     parts = []
@@ -67,13 +47,6 @@ def read_terminal(terminal: int) -> str:
     finally:
         os.close(terminal)
     return b"".join(parts).decode()
-
-
-def glmpipe(*arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    with start(*arguments) as process:
-        out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
 
 
 def workers(base: Path) -> list[int]:

@@ -76,13 +76,6 @@ class ScriptedWorker:
 
 
 @pytest.fixture
-def context() -> "Iterator[zmq.Context[Socket]]":
-    context: zmq.Context[Socket] = zmq.Context()
-    yield context
-    context.destroy(linger=0)
-
-
-@pytest.fixture
 def plane(context: "zmq.Context[Socket]", tmp_path: Path) -> Iterator[ControlPlane]:
     heard: list[tuple[str, Progress]] = []
     with ControlPlane(

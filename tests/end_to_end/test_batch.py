@@ -1,12 +1,7 @@
 """Files of prompts, several answers and scores through real worker processes, with the demo model."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +15,13 @@ from glm.demo import demo_model_dir
 from glm.model import Model, Segment
 from glm.positions import prompt_layout
 from glm.tokenizer import load_tokenizer
+from tests.commands import glmpipe, start
 from tests.tiny_checkpoints import PREFIX, write_checkpoint
 from tests.tiny_tokenizers import train_chatglm
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 SPLIT = ("--stages", "2", "--threads", "1")
 QUESTIONS = ("你好", "What is a stage worker?", "日本的首都是哪里？", "What is 17 + 15?", "显存不够怎么办？")
-
-
-@contextmanager
-def start(*arguments: str | Path) -> "Iterator[subprocess.Popen[str]]":
-    """The command in a process of its own, killed at the end of the block if it still runs."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "coordinator.cli", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def glmpipe(*arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    with start(*arguments) as process:
-        out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Which addresses are bound or connected: this host's freely, any other only with keys."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,6 @@ from protocol.errors import EndpointError
 from protocol.messages import Plane
 from protocol.sockets import bind, connect, data_socket, receive, send
 from protocol.wire import decode
-
-
-@pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    """A ZeroMQ context that is closed with all its sockets."""
-    context = zmq.Context()
-    yield context
-    context.destroy(linger=0)
 
 
 @pytest.mark.parametrize(

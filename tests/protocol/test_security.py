@@ -17,13 +17,6 @@ SILENCE_MS = 400
 
 
 @pytest.fixture
-def context() -> "Iterator[zmq.Context[Socket]]":
-    context: zmq.Context[Socket] = zmq.Context()
-    yield context
-    context.destroy(linger=0)
-
-
-@pytest.fixture
 def gatekeeper(context: "zmq.Context[Socket]") -> Iterator[Gatekeeper]:
     with Gatekeeper(context) as gatekeeper:
         yield gatekeeper
