@@ -157,17 +157,20 @@ class Cluster(Closing):
             stage = self.plan.stages[self._worker_ids.index(worker_id)]
             raise StageLost(f"{worker_id} ({stage.place}, layers {stage.layers_text}) {what}")
 
-    def recover(self) -> int:
+    def recover(self, is_stuck: bool) -> int:
         """Start workers anew in the place of those lost, and assign all stages in a new epoch, which is returned.
 
-        The other workers keep their weights; all forget every sequence.
+        The other workers keep their weights; all forget every sequence. `is_stuck`: a step does not come back, although
+        all workers answer; then it is the one that the step seems to be at which is lost.
 
         Raises:
             StageLost: another worker was lost meanwhile. LaunchError: one cannot load its layers.
         """
         lost = {dead.stage_index for dead in self._launcher.dead()}
         lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.lost()}
-        for index in sorted(lost or {self._laggard()}):
+        if is_stuck and not lost:
+            lost = {self._laggard()}
+        for index in sorted(lost):
             self._control.forget(self._worker_ids[index])
             if self.plan.stages[index].host is None:  # another host's worker comes back by itself, or another one does
                 self._launcher.restart(index)

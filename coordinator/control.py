@@ -186,7 +186,7 @@ class ControlPlane(Closing):
         with self._shared.changed:
             worker = self._shared.workers.pop(worker_id, None)
         if worker is not None and worker.key:
-            refusal = Refused(0, "no_seat", "this worker was lost, and may join again")
+            refusal = Refused(0, "lost", "this worker was lost, and may join again")
             self._outgoing.put((worker.router, [worker.identity, *encode(refusal)]))
             self._wake()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from coordinator.engine import Engine, TookPart
-from coordinator.errors import CoordinatorError, LaunchError, StageLost
+from coordinator.errors import CoordinatorError, LaunchError, StageLost, StepStuck
 from coordinator.recovery import Recovery, RecoveryPolicy
 
 _log = logging.getLogger(__name__)
@@ -18,8 +18,11 @@ class Mendable(Protocol):
     def check(self) -> None:
         """Raises StageLost when a worker has died, left or fallen silent."""
 
-    def recover(self) -> int:
-        """Bring all stages up again; the new epoch. Raises StageLost or LaunchError."""
+    def recover(self, is_stuck: bool) -> int:
+        """Bring all stages up again; the new epoch. Raises StageLost or LaunchError.
+
+        `is_stuck`: nobody is known to be lost, but a step does not come back.
+        """
 
 
 class Supervisor:
@@ -75,7 +78,7 @@ class Supervisor:
             self.on_event(f"{cause}\nstarting it again ({attempts})")
             self._sleep(delay_s)
             try:
-                epoch = self._cluster.recover()
+                epoch = self._cluster.recover(isinstance(cause, StepStuck))
                 break
             except (StageLost, LaunchError) as error:
                 cause = error

@@ -69,7 +69,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Coordinator -> worker: not joined, or no longer, and why. It leaves; with `no_seat` it may ask again later."""
+    """Coordinator -> worker: not joined, or no longer, and why. It leaves, but
+    after `no_seat` it may ask again later, after `lost` at once."""
 
     request_id: Id
     code: Name

@@ -27,8 +27,13 @@ SILENT_MS = 10_000
 HANDSHAKE_MS = 2000
 """Whoever has not shaken hands after so long is disconnected: strangers that say nothing, and clients refused for now,
 whose connection ZeroMQ does not always close at once."""
+UNACKED_MS = 5000
+"""A connection over TCP whose peer's host has acknowledged nothing of what was sent for so long is closed. ZeroMQ's
+heartbeats see to it that there is always something to acknowledge, on both sides."""
 RECONNECT_MAX_MS = 2000
 """Trying to connect again begins after 0.1 s and doubles up to this."""
+CONNECT_MS = 3000
+"""An attempt to connect is given up after so long, and another one made: the system's own retries grow to minutes."""
 
 
 def control_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
@@ -115,7 +120,9 @@ def _prepare(socket: Socket, checked: str) -> None:
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        socket.setsockopt(zmq.TCP_MAXRT, UNACKED_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
 
 
 def _socket(context: "zmq.Context[Socket]", kind: int, queue: int, linger_ms: int) -> Socket:

@@ -229,6 +229,9 @@ class ControlLink:
                 self._reply(self._pong(self.status, request_id))
             case Welcome():
                 self._on_welcome(message)
+            case Refused() if message.code == "lost" and self._settings.keys is not None:
+                self._lose_coordinator("it has missed this worker")
+                self._reply(self._settings.join())
             case Refused() if message.code == "no_seat" and self._settings.keys is not None:
                 logger.warning("asking again every %g s: %s", ASK_AGAIN_S, message.text)
                 self._ask_again_s = ASK_AGAIN_S

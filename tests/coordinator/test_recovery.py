@@ -72,7 +72,7 @@ class Losing:
 
     def check(self) -> None: ...
 
-    def recover(self) -> int:
+    def recover(self, _is_stuck: bool) -> int:
         if self._num_failing:
             self._num_failing -= 1
             raise WorkerDied("it died again")

@@ -3,11 +3,12 @@
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,12 +16,13 @@ DEADLINE_S = 120.0
 _numbers = itertools.count()
 
 
-def why_not() -> str | None:
-    """Why this machine has no network namespaces for us; None where it has."""
+def why_not(*commands: str) -> str | None:
+    """Why this machine has no network namespaces for us, or lacks a command; None where it has."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if shutil.which("ip") is None:
-        return "there is no `ip` command (iproute2)"
+    for command in ("ip", *commands):
+        if shutil.which(command) is None:
+            return f"there is no `{command}` command (iproute2)"
     probe = f"glmprobe{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
     if made.returncode:
@@ -32,9 +34,11 @@ def why_not() -> str | None:
 class Host:
     """A namespace with an address, a home directory of its own, and the processes that run there."""
 
-    def __init__(self, namespace: str, address: str, directory: Path) -> None:
+    def __init__(self, namespace: str, address: str, directory: Path, plug: tuple[str, str] = ("", "")) -> None:
         self.namespace = namespace
         self.address = address
+        self.plug = plug
+        """The namespace of the switch, and the port there that this host's cable ends in."""
         self.directory = directory
         directory.mkdir()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -74,10 +78,67 @@ class Host:
         self._processes.append(process)
         return Running(process, log)
 
+    def pids(self) -> list[int]:
+        """All processes that run here."""
+        return list(map(int, _ip("netns", "pids", self.namespace).split()))
+
+    def num_connections(self) -> int:
+        """How many TCP connections this host believes to have."""
+        listed = subprocess.run(
+            ["ip", "netns", "exec", self.namespace, "ss", "-Htn", "state", "established"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return len(listed.stdout.splitlines())
+
+    @contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Its cable is out of the switch."""
+        switch, port = self.plug
+        _ip("-n", switch, "link", "set", port, "down")
+        try:
+            yield
+        finally:
+            _ip("-n", switch, "link", "set", port, "up")
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """What is sent to it is lost, what it sends arrives."""
+        with _dropping(*self.plug):
+            yield
+
+    @contextmanager
+    def mute(self) -> Iterator[None]:
+        """What it sends is lost, what is sent to it arrives."""
+        with _dropping(self.namespace, "eth0"):
+            yield
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """All of its processes stand still; its kernel answers."""
+        pids = self.pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def close(self) -> None:
+        """Kill what runs here, whoever started it."""
         for process in self._processes:
             process.kill()
             process.wait()
+        give_up_at_s = time.monotonic() + 10.0
+        while (left := self.pids()) and time.monotonic() < give_up_at_s:  # a killed launch's own workers leave
+            time.sleep(0.05)
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert not left, f"{len(left)} processes were left on {self.namespace}"
 
 
 class Running:
@@ -121,14 +182,29 @@ def hosts(directory: Path, num_hosts: int) -> Iterator[list[Host]]:
             _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "link", "set", "lo", "up")
-            made.append(Host(name, f"10.77.0.{number}", directory / f"h{number}"))
+            made.append(Host(name, f"10.77.0.{number}", directory / f"h{number}", (switch, cable)))
         yield made
     finally:
-        for host in made:
-            host.close()
-        for namespace in namespaces:
-            subprocess.run(["ip", "netns", "del", namespace], check=False)
+        with ExitStack() as stack:
+            for namespace in namespaces:
+                stack.callback(subprocess.run, ["ip", "netns", "del", namespace], check=False)
+            for host in made:
+                stack.callback(host.close)
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+@contextmanager
+def _dropping(namespace: str, device: str) -> Iterator[None]:
+    """All that would leave by this device is dropped: a queue with no place in it."""
+    _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "pfifo", "limit", "0")
+    try:
+        yield
+    finally:
+        _run("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
+
+
+def _ip(*words: str) -> str:
+    return _run("ip", *words)
+
+
+def _run(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout

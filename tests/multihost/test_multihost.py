@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.multihost.hosts import DEADLINE_S, Host, Running, hosts, why_not
+from tests.multihost.hosts import DEADLINE_S, Host, hosts, why_not
+from tests.multihost.lab import NAMES, QUESTION, let_in, said, start_launch, start_worker, write_plan
 
 REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
-NAMES = ("lab2", "lab3", "lab4")
-PLAN = "".join(
-    f'[[stage]]\ndevice = "cpu"\nhost = "{name}"\nlayers = "{layers}"\n'
-    for name, layers in zip(NAMES, ("1-2", "3-4", "5-6"), strict=True)
-)
-QUESTION = ("--prompt", "What is 2 + 3?", "--greedy")
 STRANGER = Path(__file__).with_name("stranger.py")
 
 
@@ -30,30 +25,7 @@ def five(tmp_path: Path) -> Iterator[list[Host]]:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> str:
-    path = tmp_path / "plan.toml"
-    path.write_text(PLAN)
-    return str(path)
-
-
-def said(host: Host, *words: str) -> str:
-    done = host.glmpipe(*words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def let_in(launching: Host, name: str, host: Host) -> None:
-    said(launching, "keys", "allow", name, said(host, "keys", "new").strip())
-
-
-def start_worker(host: Host, launching: Host, *more: str) -> Running:
-    key = said(launching, "keys", "show").strip()
-    listen = f"tcp://{host.address}:7500"
-    join = f"tcp://{launching.address}:7410"
-    return host.start("worker", "--join", join, "--key", key, "--listen", listen, "--threads", "1", *more)
-
-
-def start_launch(host: Host, plan: str) -> Running:
-    return host.start("launch", plan, "--listen", f"tcp://{host.address}")
+    return write_plan(tmp_path)
 
 
 def test_four_hosts_compute_what_one_process_does(five: list[Host], plan: str) -> None:

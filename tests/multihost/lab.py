@@ -1,0 +1,105 @@
+"""A launch and its workers, each on a host of its own, and questions to them."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from coordinator.batch import Request
+from coordinator.client import connect
+from protocol.client import Finished, SamplingParams, TextPrompt
+from tests.multihost.hosts import DEADLINE_S, Host, Running
+
+NAMES = ("lab2", "lab3", "lab4")
+LAYERS = ("1-2", "3-4", "5-6")
+QUESTION = ("--prompt", "What is 2 + 3?", "--greedy")
+
+
+def write_plan(directory: Path) -> str:
+    """A plan file: the demo model over three hosts."""
+    path = directory / "plan.toml"
+    stages = zip(NAMES, LAYERS, strict=True)
+    path.write_text("".join(f'[[stage]]\ndevice = "cpu"\nhost = "{h}"\nlayers = "{n}"\n' for h, n in stages))
+    return str(path)
+
+
+def said(host: Host, *words: str) -> str:
+    """What a command printed that was to succeed."""
+    done = host.glmpipe(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def let_in(launching: Host, name: str, host: Host) -> None:
+    """Put a host's new key on the list."""
+    said(launching, "keys", "allow", name, said(host, "keys", "new").strip())
+
+
+def start_worker(host: Host, launching: Host, *more: str) -> Running:
+    """`glmpipe worker` on that host, with the launching host's key."""
+    key = said(launching, "keys", "show").strip()
+    listen = f"tcp://{host.address}:7500"
+    join = f"tcp://{launching.address}:7410"
+    return host.start("worker", "--join", join, "--key", key, "--listen", listen, "--threads", "1", *more)
+
+
+def start_launch(host: Host, plan: str, *more: str) -> Running:
+    """`glmpipe launch` on that host."""
+    return host.start("launch", plan, "--listen", f"tcp://{host.address}", *more)
+
+
+class Lab:
+    """A launch that serves, with a worker on each of the hosts that the plan names."""
+
+    def __init__(self, hosts: list[Host], plan: str, *more: str) -> None:
+        self.launching, *self.hosts = hosts
+        said(self.launching, "keys", "new")
+        for name, host in zip(NAMES, self.hosts, strict=False):
+            let_in(self.launching, name, host)
+        self.launch = start_launch(self.launching, plan, "--no-prefix-reuse", *more)
+        self.workers = [start_worker(host, self.launching) for _, host in zip(NAMES, self.hosts, strict=False)]
+        self.launch.wait_for("serving at")
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect; files are not of a network namespace."""
+        return self.launch.log.partition("serving at ")[2].split()[0]
+
+    def answers(
+        self, num_answers: int, seed: int | None, fault: Callable[[], None] | None = None, after: int = 60
+    ) -> list[tuple[int, ...]]:
+        """Answers of 150 tokens to the same questions as ever; the fault comes after so many tokens of all of them.
+
+        Each stage is seen to hold those of the last answer alone when it ends, and so to have forgotten all others.
+        """
+        sampling = SamplingParams(1.0, 0, 1.0, 0.0, 1.0, seed, (), 150, True, seed is None)
+        finished: dict[int, Finished] = {}
+        num_tokens = 0
+        give_up_at_s = time.monotonic() + DEADLINE_S
+        with connect(self.endpoint) as launch:
+            prompts = [TextPrompt(f"What is {number} + 3? ") for number in range(num_answers)]
+            tickets = [launch.submit(Request(prompt, sampling))[0] for prompt in prompts]
+            while len(finished) < num_answers:
+                assert time.monotonic() < give_up_at_s, f"no answer came:\n{self.launch.log}"
+                progress = launch.poll()
+                num_tokens += progress.num_new_tokens
+                for ended in progress.ended:
+                    assert ended.finished is not None, ended.error
+                    finished[ended.ticket] = ended.finished
+                if fault is not None and num_tokens >= after:
+                    assert not finished, "the fault came too late"
+                    fault()
+                    fault = None
+        if num_answers == 1:
+            stats = finished[tickets[0]].stats
+            most = stats.prompt_tokens + stats.new_tokens
+            assert all(stage.kv_tokens <= most for stage in stats.stages), stats
+        return [finished[ticket].token_ids for ticket in tickets]
+
+    def wait_for_connections(self, *wanted_ones: int) -> None:
+        """Until each host has so many connections: by default each worker's control, the way through the stages."""
+        wanted = list(wanted_ones) or [2 + len(self.workers), *[3] * len(self.workers)]
+        give_up_at_s = time.monotonic() + DEADLINE_S
+        hosts = [self.launching, *self.hosts[: len(self.workers)]]
+        while (found := [host.num_connections() for host in hosts]) != wanted:
+            assert time.monotonic() < give_up_at_s, f"connections: {found}, not {wanted}"
+            time.sleep(0.2)

@@ -1,0 +1,98 @@
+"""Cables that drop, directions that die, hosts that sleep: the answer goes on with the tokens it would have had."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+
+import pytest
+
+from tests.multihost.hosts import Host, hosts, why_not
+from tests.multihost.lab import Lab, write_plan
+
+REASON = why_not("tc", "ss")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+SHORT_S = 1.0
+LONG_S = 6.0
+Fault = Callable[[Host], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One for all faults, since each is to leave it as it was."""
+    directory = tmp_path_factory.mktemp("lab")
+    with ExitStack() as stack:
+        yield Lab(stack.enter_context(hosts(directory, 4)), write_plan(directory), "--recovery-attempts", "50")
+
+
+def for_a_while(fault: Fault, host: Host, seconds: float) -> Callable[[], None]:
+    """Begins now, ends by itself."""
+
+    def begin() -> None:
+        stack = ExitStack()
+        stack.enter_context(fault(host))
+        threading.Timer(seconds, stack.close).start()
+
+    return begin
+
+
+def until_lost(lab: Lab, fault: Fault, host: Host) -> Callable[[], None]:
+    """Begins now, ends when the launch has missed that host's stage."""
+    said_so = lab.launch.log.count("starting it again")
+
+    def begin() -> None:
+        with fault(host):
+            lab.launch.wait_for("starting it again", count=said_so + 1)
+
+    return begin
+
+
+def test_a_short_interruption_is_not_noticed(lab: Lab) -> None:
+    """A cable that is back within detection: the answers go on, nothing is lost, nobody is told anything."""
+    wanted = lab.answers(4, 7)
+    assert lab.answers(4, 7, for_a_while(Host.unplugged, lab.hosts[1], SHORT_S)) == wanted
+    assert "[pipeline]" not in lab.launch.log
+    lab.wait_for_connections()
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_answers"),
+    [(Host.unplugged, 1), (Host.unplugged, 4), (Host.deaf, 4), (Host.mute, 1), (Host.asleep, 4)],
+)
+def test_a_lost_host_comes_back_by_itself(lab: Lab, fault: Fault, num_answers: int) -> None:
+    """The stage counts as lost and is awaited; its worker joins again, weights in memory, and no token differs."""
+    seed = None if num_answers == 1 else 7
+    wanted = lab.answers(num_answers, seed)
+    events = lab.launch.log.count("all stages serve again")
+    assert lab.answers(num_answers, seed, until_lost(lab, fault, lab.hosts[1])) == wanted
+    assert "stage-2 (cpu of lab3, layers 3-4) has been silent" in lab.launch.log
+    assert lab.launch.log.count("all stages serve again") == events + 1
+    worker = lab.workers[1]
+    assert worker.log.count("these layers were still here") == worker.log.count("serving epoch") - 1
+    lab.wait_for_connections()
+
+
+def test_a_dead_cable_is_found_at_both_ends(lab: Lab) -> None:
+    """Nobody asks anything, no packet says goodbye: both hosts give the connections up, and make new ones later."""
+    host = lab.hosts[2]
+    events = lab.launch.log.count("all stages serve again")
+    with host.unplugged():
+        lab.wait_for_connections(3, 3, 2, 0)  # lab3's way onwards went to lab4
+    lab.launch.wait_for("all stages serve again", count=events + 1)
+    assert lab.workers[2].log.count("these layers were still here") == lab.workers[2].log.count("serving epoch") - 1
+    lab.wait_for_connections()
+
+
+def test_a_coordinator_that_slept_goes_on(lab: Lab) -> None:
+    """The launching host stands still for longer than it would wait for others: it listens before it judges."""
+    wanted = lab.answers(1, None)
+    events = lab.launch.log.count("[pipeline]")
+    assert lab.answers(1, None, for_a_while(Host.asleep, lab.launching, LONG_S)) == wanted
+    assert lab.launch.log.count("[pipeline]") == events
+    lab.wait_for_connections()
+
+
+def test_nobody_was_left_behind(lab: Lab) -> None:
+    """After all that the same processes serve: one worker a host, the launch alone on its own."""
+    assert [len(host.pids()) for host in (lab.launching, *lab.hosts)] == [1, 1, 1, 1]
+    assert all(worker.process.poll() is None for worker in lab.workers)
