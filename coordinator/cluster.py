@@ -154,8 +154,7 @@ class Cluster(Closing):
         for dead in self._launcher.dead():
             raise StageLost(dead.describe("while serving"))
         for worker_id, what in self._control.lost().items():
-            stage = self.plan.stages[self._worker_ids.index(worker_id)]
-            raise StageLost(f"{worker_id} ({stage.place}, layers {stage.layers_text}) {what}")
+            raise StageLost(f"{self._name(self._worker_ids.index(worker_id))} {what}")
 
     def recover(self, is_stuck: bool) -> int:
         """Start workers anew in the place of those lost, and assign all stages in a new epoch, which is returned.
@@ -178,8 +177,15 @@ class Cluster(Closing):
         self._note_due_s = 0.0
         self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
         self.assign()
+        self.runtime_dir.remove_sockets("worker-*", keep=[join.data_endpoint for join in self.join()])
         self.load()
         return self._settings.epoch
+
+    def _name(self, index: int) -> str:
+        """`stage 2 (cuda:0 of lab2, layers 13-24, pid 4711)`, for messages about it."""
+        stage = self.plan.stages[index]
+        pid = f", pid {self._joins[index].pid}" if self._joins else ""
+        return f"stage {index + 1} ({stage.device} of {stage.host or 'this host'}, layers {stage.layers_text}{pid})"
 
     def _laggard(self) -> int:
         """The stage that a stuck step is at: the first one that has done fewer steps than the one before it."""
@@ -307,9 +313,9 @@ class Cluster(Closing):
         return tuple(ready[index] for index in range(len(futures)))
 
     def _ready(self, index: int, future: Future[Reply]) -> Ready:
-        stage = self.plan.stages[index]
-        message, _ = expect(future.result(0), Ready, f"stage {index + 1} ({stage.place}, layers {stage.layers_text})")
+        message, _ = expect(future.result(0), Ready, self._name(index))
         assert isinstance(message, Ready)
+        stage = self.plan.stages[index]
         num_layers = stage.layer_end - stage.layer_start
         self._report(StageProgress(index, num_layers, num_layers, message.weight_bytes, message))
         return message

@@ -24,7 +24,7 @@ import zmq
 from coordinator.closing import Closing
 from coordinator.door import Door, Seat
 from coordinator.errors import LaunchError, StageLost
-from protocol.control import Assign, Failed, Join, Leaving, Ping, Pong, Progress, Refused, Welcome
+from protocol.control import Assign, Failed, Join, Leaving, Ping, Pong, Progress, Ready, Refused, Welcome
 from protocol.errors import ProtocolError, SecurityError, VersionError
 from protocol.messages import Message, Plane
 from protocol.security import Gatekeeper, sender_key
@@ -54,6 +54,7 @@ class _Worker:
     key: str = ""
     """What it proved to own when it joined; empty for a worker of this host."""
     is_assigned: bool = False
+    is_serving: bool = False
     silent_s: float = 0.0
     pong: Pong | None = None
     left: str | None = None
@@ -151,7 +152,8 @@ class ControlPlane(Closing):
         with self._shared.changed:
             self._shared.futures[request_id] = future
             worker = self._shared.workers[worker_id]
-            worker.is_assigned |= isinstance(message, Assign)
+            if isinstance(message, Assign):
+                worker.is_assigned, worker.is_serving = True, False
             to = worker.router, [worker.identity, *frames]
         self._outgoing.put(to)
         self._wake()
@@ -174,10 +176,9 @@ class ControlPlane(Closing):
         found = {}
         with self._shared.changed:
             for worker_id, worker in self._shared.workers.items():
-                is_serving = worker.pong is not None and worker.pong.state == "serving"
                 if worker.left is not None:
                     found[worker_id] = f"left: {worker.left}"
-                elif worker.silent_s > (SILENCE_LIMIT_S if is_serving else LOADING_SILENCE_LIMIT_S):
+                elif worker.silent_s > (SILENCE_LIMIT_S if worker.is_serving else LOADING_SILENCE_LIMIT_S):
                     found[worker_id] = f"has been silent for {worker.silent_s:.1f} s"
         return found
 
@@ -318,6 +319,9 @@ class ControlPlane(Closing):
         """Take in what a worker said; returns the future that waits for it."""
         if isinstance(message, Pong):
             worker.pong = message
+            worker.is_serving = message.state == "serving"
+        elif isinstance(message, Ready):
+            worker.is_serving = True
         elif isinstance(message, Leaving):
             worker.left = message.reason
             self._shared.changed.notify_all()

@@ -56,7 +56,8 @@ class WorkerExit:
     def describe(self, when: str) -> str:
         """For an error's message; `when` is such as `before it joined`. Carries the worker's last lines."""
         remedy = _SIGNAL_REMEDIES.get(-self.returncode)
-        text = f"stage {self.stage_index + 1} ({self.device}, pid {self.pid}) ended with {self.reason} {when}"
+        name = f"stage {self.stage_index + 1} ({self.device} of this host, pid {self.pid})"
+        text = f"{name} ended with {self.reason} {when}"
         text += f"; {remedy}" if remedy else ""
         if not self.last_lines:
             return f"{text}; it printed nothing"

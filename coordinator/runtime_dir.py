@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,12 @@ class RuntimeDir(Closing):
         if len(os.fsencode(name)) > MAX_SOCKET_NAME_BYTES or "/" in name:
             raise ValueError(f"{name!r} does not suit as a socket's name")
         return f"ipc://{self.path / name}"
+
+    def remove_sockets(self, pattern: str, keep: Collection[str]) -> None:
+        """Remove the sockets of this pattern whose endpoints are not among those to keep: what the killed leave."""
+        for path in self.path.glob(pattern):
+            if f"ipc://{path}" not in keep and path.is_socket():
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove the directory and everything in it. Safe to call twice, and does nothing in a forked child."""

@@ -144,7 +144,7 @@ def test_a_worker_that_is_killed_ends_the_launch_with_its_name(model_dir: Path, 
         os.kill(max(workers(base)), signal.SIGKILL)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "\nglmpipe: stage 2 (cpu, pid " in err
+    assert "\nglmpipe: stage 2 (cpu of this host, pid " in err
     assert "ended with signal SIGKILL while serving; the system has probably run out of memory" in err
     assert "Traceback" not in err
     assert list(base.iterdir()) == []
@@ -165,7 +165,7 @@ def test_a_worker_that_is_killed_is_brought_back(model_dir: Path, base: Path) ->
         assert (code, len(out.split(","))) == (0, 3)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-    assert any("stage 2 (cpu, pid " in line and "SIGKILL" in line for line in lines)
+    assert any("stage 2 (cpu of this host, pid " in line and "SIGKILL" in line for line in lines)
     assert list(base.iterdir()) == []
 
 

@@ -11,6 +11,7 @@ from coordinator import control
 from coordinator.control import ControlPlane, expect
 from coordinator.errors import LaunchError, StageLost
 from protocol.control import (
+    Assign,
     Failed,
     Join,
     Leaving,
@@ -181,6 +182,21 @@ def test_a_silent_worker_is_lost(plane, worker, monkeypatch) -> None:  # type: i
     while not plane.lost() and time.monotonic() < give_up_at:
         time.sleep(0.05)
     assert "silent" in plane.lost()["stage-1"]
+
+
+def test_a_worker_counts_as_serving_from_its_ready_on(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Before its next heartbeat says so, the short limit for silence holds; loading again, the long one."""
+    monkeypatch.setattr(control, "HEARTBEAT_INTERVAL_S", 2 * control.SILENCE_LIMIT_S)
+    worker.join("stage-1")
+    plane.wait_for_joins(5, lambda: None)
+    assign = Assign(0, 1, 0, 1, "", None, "", 0, 1, "fp32", 1, "ipc:///nowhere", None, None, None, False)
+    future = plane.begin("stage-1", assign)
+    worker.say(Ready(worker.hear(Assign).request_id, 1, 1, 1, 0.1, "torch"))
+    future.result(5)
+    plane._count_silence(2 * control.SILENCE_LIMIT_S)
+    assert "silent" in plane.lost()["stage-1"]
+    plane.begin("stage-1", assign)
+    assert not plane.lost()
 
 
 def test_a_launch_that_was_stopped_does_not_blame_its_workers(plane, worker) -> None:  # type: ignore[no-untyped-def]

@@ -105,7 +105,7 @@ def test_a_worker_that_dies_before_joining_is_reported_with_its_last_lines() -> 
                 running.check()
                 time.sleep(0.01)
     text = str(caught.value)
-    assert "stage 1 (cpu, pid " in text or "stage 2 (cuda:0, pid " in text
+    assert "stage 1 (cpu of this host, pid " in text or "stage 2 (cuda:0 of this host, pid " in text
     assert "ended with exit code 3 before it joined; its last lines:" in text
     assert "| hello from" in text
 

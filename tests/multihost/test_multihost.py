@@ -86,7 +86,8 @@ def test_workers_keep_their_weights_for_the_next_coordinator(five: list[Host], p
     said(launching, "keys", "revoke", "lab3")
     assert running[1].process.wait(DEADLINE_S) == 2
     assert "revoked" in running[1].log
-    launch.wait_for("stage-2 (cpu of lab3, layers 3-4) left: the key of lab3 has been revoked")
+    launch.wait_for("left: the key of lab3 has been revoked")
+    launch.wait_for("stage 2 (cpu of lab3, layers 3-4, pid ")
     launch.wait_for("--token")
     token = launch.log.partition("--token ")[2].split()[0]
     said(workers[1], "keys", "new", "--replace")

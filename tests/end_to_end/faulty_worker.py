@@ -1,0 +1,108 @@
+"""A stage worker with something wrong with it, for tests.
+
+    python -m tests.end_to_end.faulty_worker FAULT STAGE MARKER [a worker's options]
+
+The stage worker itself knows nothing of this: parts of it are replaced here before it runs. Only the worker of STAGE
+(`stage-2`) is faulty, the others are as ever. MARKER is a file that the fault may leave, to be another one next time.
+"""
+
+import os
+import signal
+import sys
+import time
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import stage_worker.loading
+import stage_worker.worker
+from glm.model import LayerStack
+from stage_worker.cli import main as worker
+
+
+def no_memory_to_load(_: Path) -> None:
+    """Loading takes more memory than there is."""
+
+    def load(*_: Any) -> NoReturn:
+        raise MemoryError
+
+    stage_worker.loading._load_layers = load
+
+
+def no_memory_once_marked(marker: Path) -> None:
+    """The same, but only once somebody has made the marker."""
+    if marker.exists():
+        no_memory_to_load(marker)
+
+
+def no_memory_in_a_step(marker: Path) -> None:
+    """Each time the marker is there a step has no memory, in the middle of the layers, and the marker goes."""
+    forward = LayerStack.forward
+
+    def exhausted(self: LayerStack, *arguments: Any) -> torch.Tensor:
+        hidden = forward(self, *arguments)
+        if marker.exists():
+            marker.unlink()
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return hidden
+
+    stage_worker.worker.LayerStack.forward = exhausted  # type: ignore[method-assign]
+
+
+def dies_while_loading(marker: Path) -> None:
+    """The first one is killed behind its first layer, and every later one while the marker is not removed again."""
+    marked = marker.with_suffix(".first")
+    if marked.exists() and not marker.exists():
+        return
+    marked.touch()
+    load = LayerStack.load
+
+    def dying(*arguments: Any) -> LayerStack:
+        *first, progress = arguments
+
+        def report(layers_done: int, *numbers: int) -> None:
+            progress(layers_done, *numbers)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return load(*first, report)
+
+    LayerStack.load = dying  # type: ignore[method-assign, assignment]
+
+
+def dies_once_marked(marker: Path) -> None:
+    """Ends at once when somebody has made the marker: a device that is gone for good."""
+    if marker.exists():
+        print("cuda:1 has fallen off the bus", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def clock_jumps(_: Path) -> None:
+    """The wall clock is an hour ahead, then an hour behind, each time that somebody looks."""
+    real_s, jumps = time.time, cycle((0.0, 3600.0, -3600.0))
+    time.time = lambda: real_s() + next(jumps)
+
+
+FAULTS = {
+    fault.__name__.replace("_", "-"): fault
+    for fault in (
+        no_memory_to_load,
+        no_memory_once_marked,
+        no_memory_in_a_step,
+        dies_while_loading,
+        dies_once_marked,
+        clock_jumps,
+    )
+}
+
+
+def main() -> int:
+    fault, stage, marker, *options = sys.argv[1:]
+    if stage == options[options.index("--worker-id") + 1]:
+        FAULTS[fault](Path(marker))
+    return worker(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
