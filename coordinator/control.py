@@ -66,7 +66,8 @@ class _Shared:
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     workers: dict[str, _Worker] = field(default_factory=dict)
-    futures: dict[int, Future[Reply]] = field(default_factory=dict)
+    futures: dict[tuple[str, int], Future[Reply]] = field(default_factory=dict)
+    """By worker and request id: no worker can answer for another."""
 
 
 class ControlPlane(Closing):
@@ -150,7 +151,7 @@ class ControlPlane(Closing):
         frames = encode(dataclasses.replace(message, request_id=request_id))
         future: Future[Reply] = Future()
         with self._shared.changed:
-            self._shared.futures[request_id] = future
+            self._shared.futures[worker_id, request_id] = future
             worker = self._shared.workers[worker_id]
             if isinstance(message, Assign):
                 worker.is_assigned, worker.is_serving = True, False
@@ -297,7 +298,7 @@ class ControlPlane(Closing):
                 return
             worker_id, worker = found
             worker.silent_s = 0.0
-            future = self._note(worker, message)
+            future = self._note(worker_id, worker, message)
         if isinstance(message, Progress) and self._on_progress is not None:
             # A sink that fails must not end this thread: all workers would seem silent.
             with contextlib.suppress(Exception):
@@ -315,7 +316,7 @@ class ControlPlane(Closing):
             self._misunderstood.add(name)
             self._on_note(f"a worker of {name} was refused: {error}")
 
-    def _note(self, worker: _Worker, message: Message) -> "Future[Reply] | None":
+    def _note(self, worker_id: str, worker: _Worker, message: Message) -> "Future[Reply] | None":
         """Take in what a worker said; returns the future that waits for it."""
         if isinstance(message, Pong):
             worker.pong = message
@@ -326,7 +327,7 @@ class ControlPlane(Closing):
             worker.left = message.reason
             self._shared.changed.notify_all()
         request_id = getattr(message, "request_id", 0)
-        return self._shared.futures.pop(request_id, None) if request_id else None
+        return self._shared.futures.pop((worker_id, request_id), None)
 
     def _admit(self, identity: bytes, join: Join) -> Welcome | Refused:
         with self._shared.changed:

@@ -137,6 +137,23 @@ def test_a_request_gets_its_reply_or_meets_its_deadline(plane, worker) -> None: 
         plane.request("stage-1", Release(0, 3), 0.2)
 
 
+def test_no_worker_answers_for_another(plane, worker, new_worker) -> None:  # type: ignore[no-untyped-def]
+    """A reply with the id of another worker's request is nobody's; the one that was asked still answers."""
+    plane._expected |= {"stage-2"}
+    liar = new_worker()
+    worker.join("stage-1")
+    liar.join("stage-2")
+    future = plane.begin("stage-1", Release(0, 1))
+    request = worker.hear(Release)
+    own = plane.begin("stage-2", Release(0, 1))
+    liar.say(Released(request.request_id, 66, 0))
+    liar.say(Released(liar.hear(Release).request_id, 1, 0))
+    assert own.result(5)[0].epoch == 1  # so that the lie was read before
+    assert not future.done()
+    worker.say(Released(request.request_id, 1, 0))
+    assert future.result(5)[0].epoch == 1
+
+
 def test_failures_carry_the_workers_words(plane, worker) -> None:  # type: ignore[no-untyped-def]
     """A Failed reply, or one of the wrong kind, becomes a LaunchError that names the stage."""
     worker.join("stage-1")
