@@ -16,7 +16,7 @@ from coordinator.cluster import Cluster, ClusterSettings, Listening, ProgressSin
 from coordinator.engine import Engine
 from coordinator.errors import PlanError
 from coordinator.launcher import LogSink
-from coordinator.limits import limits_of
+from coordinator.limits import limits_of, max_step_tokens
 from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
@@ -102,7 +102,7 @@ def launch(
         cluster.assign(budget)
         embedding, head = _load_ends(checkpoint, config, checked_plan)  # while the workers load
         cluster.load()
-        limits = scheduler_settings(checked_plan, budget)
+        limits = scheduler_settings(checked_plan, budget, max_step_tokens(config))
         scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
         engine = Engine(embedding, head, cluster.pipeline, scheduling)
         return ChatModel(cluster, engine, config, model_dir, chat_format, recovery)

@@ -118,7 +118,7 @@ class RemoteBackend(Closing):
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self._context: zmq.Context[sockets.Socket] = zmq.Context()
-        self._socket = sockets.control_socket(self._context, zmq.DEALER)
+        self._socket = sockets.client_socket(self._context, zmq.DEALER)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._request_ids = itertools.count(1)
         self._cancelled = threading.Event()

@@ -200,9 +200,18 @@ class Cluster(Closing):
             LaunchError: the stage has no such thing. StageLost: it does not answer.
         """
         index = next(i for i, stage in enumerate(self.plan.stages) if stage.layer_start <= layer < stage.layer_end)
-        reply = self._control.request(self._worker_ids[index], Inspect(0, sequence_id, layer, what), REQUEST_DEADLINE_S)
-        _, tensors = expect(reply, Inspected, f"stage {index + 1}")
-        return from_raw(tensors[0])
+        pieces: list[torch.Tensor] = []
+        num_tokens = num_there = 0
+        while not pieces or num_there < num_tokens:
+            inspect = Inspect(0, sequence_id, layer, what, num_there)
+            reply = self._control.request(self._worker_ids[index], inspect, REQUEST_DEADLINE_S)
+            inspected, tensors = expect(reply, Inspected, f"stage {index + 1}")
+            assert isinstance(inspected, Inspected)
+            pieces.append(from_raw(tensors[0]))
+            num_tokens, num_there = inspected.num_tokens, num_there + len(pieces[-1])
+            if not len(pieces[-1]) and num_there < num_tokens:
+                raise StageLost(f"stage {index + 1} kept back a part of what it has")
+        return torch.cat(pieces)
 
     def health(self) -> tuple[Pong, ...]:
         """What each stage is doing and holding, asked now.

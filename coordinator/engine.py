@@ -209,7 +209,8 @@ class Engine:
             drafts.append(tuple(drafted))
             num_tokens += len(drafted)
         taken = sum(max(sequence.num_reserved, len(sequence.token_ids)) for sequence in self._running)
-        return with_drafts(decision, self.settings.kv_budget_tokens - taken, drafts)
+        room = min(self.settings.kv_budget_tokens - taken, self.settings.max_step_tokens - len(decision.chunks))
+        return with_drafts(decision, room, drafts)
 
     def _set_back(self, sequence: Sequence) -> None:
         """The newest gives way to the older ones; it is computed again when there is room."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.plan import Plan, StagePlan
 from coordinator.plan_request import PlanRequest
+from protocol.limits import MAX_STEP_BYTES
 
 if TYPE_CHECKING:
     from glm.config import ModelConfig
@@ -22,10 +23,11 @@ _UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", star
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model allows a plan: `max_context` tokens, and KV bytes for each token that a stage caches."""
+    """What a model allows a plan: `max_context` tokens, tokens in a step, KV bytes for each one that a stage caches."""
 
     max_context: int
     kv_bytes_per_token: Callable[[StagePlan], int]
+    max_step_tokens: int
 
 
 def limits_of(config: ModelConfig) -> ModelLimits:
@@ -37,7 +39,12 @@ def limits_of(config: ModelConfig) -> ModelLimits:
         num_layers, device_type = stage.layer_end - stage.layer_start, stage.device.partition(":")[0]
         return kv_bytes_per_token(config, num_layers, Precision(stage.precision), device_type)
 
-    return ModelLimits(config.max_context, kv_bytes)
+    return ModelLimits(config.max_context, kv_bytes, max_step_tokens(config))
+
+
+def max_step_tokens(config: ModelConfig) -> int:
+    """Most tokens of one step: their hidden states, fp32 at worst, must fit into a message."""
+    return max(1, MAX_STEP_BYTES // (4 * config.hidden_size))
 
 
 def parse_bytes(text: str) -> int | None:
@@ -50,12 +57,14 @@ def traffic_faults(request: PlanRequest, limits: ModelLimits | None) -> list[str
     """What is wrong with the settings of the plan as a whole, as far as `limits` are known."""
     most_tokens = MAX_KV_TOKENS if limits is None else limits.max_context
     why = "" if limits is None else ", the model's context"
+    most_chunk = MOST_PREFILL_CHUNK if limits is None else min(MOST_PREFILL_CHUNK, limits.max_step_tokens)
+    why_chunk = ", which one message carries" if most_chunk < MOST_PREFILL_CHUNK else ""
     faults = [
         f"{name} {value} is out of range; it must be from {least} to {most}{reason}"
         for name, value, least, most, reason in (
             ("max_num_seqs", request.max_num_seqs, 1, MOST_SEQS, ""),
             ("max_model_len", request.max_model_len, 2, most_tokens, why),
-            ("prefill_chunk", request.prefill_chunk, 1, MOST_PREFILL_CHUNK, ""),
+            ("prefill_chunk", request.prefill_chunk, 1, most_chunk, why_chunk),
         )
         if value is not None and not least <= value <= most
     ]

@@ -26,8 +26,12 @@ def prompt_ids(prompt: Prompt, tokenizer: Callable[[], Tokenizer]) -> list[int]:
 
 
 def max_model_len(config: ModelConfig, settings: SchedulerSettings) -> int:
-    """Prompt and answer together, at most: the model's context, what the plan says, the tightest KV budget."""
-    return min(config.max_context, settings.max_model_len or config.max_context, settings.kv_budget_tokens)
+    """Prompt and answer together, at most: the model's context, what the plan says, the tightest KV budget.
+
+    What a prefix LM computes again, it computes in one step, which one message must carry.
+    """
+    whole = settings.max_step_tokens if config.is_prefix_lm else config.max_context
+    return min(config.max_context, settings.max_model_len or config.max_context, settings.kv_budget_tokens, whole)
 
 
 def check_prompt(token_ids: AbstractSequence[int], config: ModelConfig, settings: SchedulerSettings) -> None:
@@ -41,7 +45,11 @@ def check_prompt(token_ids: AbstractSequence[int], config: ModelConfig, settings
         )
     most = max_model_len(config, settings)
     if len(token_ids) >= most:
-        limit = "max_model_len" if most == settings.max_model_len else "the KV budget of the tightest stage"
+        limits = {
+            settings.max_model_len: "max_model_len",
+            settings.kv_budget_tokens: "the KV budget of the tightest stage",
+        }
+        limit = limits.get(most, "one step, in which a prefix LM's conversation is computed,")
         raise GenerationError(
             f"the conversation has {len(token_ids)} tokens, {limit} allows {most} together with the answer: "
             "shorten it, or raise that limit"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK, Plan
 from coordinator.sequence import Sequence
-from protocol.limits import MAX_SPANS
+from protocol.limits import MAX_SPANS, MAX_TOKENS
 
 HEADROOM_TOKENS = 16
 """Room that each running sequence must keep to grow when another is admitted: or it would soon be set back again."""
@@ -19,7 +19,8 @@ class SchedulerSettings:
     """What bounds the steps.
 
     `kv_budget_tokens` is the tightest stage's. `max_model_len` counts prompt and answer. `prefill_chunk` is the most
-    prompt tokens of one step; a prefix LM's prompts travel whole all the same. `max_steps_in_flight` counts all steps
+    prompt tokens of one step; a prefix LM's prompts travel whole all the same. `max_step_tokens` is what one message
+    carries, of either kind. `max_steps_in_flight` counts all steps
     on their way along the chain. `steps_in_flight` fixes how many decode steps the sequences are dealt out to; None
     leaves that to measurement. `reuse` keeps what ended sequences cached for those that begin alike.
     """
@@ -28,19 +29,21 @@ class SchedulerSettings:
     max_num_seqs: int = MAX_NUM_SEQS
     max_model_len: int | None = None
     prefill_chunk: int = PREFILL_CHUNK
+    max_step_tokens: int = MAX_TOKENS
     max_steps_in_flight: int = 2
     steps_in_flight: int | None = None
     speculate: bool = True
     reuse: bool = True
 
 
-def scheduler_settings(plan: Plan, default_kv_budget_tokens: int) -> SchedulerSettings:
+def scheduler_settings(plan: Plan, default_kv_budget_tokens: int, max_step_tokens: int) -> SchedulerSettings:
     """What a plan says of it; one step more than there are stages, so that none waits for the coordinator."""
     return SchedulerSettings(
         min(stage.kv_budget_tokens or default_kv_budget_tokens for stage in plan.stages),
         max_num_seqs=plan.max_num_seqs,
         max_model_len=plan.max_model_len,
-        prefill_chunk=plan.prefill_chunk,
+        prefill_chunk=min(plan.prefill_chunk, max_step_tokens),
+        max_step_tokens=max_step_tokens,
         max_steps_in_flight=len(plan.stages) + 1,
     )
 
@@ -161,7 +164,7 @@ def _decode(running: AbstractSequence[Sequence], settings: SchedulerSettings, mo
     set_back: list[Sequence] = []
     chunks: list[Chunk] = []
     taken = sum(sequence.num_reserved for sequence in running)
-    for sequence in ready[: min(most, MAX_SPANS)]:
+    for sequence in ready[: min(most, MAX_SPANS, settings.max_step_tokens)]:
         if sequence in set_back:
             continue
         growth = max(0, len(sequence.token_ids) - sequence.num_reserved)
@@ -183,7 +186,7 @@ def _decode(running: AbstractSequence[Sequence], settings: SchedulerSettings, mo
 
 
 def with_drafts(decision: Decision, room: int, drafts: AbstractSequence[tuple[int, ...]]) -> Decision:
-    """The decision with drafted tokens behind each chunk, as far as `room` tokens of the KV budget go."""
+    """The decision with drafted tokens behind each chunk, as far as KV budget and step have `room` for them."""
     chunks = []
     for chunk, drafted in zip(decision.chunks, drafts, strict=True):
         kept = drafted[: max(0, room)]

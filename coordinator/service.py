@@ -16,7 +16,7 @@ from protocol import client
 from protocol.errors import ProtocolError
 from protocol.limits import clip_text
 from protocol.messages import Message, Plane
-from protocol.sockets import Socket, bind, control_socket
+from protocol.sockets import Socket, bind, client_socket
 from protocol.wire import decode, encode
 
 _IDLE_POLL_MS = 200
@@ -36,7 +36,7 @@ def serve(
     Raises:
         StageLost: the pipeline is broken; every waiting client has been told.
     """
-    router = control_socket(chat_model.cluster.context, zmq.ROUTER)
+    router = client_socket(chat_model.cluster.context, zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     try:
         bind(router, endpoint)

@@ -170,17 +170,18 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Coordinator -> worker: what a layer (0-based, of the whole model) holds for a sequence."""
+    """Coordinator -> worker: what a layer (0-based, of the whole model) holds for a sequence, from `start_pos` on."""
 
     request_id: Id
     sequence_id: Id
     layer: Index
     what: InspectedPart
+    start_pos: Index
 
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """Answer to Inspect, with one float32 tensor.
+    """Answer to Inspect, with one float32 tensor: as many of the `num_tokens` there are as MAX_INSPECTED_BYTES hold.
 
     hidden: [tokens, hidden_size]; key, value: [tokens, kv_heads, head_dim].
     """
@@ -190,6 +191,8 @@ class Inspected:
     sequence_id: Id
     layer: Index
     what: InspectedPart
+    start_pos: Index
+    num_tokens: Count
 
 
 @dataclass(frozen=True, slots=True)

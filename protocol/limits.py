@@ -6,7 +6,10 @@ from typing import Annotated
 MAX_TENSORS = 4
 MAX_TENSOR_RANK = 4
 MAX_TENSOR_DIM = 2**31 - 1
-MAX_TENSOR_BYTES = 2**30
+MAX_STEP_BYTES = 2**26
+"""Of a step's hidden states: 4096 tokens of 4096 fp32 values. A worker binds before it knows whose model it gets."""
+MAX_INSPECTED_BYTES = 2**22
+"""Of one answer to Inspect; what is longer is asked for in pieces."""
 MAX_FRAMES = 1 + MAX_TENSORS
 
 MAX_DATA_HEADER_BYTES = 2**20

@@ -6,7 +6,7 @@ import zmq
 
 from protocol.endpoints import checked_endpoint, checked_own_address, is_local, needs_ipv6
 from protocol.errors import EndpointError
-from protocol.limits import MAX_TENSOR_BYTES
+from protocol.limits import MAX_CLIENT_HEADER_BYTES, MAX_INSPECTED_BYTES, MAX_STEP_BYTES
 from protocol.messages import Message
 from protocol.security import sender_key
 from protocol.tensors import RawTensor
@@ -15,7 +15,9 @@ from protocol.wire import encode
 Socket = zmq.Socket[bytes]
 
 CONTROL_QUEUE = 1000
-"""Messages waiting per peer on the control and client planes; a peer that falls so far behind is lost anyway."""
+"""Messages waiting for a peer on the control and client planes; one that falls so far behind is lost anyway."""
+CONTROL_RECEIVE_QUEUE = 16
+"""Messages of one peer that wait here: the rest waits with the peer, whose memory they may fill."""
 DATA_QUEUE = 64
 """Steps waiting per hop: each may carry a whole prompt's hidden states, so backpressure must reach the coordinator."""
 CONTROL_LINGER_MS = 500
@@ -34,16 +36,24 @@ RECONNECT_MAX_MS = 2000
 """Trying to connect again begins after 0.1 s and doubles up to this."""
 CONNECT_MS = 3000
 """An attempt to connect is given up after so long, and another one made: the system's own retries grow to minutes."""
+_ENVELOPE_BYTES = 64
+"""What encryption adds to a frame, and more."""
 
 
 def control_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
-    """A ROUTER or DEALER for the control or client plane."""
-    return _socket(context, kind, CONTROL_QUEUE, CONTROL_LINGER_MS)
+    """A ROUTER or DEALER for the control plane."""
+    return _talking_socket(context, kind, MAX_INSPECTED_BYTES)
+
+
+def client_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
+    """A ROUTER or DEALER for the client plane."""
+    return _talking_socket(context, kind, MAX_CLIENT_HEADER_BYTES)
 
 
 def data_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
     """A PUSH or PULL for the data plane. A PUSH queues only for a peer that is there (IMMEDIATE)."""
-    socket = _socket(context, kind, DATA_QUEUE, linger_ms=0)
+    socket = _socket(context, kind, DATA_QUEUE, MAX_STEP_BYTES)
+    socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     return socket
 
@@ -125,10 +135,17 @@ def _prepare(socket: Socket, checked: str) -> None:
         socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
 
 
-def _socket(context: "zmq.Context[Socket]", kind: int, queue: int, linger_ms: int) -> Socket:
+def _talking_socket(context: "zmq.Context[Socket]", kind: int, max_frame_bytes: int) -> Socket:
+    socket = _socket(context, kind, CONTROL_QUEUE, max_frame_bytes)
+    socket.setsockopt(zmq.RCVHWM, CONTROL_RECEIVE_QUEUE)
+    socket.setsockopt(zmq.LINGER, CONTROL_LINGER_MS)
+    return socket
+
+
+def _socket(context: "zmq.Context[Socket]", kind: int, queue: int, max_frame_bytes: int) -> Socket:
+    """Whoever sends a larger frame is disconnected before it is read, and before keys are looked at."""
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, queue)
     socket.setsockopt(zmq.RCVHWM, queue)
-    socket.setsockopt(zmq.LINGER, linger_ms)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_TENSOR_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes + _ENVELOPE_BYTES)
     return socket

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from protocol.errors import TensorError
-from protocol.limits import MAX_TENSOR_BYTES, MAX_TENSOR_DIM, MAX_TENSOR_RANK
+from protocol.limits import MAX_STEP_BYTES, MAX_TENSOR_DIM, MAX_TENSOR_RANK
 
 ITEM_SIZES: Mapping[str, int] = MappingProxyType(
     {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1}
@@ -25,9 +25,14 @@ class RawTensor:
 
     def __post_init__(self) -> None:
         expected = checked_num_bytes(self.dtype, self.shape)
-        actual = len(self.data) if type(self.data) is bytes else memoryview(self.data).nbytes
+        actual = self.num_bytes
         if actual != expected:
             raise TensorError(f"{self.dtype} {list(self.shape)} takes {expected} bytes, the frame has {actual}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffer."""
+        return len(self.data) if type(self.data) is bytes else memoryview(self.data).nbytes
 
 
 def checked_num_bytes(dtype: Any, shape: tuple[Any, ...]) -> int:
@@ -40,6 +45,6 @@ def checked_num_bytes(dtype: Any, shape: tuple[Any, ...]) -> int:
         if type(dim) is not int or not 0 <= dim <= MAX_TENSOR_DIM:
             raise TensorError(f"a dimension is {type(dim).__name__} or not in 0..{MAX_TENSOR_DIM}")
     num_bytes: int = prod(shape) * ITEM_SIZES[dtype]
-    if num_bytes > MAX_TENSOR_BYTES:
-        raise TensorError(f"{dtype} {list(shape)} takes {num_bytes} bytes, at most {MAX_TENSOR_BYTES} are allowed")
+    if num_bytes > MAX_STEP_BYTES:
+        raise TensorError(f"{dtype} {list(shape)} takes {num_bytes} bytes, at most {MAX_STEP_BYTES} are allowed")
     return num_bytes

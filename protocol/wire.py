@@ -12,6 +12,7 @@ from protocol.limits import (
     MAX_CLIENT_HEADER_BYTES,
     MAX_CONTAINERS,
     MAX_FRAMES,
+    MAX_INSPECTED_BYTES,
     MAX_MAP_KEYS,
     MAX_TENSORS,
     SMALL_HEADER_BYTES,
@@ -169,3 +170,5 @@ def _check_tensors(message: Message, tensors: Sequence[RawTensor]) -> None:
             )
     elif expected and tensors[0].dtype != "float32":
         raise TensorError(f"Inspected carries a {tensors[0].dtype} tensor, not float32")
+    elif expected and tensors[0].num_bytes > MAX_INSPECTED_BYTES:
+        raise TensorError(f"Inspected carries {tensors[0].num_bytes} bytes, at most {MAX_INSPECTED_BYTES} are allowed")

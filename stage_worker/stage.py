@@ -79,7 +79,7 @@ class Stage:
             raise faults[0]
 
     def inspect(self, sequence_id: int, layer: int, what: InspectedPart) -> torch.Tensor:
-        """float32 on the CPU: hidden [tokens, hidden_size], key and value [tokens, num_kv_heads, head_dim].
+        """As it is held, a view: hidden [tokens, hidden_size], key and value [tokens, num_kv_heads, head_dim].
 
         Raises:
             InspectError: the layer, the sequence or the recording is not here.
@@ -95,8 +95,7 @@ class Stage:
             if recorded is None:
                 raise InspectError("hidden states are not recorded: the assignment did not ask for it")
             return recorded[layer - start]
-        part = sequence.cache.key(layer - start) if what == "key" else sequence.cache.value(layer - start)
-        return part.to("cpu", torch.float32).contiguous()
+        return sequence.cache.key(layer - start) if what == "key" else sequence.cache.value(layer - start)
 
     def _apply_one(self, update: KvUpdate) -> None:
         match update:

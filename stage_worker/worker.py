@@ -1,5 +1,6 @@
 """The worker's main thread: takes commands from the control link and steps from the data plane, one at a time."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from glm.model import LayerStack
 from protocol.control import Assign, Failed, Inspect, Inspected, Progress, Ready, Release, Released
 from protocol.data import DataMessage, StageTiming, Step, StepFailed
 from protocol.errors import EndpointError, ProtocolError, SecurityError
-from protocol.limits import clip_text
+from protocol.limits import MAX_INSPECTED_BYTES, clip_text
 from protocol.messages import Message, Plane
 from protocol.sockets import Socket, send
 from protocol.tensors import RawTensor
@@ -161,12 +162,15 @@ class Worker:
         try:
             if self._stage is None:
                 raise InspectError("nothing is assigned to this worker")
-            part = to_raw(self._stage.inspect(inspect.sequence_id, inspect.layer, inspect.what))
+            held = self._stage.inspect(inspect.sequence_id, inspect.layer, inspect.what)
+            most = MAX_INSPECTED_BYTES // (torch.float32.itemsize * math.prod(held.shape[1:]))
+            piece = held[inspect.start_pos : inspect.start_pos + most].to("cpu", torch.float32)
+            raw = to_raw(piece)
         except (InspectError, ProtocolError) as error:
             self._link.send(Failed(inspect.request_id, epoch, "bad_request", clip_text(str(error))))
             return
-        answer = Inspected(inspect.request_id, epoch, inspect.sequence_id, inspect.layer, inspect.what)
-        self._link.send(answer, (part,))
+        asked = (inspect.sequence_id, inspect.layer, inspect.what, inspect.start_pos)
+        self._link.send(Inspected(inspect.request_id, epoch, *asked, num_tokens=len(held)), (raw,))
 
     def _release(self) -> int:
         """Give up the assignment; returns by how many bytes the resident memory fell."""

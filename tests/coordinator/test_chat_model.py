@@ -10,15 +10,16 @@ import torch
 
 from coordinator.chat_model import ChatModel
 from coordinator.dump import dump
-from coordinator.errors import DumpError
+from coordinator.errors import DumpError, GenerationError
 from coordinator.planning import plan_for
+from coordinator.prompts import check_prompt
 from coordinator.scheduler import SchedulerSettings
 from glm.config import load_config
 from protocol.client import Delta, Finished, TokenPrompt
 from protocol.wire import encode
 from tests.golden import GoldenSet
 from tests.in_process import in_process_engine
-from tests.tiny_checkpoints import CAUSAL, write_checkpoint
+from tests.tiny_checkpoints import CAUSAL, PREFIX, write_checkpoint
 
 
 @pytest.fixture
@@ -29,6 +30,17 @@ def chat_model(tmp_path: Path) -> ChatModel:
     cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
     engine: Any = SimpleNamespace(cancel=lambda _: None, settings=SchedulerSettings(1000))
     return ChatModel(cluster, engine, config, tmp_path, None)
+
+
+def test_a_prefix_lms_conversation_must_fit_into_a_step(tmp_path: Path) -> None:
+    """It is computed in one step, which one message carries: refused by that name; of a causal model it is cut."""
+    write_checkpoint(tmp_path, PREFIX)
+    prefix, limits = load_config(tmp_path), SchedulerSettings(1000, max_step_tokens=20)
+    with pytest.raises(GenerationError, match="30 tokens, one step, in which a prefix LM's conversation is computed"):
+        check_prompt([1] * 30, prefix, limits)
+    check_prompt([1] * 19, prefix, limits)
+    write_checkpoint(tmp_path / "causal", CAUSAL)
+    check_prompt([1] * 30, load_config(tmp_path / "causal"), limits)
 
 
 def test_a_description_fits_its_message_however_long_the_models_name_is(chat_model: ChatModel) -> None:

@@ -44,7 +44,7 @@ class FakeLaunch:
         self.received: list[ClientMessage] = []
         self._script = script
         self._context: zmq.Context[sockets.Socket] = zmq.Context()
-        self._socket = sockets.control_socket(self._context, zmq.ROUTER)
+        self._socket = sockets.client_socket(self._context, zmq.ROUTER)
         self.endpoint = sockets.bind(self._socket, endpoint)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run)

@@ -17,7 +17,7 @@ from tests.tiny_checkpoints import PREFIX, write_checkpoint
 
 ENDS = EndsPlan("cpu", "fp32", "cpu", "cpu", "fp32")
 TWO = (StagePlan("cpu", 0, 4, "fp32"), StagePlan("cpu", 4, 6, "fp32"))
-LIMITS = ModelLimits(1024, lambda stage: 10 * (stage.layer_end - stage.layer_start))
+LIMITS = ModelLimits(1024, lambda stage: 10 * (stage.layer_end - stage.layer_start), 100_000)
 
 
 def request(*words: str) -> PlanRequest:
@@ -54,6 +54,14 @@ def test_bytes_become_tokens_for_each_stages_own_layers() -> None:
     assert [stage.kv_budget_tokens for stage in plan.stages] == [25, 50]
     assert (plan.max_num_seqs, plan.max_model_len, plan.prefill_chunk) == (3, 20, 256)
     assert resolve(request("--prefill-chunk", "7"), 6, ("cpu",)).prefill_chunk == 7
+
+
+def test_a_piece_of_a_prompt_must_fit_into_a_message() -> None:
+    """The wider the hidden states, the fewer tokens one step carries."""
+    limits = limits_of(load_config(Path("random:chatglm2-6b")))
+    assert limits.max_step_tokens == 4096
+    with pytest.raises(PlanError, match="must be from 1 to 4096, which one message carries"):
+        resolve(request("--prefill-chunk", "5000"), 28, ("cpu",), limits=limits)
 
 
 def test_a_tokens_bytes_follow_the_stages_layers_precision_and_device() -> None:

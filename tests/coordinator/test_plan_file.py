@@ -38,7 +38,7 @@ lm_head_precision = "int8"
 """
 
 
-LIMITS = ModelLimits(1024, lambda stage: 10 * (stage.layer_end - stage.layer_start))
+LIMITS = ModelLimits(1024, lambda stage: 10 * (stage.layer_end - stage.layer_start), 100_000)
 
 
 def write(tmp_path: Path, text: str) -> Path:

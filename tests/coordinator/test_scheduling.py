@@ -51,6 +51,7 @@ scheduling = st.builds(
     max_num_seqs=st.integers(1, 6),
     prefill_chunk=st.integers(1, 16),
     max_steps_in_flight=st.integers(1, 5),
+    max_step_tokens=st.sampled_from((16, 20, 2**20)),
     steps_in_flight=st.none() | st.integers(1, 4),
     speculate=st.booleans(),
     reuse=st.booleans(),
@@ -111,6 +112,7 @@ def test_a_step_never_mixes_what_the_family_forbids(
     engine, pipeline = hash_engine(limits)
     run(engine, asked, PromptLayout(1, None) if is_prefix_lm else None)
     for step in pipeline.steps:
+        assert is_prefix_lm or step.num_tokens <= limits.max_step_tokens
         fed = [span for span in step.spans if span.start_pos == 0]
         if is_prefix_lm:
             assert all(span.num_tokens >= min(len(wish.prompt) for wish in asked) for span in fed)

@@ -15,7 +15,7 @@ from coordinator.chat_model import ChatModel
 from coordinator.plan_request import PlanRequest
 from coordinator.service import serve
 from protocol import client
-from protocol.sockets import Socket, connect, control_socket
+from protocol.sockets import Socket, client_socket, connect
 from protocol.wire import decode, encode
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 
@@ -31,7 +31,7 @@ class Talk:
     """A client with a conversation that is always the same."""
 
     def __init__(self, context: "zmq.Context[Socket]", endpoint: str, greedy: bool) -> None:
-        self._dealer = control_socket(context, zmq.DEALER)
+        self._dealer = client_socket(context, zmq.DEALER)
         connect(self._dealer, endpoint)
         self._sampling = client.SamplingParams(1.0, 0, 1.0, 0.0, 1.0, 11, (), NUM_NEW, True, greedy)
         self._request_id = 0

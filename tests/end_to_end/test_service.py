@@ -14,7 +14,7 @@ from coordinator.plan_request import PlanRequest
 from coordinator.service import serve
 from protocol import client
 from protocol.messages import Message
-from protocol.sockets import Socket, connect, control_socket
+from protocol.sockets import Socket, client_socket, connect
 from protocol.wire import decode, encode
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 
@@ -31,7 +31,7 @@ class Peer:
     """One client program."""
 
     def __init__(self, context: "zmq.Context[Socket]", endpoint: str) -> None:
-        self.dealer = control_socket(context, zmq.DEALER)
+        self.dealer = client_socket(context, zmq.DEALER)
         connect(self.dealer, endpoint)
 
     def say(self, message: Message) -> None:

@@ -108,7 +108,7 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "error", "words"),
     [
         (set_in("p", to="http"), FrameError, '"glmpipe"'),
-        (set_in("v", to=1), VersionError, "version 1, this program version 5: install the same"),
+        (set_in("v", to=1), VersionError, "version 1, this program version 6: install the same"),
         (set_in("v", to=True), VersionError, "version True"),
         (set_in("t", to="Stop"), MessageError, "'Stop' is no message type"),
         (set_in("t", to="Ping"), MessageError, "Ping: fields: missing request_id; unknown"),
@@ -134,7 +134,7 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (set_in("x", 0, 1, to=[4, 3]), TensorError, r"3 tokens carries float32 \[4, 3\]"),
         (set_in("x", 0, 1, to=[3, -4]), TensorError, "dimension"),
         (set_in("x", 0, 1, to=[True, 12]), TensorError, "dimension"),
-        (set_in("x", 0, 1, to=[2**31 - 1] * 4), TensorError, "at most 1073741824"),
+        (set_in("x", 0, 1, to=[2**31 - 1] * 4), TensorError, "at most 67108864"),
         (set_in("x", 0, 1, to=[1] * 9), TensorError, "9 dimensions"),
         (set_in("x", 0, 1, to=12), TensorError, "pair"),
     ],

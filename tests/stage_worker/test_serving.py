@@ -129,11 +129,12 @@ def test_a_chain_equals_the_stages_in_process(chain: Chain, model_dir: Path) -> 
         assert pong.weight_bytes == stage.layers.weight_bytes
         assert pong.busy_s > 0
     for what in ("hidden", "key", "value"):
-        second.post(Inspect(5, 3, 2, what))  # type: ignore[arg-type]
+        second.post(Inspect(5, 3, 2, what, 1))  # type: ignore[arg-type]
         answer, (tensor,) = second.next_message()
-        assert answer == Inspected(5, 1, 3, 2, what)  # type: ignore[arg-type]
-        assert torch.equal(from_raw(tensor), stages[1].inspect(3, 2, what))  # type: ignore[arg-type]
-    assert second.request(Inspect(6, 3, 0, "key")).code == "bad_request"
+        held = stages[1].inspect(3, 2, what)  # type: ignore[arg-type]
+        assert answer == Inspected(5, 1, 3, 2, what, 1, len(held))  # type: ignore[arg-type]
+        assert torch.equal(from_raw(tensor), held[1:])
+    assert second.request(Inspect(6, 3, 0, "key", 0)).code == "bad_request"
 
 
 def test_hidden_states_travel_in_the_dtype_the_plan_names(idle: Chain, model_dir: Path) -> None:
@@ -258,10 +259,10 @@ def test_what_an_idle_or_busy_worker_cannot_do(idle: Chain, model_dir: Path) -> 
     """Inspect needs an assignment; a release needs nothing; another assignment takes the place of the present one."""
     _, first, _ = idle
     assert first.release().freed_bytes >= 0
-    assert first.request(Inspect(1, 1, 0, "key")).code == "bad_request"
+    assert first.request(Inspect(1, 1, 0, "key", 0)).code == "bad_request"
     assert isinstance(first.assign(model_dir, 0, 1), Ready)
     assert isinstance(first.assign(model_dir, 1, 2), Ready)
-    assert first.request(Inspect(1, 1, 0, "key")).code == "bad_request"  # it has the second layer now
+    assert first.request(Inspect(1, 1, 0, "key", 0)).code == "bad_request"  # it has the second layer now
     assert first.ping().state == "serving"
 
 
