@@ -11,12 +11,13 @@ import torch
 import zmq
 
 from coordinator.closing import Closing
-from coordinator.control import ControlPlane, NoteSink, Reply, expect
+from coordinator.control import ControlPlane, NoteSink
 from coordinator.door import Door, Seat, data_endpoint
 from coordinator.errors import StageLost, WorkerDied
 from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
+from coordinator.reply import Reply, expect
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
 from protocol.control import Assign, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready

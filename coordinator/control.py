@@ -24,12 +24,12 @@ import zmq
 from coordinator.closing import Closing
 from coordinator.door import Door, Seat
 from coordinator.errors import LaunchError, StageLost
-from protocol.control import Assign, Failed, Join, Leaving, Ping, Pong, Progress, Ready, Refused, Welcome
+from coordinator.reply import Reply
+from protocol.control import Assign, Join, Leaving, Ping, Pong, Progress, Ready, Refused, Welcome
 from protocol.errors import ProtocolError, SecurityError, VersionError
 from protocol.messages import Message, Plane
 from protocol.security import Gatekeeper, sender_key
 from protocol.sockets import Socket, bind, control_socket
-from protocol.tensors import RawTensor
 from protocol.version import VERSION
 from protocol.wire import Frame, decode, encode
 
@@ -41,7 +41,6 @@ LOADING_SILENCE_LIMIT_S = 15.0
 ORPHAN_TIMEOUT_S = 20.0
 """A worker that hears nothing from its coordinator for so long leaves."""
 
-Reply = tuple[Message, tuple[RawTensor, ...]]
 ProgressSink = Callable[[str, Progress], None]
 NoteSink = Callable[[str], None]
 
@@ -385,17 +384,3 @@ class ControlPlane(Closing):
 
     def _welcome(self, join: Join) -> Welcome:
         return Welcome(join.request_id, self.coordinator_id, HEARTBEAT_INTERVAL_S, ORPHAN_TIMEOUT_S)
-
-
-def expect(reply: Reply, wanted: type[Message], who: str) -> Reply:
-    """The reply if it is of the wanted type.
-
-    Raises:
-        LaunchError: the worker answered Failed, with its words, or something else.
-    """
-    message = reply[0]
-    if isinstance(message, Failed):
-        raise LaunchError(f"{who}: {message.text}")
-    if not isinstance(message, wanted):
-        raise LaunchError(f"{who} answered {type(message).__name__} where {wanted.__name__} was due")
-    return reply

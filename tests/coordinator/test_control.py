@@ -8,8 +8,9 @@ import pytest
 import zmq
 
 from coordinator import control
-from coordinator.control import ControlPlane, expect
+from coordinator.control import ControlPlane
 from coordinator.errors import LaunchError, StageLost
+from coordinator.reply import expect
 from protocol.control import (
     Assign,
     Failed,
