@@ -10,23 +10,12 @@ import tiktoken
 import tokenizers
 
 from glm.config import ModelConfig
+from glm.confined import Confined
 from glm.decoding import DecodingRules, Piece
 from glm.dialect import Dialect
 from glm.errors import TokenizerError
 from glm.tokenizer import Tokenizer, Vocabulary
-
-# How GLM-4 cuts a text into words before merging bytes: a fact of its vocabulary, as the vocabulary itself.
-SPLIT_PATTERN = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
+from glm.tokenizer_json import SPLIT_PATTERN, read_tokenizer_json
 
 # In this order after the ranks, where tokenizer_config.json does not place them.
 GLM4_SPECIAL = (
@@ -95,25 +84,63 @@ class TiktokenTokenizer(Tokenizer):
 
 def load_tokenizer_json(path: Path, dialect: Dialect, config: ModelConfig, settings: Mapping[str, Any]) -> Tokenizer:
     """A `tokenizer.json` of a model in one of transformers' layouts."""
-    del config
+    found = read_tokenizer_json(path, config.vocab_size)
+    template = read_chat_template(path.parent, settings)
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing narrower
+        backend = tokenizers.Tokenizer.from_str(found.text)
+        decoder = type(backend.decoder).__name__
+        if decoder != "ByteLevel":
+            raise TokenizerError(
+                f"{path} decodes with {decoder}; GLM models decode with ByteLevel, others are not supported"
+            )
+        own_rules = None if found.own_rules is None else OwnRules(path, found.own_rules)
+        return JsonTokenizer(backend, dialect, settings, template, own_rules)
+    except (TokenizerError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and when it panics something wider
         raise TokenizerError(f"{path} is no complete tokenizer.json ({error}): download it again") from error
-    decoder = type(backend.decoder).__name__
-    if decoder != "ByteLevel":
-        raise TokenizerError(
-            f"{path} decodes with {decoder}; GLM models decode with ByteLevel, others are not supported"
-        )
-    return JsonTokenizer(backend, dialect, settings, read_chat_template(path.parent, settings))
+
+
+class OwnRules:
+    """Rules for cutting text that nobody here knows: they may be hostile, so they run in a process apart."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        """Raises TokenizerError: they are no rules, or take too much to begin with."""
+        self._path = path
+        self._confined = Confined("words", source)
+        self._checked(self._confined.begun)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids. Raises TokenizerError: this text took more time or memory than any should."""
+        ids: list[int] = self._checked(self._confined.ask(text))["ids"]
+        return ids
+
+    def _checked(self, answer: dict[str, Any] | None) -> dict[str, Any]:
+        if answer is None:
+            raise TokenizerError(
+                f"{self._path}: its rules for cutting text into words took more time or memory than any should, and "
+                "were stopped: get the file from the model's publisher"
+            )
+        if "error" in answer:
+            raise TokenizerError(f"{self._path} cannot cut this text into words ({answer['error']})")
+        return answer
 
 
 class JsonTokenizer(Tokenizer):
     """Byte-level BPE described by a tokenizer.json."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, dialect: Dialect, settings: Mapping[str, Any], chat_template: str | None
+        self,
+        backend: tokenizers.Tokenizer,
+        dialect: Dialect,
+        settings: Mapping[str, Any],
+        chat_template: str | None,
+        own_rules: OwnRules | None = None,
     ) -> None:
+        """With `own_rules` those encode, and `backend` has everything else."""
+        self._own_rules = own_rules
+        backend.no_padding()
+        backend.no_truncation()
         # Special tokens are recognised by this project alone, and only where it wants them.
         backend.encode_special_tokens = True
         self._backend = backend
@@ -137,6 +164,8 @@ class JsonTokenizer(Tokenizer):
         )
 
     def _encode_text(self, text: str) -> list[int]:
+        if self._own_rules is not None:
+            return self._own_rules.encode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def piece(self, token_id: int) -> Piece:

@@ -1,71 +1,41 @@
 """Chat templates: Jinja texts that a model brings along, rendered in a sandbox in a process apart."""
 
-import json
 import re
-import subprocess
-import sys
-import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from glm.chat_format import ChatMessage
+from glm.confined import Confined
 from glm.errors import ChatFormatError
 from glm.tokenizer import Tokenizer, split_special
 
 # A non-character: Unicode promises that no text holds it.
 BROKEN = "\ufdd0"
-_PROGRAM = Path(__file__).with_name("template_program.py")
 
 
 class TemplateProcess:
-    """A template in a process that can be lost: it has a second or so to start, no more than it needs, and no files."""
+    """A template in a process that can be lost: it has seconds, half a gigabyte and no files."""
 
     def __init__(self, source: str) -> None:
         """Raises ChatFormatError: the source is no template."""
-        self._source = source
-        self._start()
+        self.confined = Confined("template", source)
+        _checked(self.confined.begun)
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text. Raises ChatFormatError: the template failed, or took more time or memory than any should."""
-        if self._process.poll() is not None:
-            self._start()
-        return self._ask(variables)
-
-    def _start(self) -> None:
-        # A session of its own: Ctrl-C in a terminal is for the program that the user runs.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.close = weakref.finalize(self, _end, self._process)
-        self._ask(self._source)
-
-    def _ask(self, question: Any) -> str:
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(question).encode() + b"\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-        except (OSError, ValueError):  # it has ended: a broken pipe, or no whole line
-            self.close()
-            raise ChatFormatError(
-                "the model's chat template took more time or memory than any template should, and was stopped: "
-                "get the model from its publisher, or give a plain prompt"
-            ) from None
-        if "error" in answer:
-            raise ChatFormatError(answer["error"])
-        text: str = answer["text"]
+        text: str = _checked(self.confined.ask(variables))["text"]
         return text
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.communicate()
+def _checked(answer: dict[str, Any] | None) -> dict[str, Any]:
+    if answer is None:
+        raise ChatFormatError(
+            "the model's chat template took more time or memory than any template should, and was stopped: "
+            "get the model from its publisher, or give a plain prompt"
+        )
+    if "error" in answer:
+        raise ChatFormatError(answer["error"])
+    return answer
 
 
 class TemplateFormat:

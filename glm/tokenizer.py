@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+MOST_TOKENIZER_BYTES = 32 << 20
+"""The largest published one, GLM-4's tokenizer.json, has 20 MB."""
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """The facts about a tokenizer beside its pieces."""
@@ -138,15 +142,17 @@ def load_tokenizer(model_dir: Path, config: ModelConfig, chat_format: str | None
 
 
 def check_tokenizer_file(path: Path) -> None:
-    """Refuse what is no tokenizer at all: an empty file or a Git-LFS pointer."""
+    """Refuse what is no tokenizer at all: an empty file, one far too large, or a Git-LFS pointer."""
     try:
         if is_lfs_pointer(path):
             raise TokenizerError(lfs_complaint(path))
-        is_empty = path.stat().st_size == 0
+        num_bytes = path.stat().st_size
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read ({error.strerror})") from error
-    if is_empty:
+    if num_bytes == 0:
         raise TokenizerError(f"{path} is empty: download it again")
+    if num_bytes > MOST_TOKENIZER_BYTES:
+        raise TokenizerError(f"{path} has {num_bytes} bytes, far more than such a file has: download it again")
 
 
 def _find_tokenizer_file(

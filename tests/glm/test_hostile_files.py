@@ -121,7 +121,7 @@ def test_a_template_without_end_is_stopped(source: str) -> None:
 def test_a_template_process_ends_with_its_owner() -> None:
     """Nothing is left of it, and it had no files that it could have written."""
     template = TemplateProcess("{{ x }}")
-    pid = template._process.pid
+    pid = template.confined.process.pid
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert [line.split()[-3] for line in limits.splitlines() if line.startswith(("Max open", "Max file s"))] == [
         "0",

@@ -1,0 +1,115 @@
+"""Runs what a model brings along, in a process of its own: what a hostile one does, it does to this process alone.
+
+    python -I confined_program.py template | words
+
+Reads lines of JSON from stdin: first the source of a chat template, or a tokenizer.json; then on each line the
+variables of a rendering, or a text. Answers each with a line: `{"text": ...}`, `{"ids": [...]}` or `{"error": ...}`.
+What takes more processor time or memory than it may ends it. Started by `glm.confined` in isolated mode, so it imports
+nothing of this project.
+"""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+MOST_CPU_S = 5
+MOST_TEMPLATE_BYTES = 1 << 29
+MOST_WORDS_BYTES = 1 << 31
+MOST_CHARACTERS = 8 << 20
+Answer = Callable[[Any], dict[str, Any]]
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    prepare, most_bytes = {
+        "template": (_templates, MOST_TEMPLATE_BYTES),
+        "words": (_words, MOST_WORDS_BYTES),
+    }[sys.argv[1]]
+    begin, answer = prepare(), None
+    _restrict(most_bytes)
+    for line in sys.stdin:
+        _allow_cpu_s(MOST_CPU_S)
+        try:
+            received = json.loads(line)
+            if answer is None:
+                answer, said = begin(received), {}
+            else:
+                said = answer(received)
+        except BaseException as error:  # a template may raise anything, and a library's panic is no Exception
+            said = {"error": f"{type(error).__name__}: {error}"[:1000] if str(error) else type(error).__name__}
+        print(json.dumps(said), flush=True)
+
+
+def _restrict(most_bytes: int) -> None:
+    """From here on no file is opened or written and no process started, should a template get out of its sandbox."""
+    datetime.now().strftime("%c %Z")  # reads the time zone, once and for all
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))
+
+
+def _allow_cpu_s(seconds: int) -> None:
+    """So much processor time from now on; then the system ends this process."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, resource.RLIM_INFINITY))
+
+
+def _words() -> Callable[[str], Answer]:
+    """Text to token ids, by a tokenizer.json's own rules."""
+    import tokenizers
+
+    def begin(source: str) -> Answer:
+        backend = tokenizers.Tokenizer.from_str(source)
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        return lambda text: {"ids": backend.encode(text, add_special_tokens=False).ids}
+
+    return begin
+
+
+def _templates() -> Callable[[str], Answer]:
+    """Variables to text, by a chat template."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def fail(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    # The environment that published templates are written for.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = fail
+    environment.globals["strftime_now"] = _strftime_now
+    with contextlib.suppress(TemplateError):  # what is imported late is imported now
+        environment.from_string("{% for x in [1] %}{{ x }}{% endfor %}{{ raise_exception('x') }}").render()
+
+    def begin(source: str) -> Answer:
+        template = environment.from_string(source)
+
+        def render(variables: dict[str, Any]) -> dict[str, Any]:
+            text = template.render(variables)
+            return {"text": text} if len(text) <= MOST_CHARACTERS else {"error": f"{len(text)} characters come of it"}
+
+        return render
+
+    return begin
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter escapes for HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+if __name__ == "__main__":
+    main()
