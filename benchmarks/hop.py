@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -59,6 +59,7 @@ class NoLayers(LayerStack):
         hidden: torch.Tensor,
         segments: Sequence[Segment],
         observer: LayerObserver | None = None,  # noqa: ARG002 - as the base has it
+        before_layer: Callable[[], None] | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
         for segment in segments:
             segment.cache.commit(segment.num_tokens)

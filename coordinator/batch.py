@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +15,7 @@ from coordinator.batch_view import Totals
 from coordinator.errors import CoordinatorError, GenerationError, PromptFileError
 from coordinator.signals import signals_deferred
 from glm.errors import GlmError
+from protocol.records import with_changes
 
 if TYPE_CHECKING:
     from coordinator.answer import Answer
@@ -258,9 +259,9 @@ class _Batch:
         self._defaults = backend.describe().defaults
 
     def submit(self, job: Job) -> None:
-        sampling = replace(self._defaults, **job.line.sampling)
+        sampling = with_changes(self._defaults, **job.line.sampling)
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + job.indexes[0])
+            sampling = with_changes(sampling, seed=sampling.seed + job.indexes[0])
         request = Request(job.line.prompt, sampling, len(job.indexes), job.line.num_logprobs)
         try:
             tickets = self._backend.submit(request)

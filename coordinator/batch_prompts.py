@@ -243,7 +243,12 @@ def _sampling(given: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
 
 
 def _digest(prompt: Prompt, sampling: Mapping[str, Any], num_logprobs: int | None) -> str:
-    plain = [type(prompt).__name__, [getattr(prompt, name) for name in prompt.__slots__], sampling, num_logprobs]
+    plain = [
+        type(prompt).__name__,
+        [getattr(prompt, name) for name in prompt.__struct_fields__],
+        sampling,
+        num_logprobs,
+    ]
     text = json.dumps(plain, sort_keys=True, default=_turn_fields)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

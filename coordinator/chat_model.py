@@ -42,6 +42,7 @@ from glm.tokenizer import Tokenizer, load_tokenizer
 from glm.weights import Placement
 from protocol import client
 from protocol.limits import MAX_NAME, clip_text
+from protocol.records import with_changes
 
 History = list[dict[str, str]]
 StreamEvent = client.Delta | client.Finished
@@ -318,7 +319,7 @@ class ChatModel(Closing):
         sampling = sampling or to_wire(self.defaults.sampling)
         answers: list[Answer] = []
         for index in range(num_answers):
-            own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
+            own = sampling if sampling.seed is None else with_changes(sampling, seed=sampling.seed + index)
             leader = answers[0].sequence if answers and not self.config.is_prefix_lm else None
             answers.append(self.begin(prompt, own, num_logprobs=num_logprobs, leader=leader))
         return answers

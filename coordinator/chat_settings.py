@@ -10,6 +10,7 @@ from glm.errors import SamplingError
 from glm.sampling_params import ALLOWED
 from glm.sampling_params import SamplingParams as CheckedParams
 from protocol.client import SamplingParams
+from protocol.records import with_changes
 
 _PAIR = re.compile(r"""\s*(\w+)\s*=\s*("(?:[^"\\]|\\.)*"|\[[^]]*\]|[^\s,"\[]+)\s*,?""")
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -24,9 +25,9 @@ def changed(current: SamplingParams, text: str) -> SamplingParams:
         UsageError: unknown names or impossible values; it says what is allowed.
     """
     given: dict[str, Any] = {name: _value(name, value) for name, value in _pairs(text)}
-    params = dataclasses.replace(current, **given)
+    params = with_changes(current, **given)
     try:
-        CheckedParams(**{field.name: getattr(params, field.name) for field in dataclasses.fields(params)})
+        CheckedParams(**{field.name: getattr(params, field.name) for field in dataclasses.fields(CheckedParams)})
     except SamplingError as error:
         raise UsageError(str(error)) from None
     if params.ignore_eos and params.max_new_tokens is None:

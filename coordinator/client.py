@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -37,6 +36,7 @@ from protocol.endpoints import checked_endpoint, ipc_path
 from protocol.errors import ProtocolError
 from protocol.limits import NO_CHANCE
 from protocol.messages import Plane
+from protocol.records import with_changes
 from protocol.wire import decode
 
 CONNECT_DEADLINE_S = 10.0
@@ -178,7 +178,7 @@ class RemoteBackend(Closing):
             self._heard_at_s = time.monotonic()
         tickets = []
         for index in range(request.num_answers):
-            sampling = replace(request.sampling, seed=None if seed is None else seed + index)
+            sampling = with_changes(request.sampling, seed=None if seed is None else seed + index)
             tickets.append(self._ask(request.prompt, sampling, request.num_logprobs))
             self._open[tickets[-1]] = None if request.num_logprobs is None else []
         return tickets

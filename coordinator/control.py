@@ -5,7 +5,6 @@ thread and never wait without a deadline.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import queue
@@ -28,6 +27,7 @@ from coordinator.reply import Reply
 from protocol.control import Assign, Join, Leaving, Ping, Pong, Progress, Ready, Refused, Welcome
 from protocol.errors import ProtocolError, SecurityError, VersionError
 from protocol.messages import Message, Plane
+from protocol.records import with_changes
 from protocol.security import Gatekeeper, sender_key
 from protocol.sockets import Socket, bind, control_socket
 from protocol.version import VERSION
@@ -147,7 +147,7 @@ class ControlPlane(Closing):
             ProtocolError: the message cannot travel, such as a path that is not valid unicode.
         """
         request_id = next(self._request_ids)
-        frames = encode(dataclasses.replace(message, request_id=request_id))
+        frames = encode(with_changes(message, request_id=request_id))
         future: Future[Reply] = Future()
         with self._shared.changed:
             self._shared.futures[worker_id, request_id] = future
@@ -349,7 +349,7 @@ class ControlPlane(Closing):
         if name is None:
             text = "this token is wrong, used or too old: take the one that launch prints now"
             return Refused(join.request_id, "token" if join.token else "unknown_key", text)
-        join = dataclasses.replace(join, host=name, token=None)
+        join = with_changes(join, host=name, token=None)
         if join.glmpipe_version != VERSION:
             text = f"worker {join.worker_id} of {name} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}"
             return self._refuse(join, "version", f"{text}: install the same version on both")

@@ -61,9 +61,9 @@ def check_prompt(token_ids: AbstractSequence[int], config: ModelConfig, settings
 
 def to_wire(params: SamplingParams) -> client.SamplingParams:
     """As clients send it."""
-    return client.SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})
+    return client.SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__struct_fields__})
 
 
 def from_wire(params: client.SamplingParams) -> SamplingParams:
     """As the sampler takes it. Raises SamplingError for impossible values."""
-    return SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__slots__})
+    return SamplingParams(**{name: getattr(params, name) for name in client.SamplingParams.__struct_fields__})

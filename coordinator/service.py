@@ -1,6 +1,5 @@
 """Serves a chat model to the programs that connect to a running launch: many requests, one loop."""
 
-import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from protocol import client
 from protocol.errors import ProtocolError
 from protocol.limits import clip_text
 from protocol.messages import Message, Plane
+from protocol.records import with_changes
 from protocol.sockets import Socket, bind, client_socket
 from protocol.wire import decode, encode
 
@@ -101,7 +101,7 @@ class Service:
                 self._finish(identity, answer)
         elif isinstance(message, client.Describe):
             described = self._chat_model.describe()
-            self._send(identity, dataclasses.replace(described, request_id=message.request_id))
+            self._send(identity, with_changes(described, request_id=message.request_id))
 
     def _complain(self, error: ProtocolError) -> None:
         """About the first malformed message, the second, the fourth, ...: a flood fills no terminal."""

@@ -5,11 +5,12 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from coordinator.pipeline import Outcome
 from protocol.data import Span, StageTiming, StepFailed
+from protocol.records import with_changes
 
 StepKind = Literal["prefill", "decode", "updates"]
 """What a step is for: pieces of prompts, the next tokens of answers, or nothing but news for the KV caches."""
@@ -192,7 +193,7 @@ def on_one_clock(outcome: Outcome) -> tuple[StageTiming, ...]:
     for timing, hop_s, stay_s, unknown in zip(timings, hops, stays, derived, strict=False):
         received_at_s = now_s + (rest_s / sum(derived) if unknown else hop_s)
         now_s = received_at_s + stay_s
-        moved.append(replace(timing, received_at_s=received_at_s, sent_at_s=now_s))
+        moved.append(with_changes(timing, received_at_s=received_at_s, sent_at_s=now_s))
     return tuple(moved)
 
 

@@ -1,11 +1,12 @@
 """What a peer may send: whatever arrives is a valid message or a ProtocolError, soon and cheaply."""
 
-import dataclasses
 import struct
 from collections.abc import Sequence
 from random import Random
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from fuzz.mutation import pack, spoiled_bytes, spoiled_tree, unpack
 from fuzz.target import Finding, Target, allocating_at_most
@@ -13,6 +14,7 @@ from protocol.control import Inspected
 from protocol.data import Step
 from protocol.errors import ProtocolError
 from protocol.messages import MESSAGE_PLANES, Plane
+from protocol.records import Record
 from protocol.tensors import RawTensor
 from protocol.wire import decode, encode
 
@@ -118,15 +120,15 @@ def _value(annotation: Any, bound: Any, rng: Random) -> Any:
     if origin is Literal:
         return rng.choice(args)
     if origin is tuple:
-        return tuple(_value(args[0], None, rng) for _ in range(min(bound.high, rng.randrange(4))))
-    if dataclasses.is_dataclass(annotation):
+        return tuple(_value(args[0], None, rng) for _ in range(min(bound.max_length, rng.randrange(4))))
+    if isinstance(annotation, type) and issubclass(annotation, Record):
         hints = get_type_hints(annotation, include_extras=True)
-        fields = {field.name: _value(hints[field.name], None, rng) for field in dataclasses.fields(annotation)}
-        return annotation(**fields)  # type: ignore[operator]
+        fields = {field.name: _value(hints[field.name], None, rng) for field in msgspec.structs.fields(annotation)}
+        return annotation(**fields)
     if annotation is int:
-        return rng.choice((bound.low, min(bound.high, bound.low + rng.randrange(300)), bound.low + 1))
+        return rng.choice((bound.ge, min(bound.le, bound.ge + rng.randrange(300)), bound.ge + 1))
     if annotation is float:
-        return rng.choice((bound.low, bound.high, bound.low + (bound.high - bound.low) * rng.random()))
+        return rng.choice((bound.ge, bound.le, bound.ge + (bound.le - bound.ge) * rng.random()))
     if annotation is NoneType:
         return None
     return rng.random() < 0.5 if annotation is bool else "模型 x"[: rng.randrange(5)]

@@ -96,12 +96,17 @@ class LayerStack:
 
     @torch.inference_mode()
     def forward(
-        self, hidden: torch.Tensor, segments: Sequence[Segment], observer: LayerObserver | None = None
+        self,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        observer: LayerObserver | None = None,
+        before_layer: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] of all segments, one after the other, through the range.
 
         The new tokens' keys and values are appended to the segments' caches; if anything raises, the caches still
         hold what they held. `observer(layer, hidden)` sees what each layer (counted from 0 in the model) gives out.
+        `before_layer()` may raise in order to end a long step; a CUDA graph asks it once, for all layers.
 
         Raises:
             CacheGapError: a segment does not start where its cache ends.
@@ -120,15 +125,25 @@ class LayerStack:
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
         if self._graphs is not None and observer is None and self._graphs.prepare(num_tokens):
+            if before_layer is not None:
+                before_layer()
             hidden = self._graphs.forward(hidden, geometry)
         else:
-            hidden = self._through_blocks(hidden, geometry, observer)
+            hidden = self._through_blocks(hidden, geometry, observer, before_layer)
         for segment in segments:
             segment.cache.commit(segment.num_tokens)
         return hidden
 
-    def _through_blocks(self, hidden: torch.Tensor, geometry: Geometry, observer: LayerObserver | None) -> torch.Tensor:
+    def _through_blocks(
+        self,
+        hidden: torch.Tensor,
+        geometry: Geometry,
+        observer: LayerObserver | None,
+        before_layer: Callable[[], None] | None,
+    ) -> torch.Tensor:
         for index, block in enumerate(self.blocks):
+            if before_layer is not None:
+                before_layer()
             hidden = block(hidden, geometry, index)
             if observer is not None:
                 observer(self.start + index, hidden)

@@ -1,7 +1,8 @@
 """Client plane: a running launch's ROUTER <-> chat and generate programs' DEALER, through `--connect`."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from protocol.limits import (
     MAX_NOTES,
@@ -11,11 +12,8 @@ from protocol.limits import (
     MAX_TOP_LOGPROBS,
     MAX_TURNS,
     Count,
-    FloatRange,
     Id,
-    IntRange,
     Logprob,
-    MaxLength,
     Name,
     PositiveCount,
     Probability,
@@ -25,28 +23,27 @@ from protocol.limits import (
     TokenIds,
     Total,
 )
+from protocol.records import Record, Variant
 
 FinishReason = Literal["stop", "length", "stop_string", "context_full", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Record, frozen=True):
     """How to choose tokens. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 each switch their rule off."""
 
-    temperature: Annotated[float, FloatRange(0.0, 100.0)]
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)]
     top_k: Count
     top_p: Probability
     min_p: Probability
-    repetition_penalty: Annotated[float, FloatRange(0.01, 100.0)]
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)]
     seed: Id | None
-    stop: Annotated[tuple[Text, ...], MaxLength(MAX_STOP_STRINGS)]
+    stop: Annotated[tuple[Text, ...], Meta(max_length=MAX_STOP_STRINGS)]
     max_new_tokens: PositiveCount | None
     ignore_eos: bool
     greedy: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ChatTurn:
+class ChatTurn(Record, frozen=True):
     """One message of a conversation; `metadata` is a tool's name, mostly empty."""
 
     role: Name
@@ -54,29 +51,25 @@ class ChatTurn:
     content: Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
+class ChatPrompt(Variant, frozen=True):
     """A conversation, to be put into the model's chat format."""
 
-    turns: Annotated[tuple[ChatTurn, ...], MaxLength(MAX_TURNS)]
+    turns: Annotated[tuple[ChatTurn, ...], Meta(max_length=MAX_TURNS)]
 
 
-@dataclass(frozen=True, slots=True)
-class TextPrompt:
+class TextPrompt(Variant, frozen=True):
     """Plain text, to be tokenized as the family's published tokenizer does."""
 
     text: Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class TokenPrompt:
+class TokenPrompt(Variant, frozen=True):
     """Token ids, taken as they are."""
 
     token_ids: TokenIds
 
 
-@dataclass(frozen=True, slots=True)
-class Generate:
+class Generate(Record, frozen=True):
     """Client -> launch. Answered by any number of Queued and Delta and one Finished, or by Error.
 
     `sampling` None: the launch's defaults. `num_logprobs`: of how many of the likeliest tokens to report the
@@ -86,46 +79,41 @@ class Generate:
     request_id: Id
     prompt: ChatPrompt | TextPrompt | TokenPrompt
     sampling: SamplingParams | None
-    num_logprobs: Annotated[int, IntRange(0, MAX_TOP_LOGPROBS)] | None = None
+    num_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TopToken:
+class TopToken(Record, frozen=True):
     """One of the likeliest tokens in some place, with its natural log-probability."""
 
     token_id: Count
     logprob: Logprob
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(Record, frozen=True):
     """A token's natural log-probability before temperature and every other rule, and the likeliest ones, best first."""
 
     token_id: Count
     logprob: Logprob
-    top: Annotated[tuple[TopToken, ...], MaxLength(MAX_TOP_LOGPROBS)]
+    top: Annotated[tuple[TopToken, ...], Meta(max_length=MAX_TOP_LOGPROBS)]
 
 
-@dataclass(frozen=True, slots=True)
-class Queued:
+class Queued(Record, frozen=True):
     """The request waits for room in the KV caches (or for a free place); `position` 1 is next."""
 
     request_id: Id
     position: PositiveCount
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Record, frozen=True):
     """The next piece of an answer; `logprobs`, one for each token id, only where they were asked for."""
 
     request_id: Id
     text: Prompt
     token_ids: TokenIds
-    logprobs: Annotated[tuple[TokenLogprob, ...], MaxLength(MAX_TOKENS)] = ()
+    logprobs: Annotated[tuple[TokenLogprob, ...], Meta(max_length=MAX_TOKENS)] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StageStats:
+class StageStats(Record, frozen=True):
     """One stage's share of an answer, as users read it: stages count from 1, `layers` are 1-based inclusive, `1-12`."""
 
     stage_number: PositiveCount
@@ -137,8 +125,7 @@ class StageStats:
     kv_tokens: Total
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationStats:
+class GenerationStats(Record, frozen=True):
     """What an answer cost.
 
     Each of `guarded_tokens` stands in for one that could not be chosen, as scores were NaN or infinite.
@@ -157,12 +144,11 @@ class GenerationStats:
     set_backs: Count
     decode_s: Seconds
     total_s: Seconds
-    stages: Annotated[tuple[StageStats, ...], MaxLength(MAX_STAGES)]
-    notes: Annotated[tuple[Text, ...], MaxLength(MAX_NOTES)]
+    stages: Annotated[tuple[StageStats, ...], Meta(max_length=MAX_STAGES)]
+    notes: Annotated[tuple[Text, ...], Meta(max_length=MAX_NOTES)]
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(Record, frozen=True):
     """The answer is complete: all of its text and token ids."""
 
     request_id: Id
@@ -172,8 +158,7 @@ class Finished:
     stats: GenerationStats
 
 
-@dataclass(frozen=True, slots=True)
-class Error:
+class Error(Record, frozen=True):
     """The request failed; the launch goes on."""
 
     request_id: Id
@@ -181,29 +166,26 @@ class Error:
     text: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(Record, frozen=True):
     """Client -> launch: stop the answer with this request_id; Finished (`cancelled`) follows."""
 
     request_id: Id
 
 
-@dataclass(frozen=True, slots=True)
-class Describe:
+class Describe(Record, frozen=True):
     """Client -> launch: what runs there? Also serves as the client's ping."""
 
     request_id: Id
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(Record, frozen=True):
     """Answer to Describe."""
 
     request_id: Id
     model_name: Name
     family: Name
     max_context: PositiveCount
-    plan_lines: Annotated[tuple[Text, ...], MaxLength(MAX_STAGES + 64)]
+    plan_lines: Annotated[tuple[Text, ...], Meta(max_length=MAX_STAGES + 64)]
     defaults: SamplingParams
 
 

@@ -1,7 +1,8 @@
 """Control plane: coordinator ROUTER <-> worker DEALER. A reply repeats its request's `request_id`; 0 is unsolicited."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from protocol.errors import MessageError
 from protocol.limits import (
@@ -9,7 +10,6 @@ from protocol.limits import (
     Count,
     Id,
     Index,
-    MaxLength,
     Name,
     PathText,
     PositiveCount,
@@ -18,6 +18,7 @@ from protocol.limits import (
     Text,
     Total,
 )
+from protocol.records import Record
 
 WorkerState = Literal["idle", "loading", "serving"]
 InspectedPart = Literal["hidden", "key", "value"]
@@ -28,8 +29,7 @@ ControlFailureCode = Literal[
 `bad_request`: not possible in this state, or names what is not there. `internal`: a bug of the worker."""
 
 
-@dataclass(frozen=True, slots=True)
-class Join:
+class Join(Record, frozen=True):
     """Worker -> coordinator, first message: who I am, what I have. `data_endpoint` is where my PULL listens.
 
     `public_key` is this process's own on the data plane; `is_guarded` says that its PULL demands keys. `token` lets the
@@ -47,15 +47,14 @@ class Join:
     memory_total_bytes: Bytes
     memory_free_bytes: Bytes
     num_threads: PositiveCount
-    kernels: Annotated[tuple[Name, ...], MaxLength(64)]
+    kernels: Annotated[tuple[Name, ...], Meta(max_length=64)]
     data_endpoint: Name
     public_key: Name
     is_guarded: bool
     token: Name | None
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(Record, frozen=True):
     """Coordinator -> worker: joined. A worker that hears nothing for `orphan_timeout_s` has lost this coordinator.
 
     `coordinator_id` differs between any two launches.
@@ -67,8 +66,7 @@ class Welcome:
     orphan_timeout_s: PositiveSeconds
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(Record, frozen=True):
     """Coordinator -> worker: not joined, or no longer, and why. It leaves, but
     after `no_seat` it may ask again later, after `lost` at once."""
 
@@ -77,8 +75,7 @@ class Refused:
     text: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(Record, frozen=True):
     """Coordinator -> worker: become stage `stage_index` of `num_stages` with layers [layer_start, layer_end), 0-based.
 
     `model_path`: a directory or whatever else names a model; empty is the one that comes along. `next_public_key` None:
@@ -113,8 +110,7 @@ class Assign:
             raise MessageError(f"stage {self.stage_index} of {self.num_stages} stages")
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Record, frozen=True):
     """Worker -> coordinator while loading, `request_id` 0; `weight_bytes` held so far."""
 
     request_id: Id
@@ -124,8 +120,7 @@ class Progress:
     weight_bytes: Bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(Record, frozen=True):
     """Answer to Assign: serving. `resident_bytes`: RSS of the process, on a GPU the memory reserved there."""
 
     request_id: Id
@@ -136,8 +131,7 @@ class Ready:
     kernel_path: Name
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Record, frozen=True):
     """Answer to Assign or Inspect that could not be done; the worker stays joined."""
 
     request_id: Id
@@ -146,15 +140,13 @@ class Failed:
     text: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(Record, frozen=True):
     """Coordinator -> worker: alive? Answered at once in every state."""
 
     request_id: Id
 
 
-@dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(Record, frozen=True):
     """Answer to Ping. `busy_s`: seconds computing and `num_steps` done since Assign; `epoch` 0 while idle."""
 
     request_id: Id
@@ -168,8 +160,7 @@ class Pong:
     resident_bytes: Bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Inspect:
+class Inspect(Record, frozen=True):
     """Coordinator -> worker: what a layer (0-based, of the whole model) holds for a sequence, from `start_pos` on."""
 
     request_id: Id
@@ -179,8 +170,7 @@ class Inspect:
     start_pos: Index
 
 
-@dataclass(frozen=True, slots=True)
-class Inspected:
+class Inspected(Record, frozen=True):
     """Answer to Inspect, with one float32 tensor: as many of the `num_tokens` there are as MAX_INSPECTED_BYTES hold.
 
     hidden: [tokens, hidden_size]; key, value: [tokens, kv_heads, head_dim].
@@ -195,16 +185,14 @@ class Inspected:
     num_tokens: Count
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Record, frozen=True):
     """Coordinator -> worker: give up weights and caches, be idle again."""
 
     request_id: Id
     epoch: Id
 
 
-@dataclass(frozen=True, slots=True)
-class Released:
+class Released(Record, frozen=True):
     """Answer to Release: `freed_bytes` is how far the worker's resident memory fell."""
 
     request_id: Id
@@ -212,16 +200,14 @@ class Released:
     freed_bytes: Bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
+class Shutdown(Record, frozen=True):
     """Coordinator -> worker: leave. Answered with Leaving."""
 
     request_id: Id
     reason: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Leaving:
+class Leaving(Record, frozen=True):
     """Worker -> coordinator, last message: goodbye, and why."""
 
     request_id: Id

@@ -1,7 +1,8 @@
 """Data plane: coordinator -> stage 1 -> ... -> last stage -> coordinator, PUSH to PULL, each hop FIFO."""
 
-from dataclasses import dataclass, replace
 from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from protocol.errors import MessageError
 from protocol.limits import (
@@ -11,33 +12,30 @@ from protocol.limits import (
     Count,
     Id,
     Index,
-    MaxLength,
     PositiveCount,
     Seconds,
     Text,
     Total,
 )
+from protocol.records import Record, Variant, with_changes
 
 StepFailureCode = Literal["cache_gap", "kv_budget", "unknown_sequence", "out_of_memory", "bad_step", "internal"]
 
 
-@dataclass(frozen=True, slots=True)
-class DropSequence:
+class DropSequence(Variant, frozen=True):
     """Forget a sequence; one that is not held is ignored."""
 
     sequence_id: Id
 
 
-@dataclass(frozen=True, slots=True)
-class TruncateSequence:
+class TruncateSequence(Variant, frozen=True):
     """Keep the first `length` cached tokens of a sequence."""
 
     sequence_id: Id
     length: Count
 
 
-@dataclass(frozen=True, slots=True)
-class ForkSequence:
+class ForkSequence(Variant, frozen=True):
     """Start `new_id` with the first `length` cached tokens of `source_id`; a held `new_id` is replaced."""
 
     source_id: Id
@@ -46,11 +44,10 @@ class ForkSequence:
 
 
 KvUpdate = DropSequence | TruncateSequence | ForkSequence
-KvUpdates = Annotated[tuple[KvUpdate, ...], MaxLength(MAX_UPDATES)]
+KvUpdates = Annotated[tuple[KvUpdate, ...], Meta(max_length=MAX_UPDATES)]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Record, frozen=True):
     """Consecutive tokens of one sequence: positions [start_pos, start_pos + num_tokens).
 
     `context_length` and `mask_position` describe a prefix-LM prompt; both None for causal models. `mask_position` None
@@ -68,8 +65,7 @@ class Span:
             raise MessageError("a mask_position needs a context_length")
 
 
-@dataclass(frozen=True, slots=True)
-class StageTiming:
+class StageTiming(Record, frozen=True):
     """What one stage did to a step. Times of that host's monotonic clock, comparable only with each other."""
 
     stage_index: Index
@@ -79,11 +75,10 @@ class StageTiming:
     kv_tokens: Total
 
 
-StageTimings = Annotated[tuple[StageTiming, ...], MaxLength(MAX_STAGES)]
+StageTimings = Annotated[tuple[StageTiming, ...], Meta(max_length=MAX_STAGES)]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Record, frozen=True):
     """One forward pass for many sequences, with one float tensor [num_tokens, hidden_size]: all spans, concatenated.
 
     `updates` are applied in order before the spans. No sequence may have two spans in a step.
@@ -92,7 +87,7 @@ class Step:
     epoch: Id
     step_id: Id
     updates: KvUpdates
-    spans: Annotated[tuple[Span, ...], MaxLength(MAX_SPANS)]
+    spans: Annotated[tuple[Span, ...], Meta(max_length=MAX_SPANS)]
     timings: StageTimings
 
     def __post_init__(self) -> None:
@@ -109,8 +104,7 @@ class Step:
         return Step(self.epoch, self.step_id, self.updates, self.spans, (*self.timings, timing))
 
 
-@dataclass(frozen=True, slots=True)
-class StepFailed:
+class StepFailed(Record, frozen=True):
     """Travels in place of a step that a stage could not do; later stages apply its `updates` and nothing else."""
 
     epoch: Id
@@ -123,7 +117,7 @@ class StepFailed:
 
     def with_timing(self, timing: StageTiming) -> "StepFailed":
         """The failure as it goes on from a stage."""
-        return replace(self, timings=(*self.timings, timing))
+        return with_changes(self, timings=(*self.timings, timing))
 
 
 DataMessage = Step | StepFailed

@@ -1,7 +1,8 @@
 """Every size a peer may ask us to hold. Annotated types carry the bounds, so a field cannot be declared without one."""
 
-from dataclasses import dataclass
 from typing import Annotated
+
+from msgspec import Meta
 
 MAX_TENSORS = 4
 MAX_TENSOR_RANK = 4
@@ -15,11 +16,6 @@ MAX_FRAMES = 1 + MAX_TENSORS
 MAX_DATA_HEADER_BYTES = 2**20
 MAX_CONTROL_HEADER_BYTES = 2**17
 MAX_CLIENT_HEADER_BYTES = 6 * 2**20
-SMALL_HEADER_BYTES = 2**16
-MAX_CONTAINERS = 2**15
-"""Maps and arrays in one header; counted above SMALL_HEADER_BYTES, where they could cost real memory."""
-MAX_MAP_KEYS = 64
-"""In one map: more than any record has fields, or a header of megabytes could become hundreds of them."""
 
 MAX_SPANS = 1024
 MAX_UPDATES = 4096
@@ -33,48 +29,24 @@ MAX_NAME = 256
 MAX_TEXT = 16_384
 MAX_PROMPT = 2**20
 
-
-@dataclass(frozen=True, slots=True)
-class IntRange:
-    """Bounds of an int field, both included."""
-
-    low: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
-class FloatRange:
-    """Bounds of a float field, both included; NaN and infinities are never valid."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
-class MaxLength:
-    """The most characters of a string, or entries of a tuple."""
-
-    high: int
-
-
-Id = Annotated[int, IntRange(0, 2**63 - 1)]
-Bytes = Annotated[int, IntRange(0, 2**63 - 1)]
-Total = Annotated[int, IntRange(0, 2**63 - 1)]
-Count = Annotated[int, IntRange(0, 2**31 - 1)]
-PositiveCount = Annotated[int, IntRange(1, 2**31 - 1)]
-Index = Annotated[int, IntRange(0, 2**31 - 1)]
-Seconds = Annotated[float, FloatRange(0.0, 1e12)]
-PositiveSeconds = Annotated[float, FloatRange(1e-3, 1e9)]
-Probability = Annotated[float, FloatRange(0.0, 1.0)]
+Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Bytes = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Total = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+PositiveCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]
+PositiveSeconds = Annotated[float, Meta(ge=1e-3, le=1e9)]
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 NO_CHANCE = -1e30
 """The log-probability, on the wire, of a token that the model gave no chance at all."""
-Logprob = Annotated[float, FloatRange(NO_CHANCE, 1e-3)]
+Logprob = Annotated[float, Meta(ge=NO_CHANCE, le=1e-3)]
 """Natural. Rounding may lift a certain one above 0."""
-Name = Annotated[str, MaxLength(MAX_NAME)]
-PathText = Annotated[str, MaxLength(4096)]
-Text = Annotated[str, MaxLength(MAX_TEXT)]
-Prompt = Annotated[str, MaxLength(MAX_PROMPT)]
-TokenIds = Annotated[tuple[Count, ...], MaxLength(MAX_TOKENS)]
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
+PathText = Annotated[str, Meta(max_length=4096)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Prompt = Annotated[str, Meta(max_length=MAX_PROMPT)]
+TokenIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_TOKENS)]
 
 
 def clip_text(text: str, limit: int = MAX_TEXT) -> str:

@@ -14,21 +14,19 @@ Message = ControlMessage | DataMessage | ClientMessage
 class Plane(Enum):
     """Who talks to whom. A socket belongs to one plane and refuses messages of the others."""
 
-    CONTROL = "control"
-    DATA = "data"
-    CLIENT = "client"
+    CONTROL = "control", MAX_CONTROL_HEADER_BYTES
+    DATA = "data", MAX_DATA_HEADER_BYTES
+    CLIENT = "client", MAX_CLIENT_HEADER_BYTES
 
-    @property
-    def max_header_bytes(self) -> int:
-        """The largest header frame of this plane."""
-        return _MAX_HEADER_BYTES[self]
+    max_header_bytes: int
+    """The largest header frame of this plane."""
 
+    def __new__(cls, word: str, max_header_bytes: int) -> "Plane":
+        plane = object.__new__(cls)
+        plane._value_ = word
+        plane.max_header_bytes = max_header_bytes
+        return plane
 
-_MAX_HEADER_BYTES = {
-    Plane.CONTROL: MAX_CONTROL_HEADER_BYTES,
-    Plane.DATA: MAX_DATA_HEADER_BYTES,
-    Plane.CLIENT: MAX_CLIENT_HEADER_BYTES,
-}
 
 MESSAGE_PLANES: dict[type[Message], Plane] = {
     message_type: plane

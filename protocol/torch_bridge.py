@@ -25,9 +25,10 @@ def to_raw(tensor: torch.Tensor) -> RawTensor:
     """A view of a CPU tensor's memory, or a copy of what is small, elsewhere or not contiguous. Do not write to it."""
     if tensor.dtype not in _NAMES:
         raise TensorError(f"a tensor of {tensor.dtype} cannot travel: convert it to one of {', '.join(_DTYPES)}")
-    tensor = tensor.detach().cpu().contiguous()
-    is_small = tensor.nbytes <= _SMALL_BYTES
-    data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if is_small else _bytes_of(tensor)
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        tensor = tensor.detach().cpu().contiguous()
+    num_bytes = tensor.nbytes
+    data = ctypes.string_at(tensor.data_ptr(), num_bytes) if num_bytes <= _SMALL_BYTES else _bytes_of(tensor.detach())
     return RawTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
 
 
@@ -48,6 +49,29 @@ def from_raw(raw: RawTensor, device: torch.device | str = "cpu") -> torch.Tensor
     else:
         _bytes_of(tensor)[:] = view.cast("B")
     return tensor if device == "cpu" else tensor.to(device)
+
+
+class Landing:
+    """Where one small tensor after another lands, in memory that is made once for all of the same kind.
+
+    What `take` gives is good until it is called again: for those who are done with a tensor, and have copied what came
+    of it, before they take the next.
+    """
+
+    def __init__(self) -> None:
+        self._kind: tuple[str, tuple[int, ...]] | None = None
+        self._tensor = torch.empty(0)
+        self._bytes = _bytes_of(self._tensor)
+
+    def take(self, raw: RawTensor) -> torch.Tensor:
+        """As `from_raw`, on the CPU."""
+        if (raw.dtype, raw.shape) != self._kind:
+            tensor = from_raw(raw)
+            if tensor.nbytes <= _SMALL_BYTES:
+                self._kind, self._tensor, self._bytes = (raw.dtype, raw.shape), tensor, _bytes_of(tensor)
+            return tensor
+        self._bytes[:] = raw.data
+        return self._tensor
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -1,35 +1,76 @@
 """Message and tensors <-> frames: a msgpack header {"p", "v", "t", "b", "x"}, then one raw frame per tensor."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-import msgpack
+import msgspec
+from msgspec import Meta, Raw, Struct
 
 from protocol.control import Inspected
 from protocol.data import Step
-from protocol.errors import FrameError, MessageError, TensorError, VersionError
+from protocol.errors import FrameError, MessageError, ProtocolError, TensorError, VersionError
 from protocol.limits import (
     MAX_CLIENT_HEADER_BYTES,
-    MAX_CONTAINERS,
     MAX_FRAMES,
     MAX_INSPECTED_BYTES,
-    MAX_MAP_KEYS,
+    MAX_TENSOR_DIM,
+    MAX_TENSOR_RANK,
     MAX_TENSORS,
-    SMALL_HEADER_BYTES,
 )
 from protocol.messages import MESSAGE_PLANES, Message, Plane
-from protocol.schema import record_coder
 from protocol.tensors import FLOAT_DTYPES, RawTensor
 from protocol.version import PROTOCOL_VERSION
 
 PROTOCOL_WORD = "glmpipe"
-HEADER_KEYS = frozenset({"p", "v", "t", "b", "x"})
 
 Frame = bytes | memoryview
 
-_TYPES = {message_type.__name__: message_type for message_type in MESSAGE_PLANES}
-_CODERS = {message_type: record_coder(message_type) for message_type in MESSAGE_PLANES}
-_MAX_HEADER_BYTES = {message_type: plane.max_header_bytes for message_type, plane in MESSAGE_PLANES.items()}
+_Dims = Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_TENSOR_DIM)], ...], Meta(max_length=MAX_TENSOR_RANK)]
+_Descriptors = Annotated[tuple[tuple[str, _Dims], ...], Meta(max_length=MAX_TENSORS)]
+
+
+class _Header(Struct, frozen=True, forbid_unknown_fields=True):
+    """As it arrives: `b` and `x` are read once the rest is known to be ours."""
+
+    p: str
+    v: int
+    t: str
+    b: Raw
+    x: Raw
+
+
+class _Opening(Struct):
+    """What a header of any version, ours or not, can be asked for."""
+
+    p: str = ""
+    v: int | str | bool | None = None
+
+
+class _Packed(Struct):
+    """A header as it leaves."""
+
+    p: str
+    v: int
+    t: str
+    b: Message
+    x: Sequence[tuple[str, tuple[int, ...]]]
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_HEADERS = msgspec.msgpack.Decoder(_Header)
+_OPENINGS = msgspec.msgpack.Decoder(_Opening)
+_DESCRIPTORS: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Descriptors)
+
+
+class _Kind(NamedTuple):
+    """A message type, where it belongs, and what reads its body."""
+
+    type: type[Message]
+    plane: Plane
+    bodies: msgspec.msgpack.Decoder[Message]
+
+
+_KINDS = {kind.__name__: _Kind(kind, plane, msgspec.msgpack.Decoder(kind)) for kind, plane in MESSAGE_PLANES.items()}
 
 
 def encode(message: Message, tensors: Sequence[RawTensor] = ()) -> list[Frame]:
@@ -37,25 +78,23 @@ def encode(message: Message, tensors: Sequence[RawTensor] = ()) -> list[Frame]:
 
     Raises ProtocolError for a message the other side would have to refuse.
     """
-    message_type = type(message)
-    if message_type not in _CODERS:
-        raise MessageError(f"{message_type.__name__} is no message")
+    name = type(message).__name__
+    kind = _KINDS.get(name)
+    if kind is None or kind.type is not type(message):
+        raise MessageError(f"{name} is no message")
     _check_tensors(message, tensors)
     try:
-        header = {
-            "p": PROTOCOL_WORD,
-            "v": PROTOCOL_VERSION,
-            "t": message_type.__name__,
-            "b": _CODERS[message_type].dump(message),
-            "x": [(tensor.dtype, tensor.shape) for tensor in tensors],
-        }
-        packed: bytes = msgpack.packb(header)
-    except MessageError as error:
-        raise error.inside(message_type.__name__) from None
+        body = _ENCODER.encode(message)
     except UnicodeEncodeError as error:
-        raise MessageError(f"a string that is not valid unicode: {error}", message_type.__name__) from None
-    _check_header_size(len(packed), message_type)
-    return [packed, *(tensor.data for tensor in tensors)]
+        raise MessageError(f"a string that is not valid unicode: {error}", name) from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MessageError(f"it cannot be written: {error}", name) from None
+    arriving = _read_body(kind, body)
+    if arriving != message:
+        raise MessageError("a field is not of its declared type", name)
+    packed = _pack(name, arriving, tensors)
+    _check_header_size(len(packed), kind)
+    return [packed, *[tensor.data for tensor in tensors]]
 
 
 def decode(frames: Sequence[Frame], plane: Plane | None = None) -> tuple[Message, tuple[RawTensor, ...]]:
@@ -65,96 +104,94 @@ def decode(frames: Sequence[Frame], plane: Plane | None = None) -> tuple[Message
     """
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise FrameError(f"{len(frames)} frames, expected 1 to {MAX_FRAMES}")
-    header = _read_header(frames[0], plane)
-    message_type = _message_type(header["t"], plane)
-    _check_header_size(len(frames[0]), message_type)
-    try:
-        message: Message = _CODERS[message_type].load(header["b"])
-    except MessageError as error:
-        raise error.inside(message_type.__name__) from None
-    tensors = _attach(header["x"], frames[1:])
+    limit = MAX_CLIENT_HEADER_BYTES if plane is None else plane.max_header_bytes
+    if len(frames[0]) > limit:
+        raise FrameError(f"a header of {len(frames[0])} bytes, at most {limit} are allowed")
+    packed = bytes(frames[0])
+    header = _read_header(packed)
+    kind = _kind(header.t, plane)
+    if plane is None:
+        _check_header_size(len(packed), kind)
+    message = _read_body(kind, header.b)
+    tensors = _attach(header.x, frames[1:])
     _check_tensors(message, tensors)
+    if _pack(header.t, message, tensors) != packed:
+        raise FrameError(
+            f"the header of this {header.t} is not written the one way it can be: a key is repeated, out of order or "
+            "left out, or a number is not in its field's form"
+        )
     return message, tensors
 
 
-def _read_header(frame: Frame, plane: Plane | None) -> dict[str, Any]:
-    limit = MAX_CLIENT_HEADER_BYTES if plane is None else plane.max_header_bytes
-    if len(frame) > limit:
-        raise FrameError(f"a header of {len(frame)} bytes, at most {limit} are allowed")
-    header = _unpack(frame)
-    if type(header) is not dict or header.get("p") != PROTOCOL_WORD:
-        raise FrameError(f'the header is not a map with "p" = "{PROTOCOL_WORD}"')
-    version = header.get("v")
-    if type(version) is not int or version != PROTOCOL_VERSION:
-        raise VersionError(
-            f"the peer speaks protocol version {version!r:.20}, this program version {PROTOCOL_VERSION}: "
-            "install the same glmpipe release on both sides"
-        )
-    if header.keys() != HEADER_KEYS:
-        raise FrameError(f"the header's keys are not {', '.join(sorted(HEADER_KEYS))}")
+def _pack(name: str, message: Message, tensors: Sequence[RawTensor]) -> bytes:
+    """The one way in which a valid message with these tensors is written."""
+    descriptors = [(tensor.dtype, tensor.shape) for tensor in tensors]
+    return _ENCODER.encode(_Packed(PROTOCOL_WORD, PROTOCOL_VERSION, name, message, descriptors))
+
+
+def _read_header(packed: bytes) -> _Header:
+    try:
+        header = _HEADERS.decode(packed)
+    except Exception as error:  # whatever the parser makes of hostile bytes, the fault is the sender's
+        raise _header_fault(packed, error) from None
+    if header.p != PROTOCOL_WORD or header.v != PROTOCOL_VERSION:
+        raise _stranger(header.p, header.v)
     return header
 
 
-def _unpack(frame: Frame) -> Any:
-    hooks = {"object_pairs_hook": _unique_keys} if len(frame) <= SMALL_HEADER_BYTES else _counting_hooks()
+def _header_fault(packed: bytes, error: Exception) -> ProtocolError:
+    """Why this is no header of this version: it may be one of another."""
     try:
-        return msgpack.unpackb(frame, **hooks, max_map_len=MAX_MAP_KEYS, max_bin_len=0, max_ext_len=0)
-    except FrameError:
-        raise
-    except Exception as error:  # whatever the parser makes of hostile bytes, the fault is the sender's
-        raise FrameError(f"the header is not msgpack: {type(error).__name__} {error!s:.80}") from None
+        opening = _OPENINGS.decode(packed)
+    except Exception:  # not even that
+        return FrameError(f"the header is no msgpack map as it should be: {error!s:.200}")
+    if opening.p != PROTOCOL_WORD or type(opening.v) is not int or opening.v != PROTOCOL_VERSION:
+        return _stranger(opening.p, opening.v)
+    return FrameError(f"the header's keys are not b, p, t, v, x with their kinds of values: {error!s:.200}")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise FrameError("a map in the header has a key twice")
-    return unique
+def _stranger(word: str, version: object) -> ProtocolError:
+    if word != PROTOCOL_WORD:
+        return FrameError(f'the header is not a map with "p" = "{PROTOCOL_WORD}"')
+    return VersionError(
+        f"the peer speaks protocol version {version!r:.20}, this program version {PROTOCOL_VERSION}: "
+        "install the same glmpipe release on both sides"
+    )
 
 
-def _counting_hooks() -> dict[str, Any]:
-    """Hooks that stop a large header made of tiny containers, which would take 60 times its size in memory."""
-    count = 0
-
-    def counted(value: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count > MAX_CONTAINERS:
-            raise FrameError(f"more than {MAX_CONTAINERS} maps and arrays in one header")
-        return value
-
-    return {"object_pairs_hook": lambda pairs: _unique_keys(counted(pairs)), "list_hook": counted}
-
-
-def _message_type(name: Any, plane: Plane | None) -> type[Message]:
-    message_type = _TYPES.get(name) if type(name) is str else None
-    if message_type is None:
+def _kind(name: str, plane: Plane | None) -> _Kind:
+    kind = _KINDS.get(name)
+    if kind is None:
         raise MessageError(f"{name!r:.40} is no message type")
-    if plane is not None and MESSAGE_PLANES[message_type] is not plane:
+    if plane is not None and kind.plane is not plane:
         raise MessageError(f"a {name} message does not belong on the {plane.value} plane")
-    return message_type
+    return kind
 
 
-def _check_header_size(num_bytes: int, message_type: type[Message]) -> None:
-    if num_bytes > _MAX_HEADER_BYTES[message_type]:
+def _read_body(kind: _Kind, body: bytes | Raw) -> Message:
+    try:
+        return kind.bodies.decode(body)
+    except MessageError as error:
+        raise MessageError(error.text, kind.type.__name__) from None
+    except Exception as error:  # as with headers
+        raise MessageError(f"{error!s:.200}", kind.type.__name__) from None
+
+
+def _check_header_size(num_bytes: int, kind: _Kind) -> None:
+    if num_bytes > kind.plane.max_header_bytes:
         raise FrameError(
-            f"a {message_type.__name__} header of {num_bytes} bytes, "
-            f"at most {_MAX_HEADER_BYTES[message_type]} are allowed"
+            f"a {kind.type.__name__} header of {num_bytes} bytes, at most {kind.plane.max_header_bytes} are allowed"
         )
 
 
-def _attach(descriptors: Any, buffers: Sequence[Frame]) -> tuple[RawTensor, ...]:
-    if type(descriptors) is not list or len(descriptors) > MAX_TENSORS:
-        raise TensorError(f'"x" is not a list of at most {MAX_TENSORS} descriptors')
-    if len(descriptors) != len(buffers):
-        raise TensorError(f"{len(descriptors)} tensors described, {len(buffers)} received")
-    return tuple(map(_raw_tensor, descriptors, buffers))
-
-
-def _raw_tensor(descriptor: Any, buffer: Frame) -> RawTensor:
-    if type(descriptor) is not list or len(descriptor) != 2 or type(descriptor[1]) is not list:
-        raise TensorError("a descriptor is not a pair of dtype and dimensions")
-    return RawTensor(descriptor[0], tuple(descriptor[1]), buffer)
+def _attach(descriptors: Raw, buffers: Sequence[Frame]) -> tuple[RawTensor, ...]:
+    try:
+        described = _DESCRIPTORS.decode(descriptors)
+    except Exception as error:  # as with headers
+        raise TensorError(f'"x" is not at most {MAX_TENSORS} pairs of dtype and dimensions: {error!s:.200}') from None
+    if len(described) != len(buffers):
+        raise TensorError(f"{len(described)} tensors described, {len(buffers)} received")
+    return tuple(RawTensor(dtype, shape, buffer) for (dtype, shape), buffer in zip(described, buffers, strict=True))
 
 
 def _check_tensors(message: Message, tensors: Sequence[RawTensor]) -> None:
@@ -170,5 +207,7 @@ def _check_tensors(message: Message, tensors: Sequence[RawTensor]) -> None:
             )
     elif expected and tensors[0].dtype != "float32":
         raise TensorError(f"Inspected carries a {tensors[0].dtype} tensor, not float32")
-    elif expected and tensors[0].num_bytes > MAX_INSPECTED_BYTES:
+    elif (expected and tensors[0].num_bytes > MAX_INSPECTED_BYTES) or (
+        expected and tensors[0].num_bytes > MAX_INSPECTED_BYTES
+    ):
         raise TensorError(f"Inspected carries {tensors[0].num_bytes} bytes, at most {MAX_INSPECTED_BYTES} are allowed")

@@ -1,10 +1,12 @@
 """The worker's side of the control plane: a thread that answers at once, whatever the main thread is doing.
 
     coordinator ROUTER <-- DEALER [control thread] PAIR <-- inproc --> PAIR [main thread]
+                                           wake PUSH --- inproc --> PULL (the data plane's)
 
 The control thread alone owns the DEALER. It answers Ping itself, hands Assign, Inspect and Release to the main thread,
 sends out what the main thread gives it, and notices every reason to leave: Shutdown, a refusal, a signal, a silent
-coordinator, a dead launcher. It then wakes the main thread, which leaves; one that is stuck is not waited for.
+coordinator, a dead launcher. It then wakes the main thread, which leaves; one that is stuck is not waited for. The main
+thread waits in one place, for steps: an empty message among them means that there is something to look at here.
 
 A worker of another host than the coordinator's stays when it loses one: it tells the main thread, which keeps its
 weights, and joins whichever coordinator comes next at the same address with the same key.
@@ -16,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import zmq
@@ -25,10 +28,11 @@ from protocol.errors import ProtocolError, VersionError
 from protocol.limits import clip_text
 from protocol.messages import Message, Plane
 from protocol.security import KeyPair
-from protocol.sockets import Socket, receive, send
+from protocol.sockets import Socket, data_socket, receive, send
 from protocol.tensors import RawTensor
 from protocol.wire import decode
 from stage_worker.connection import Connection, News
+from stage_worker.data_plane import WAKE
 from stage_worker.log import logger
 from stage_worker.status import Status
 
@@ -90,6 +94,7 @@ class ControlLink:
         pong: Callable[[Status, int], Message],
         on_lifeline_end: Callable[[], None],
         on_stuck: Callable[[int], None],
+        wake_endpoint: str,
     ) -> None:
         self.status = Status()
         self._settings = settings
@@ -107,10 +112,12 @@ class ControlLink:
         self._silent_s = 0.0
         self.commands = context.socket(zmq.PAIR)
         self._main = context.socket(zmq.PAIR)
+        self._wake = data_socket(context, zmq.PUSH)
         self._connection = Connection(context, settings.endpoint, settings.keys, settings.server_key)
         self._poller = zmq.Poller()
         self._main.bind(_PAIR_ENDPOINT)
         self.commands.connect(_PAIR_ENDPOINT)
+        self._wake.connect(wake_endpoint)
         self._thread = threading.Thread(target=self._run, name="control")
 
     # -- the main thread's side
@@ -137,8 +144,11 @@ class ControlLink:
         return self._exit is not None or self._interrupts_seen != self._interrupts_taken
 
     def take_command(self) -> Command | None:
-        """The next command; call when `commands` is readable. None: look at `leaving`."""
-        frames = receive(self.commands)
+        """The next command; None if there is none now, or if it is time to look at `leaving`."""
+        try:
+            frames = receive(self.commands, zmq.NOBLOCK)
+        except zmq.Again:
+            return None
         if len(frames) == 1 and not frames[0]:
             return None
         if len(frames) == 1 and frames[0] == _LOST:
@@ -162,7 +172,7 @@ class ControlLink:
             if self._exit is None:
                 self.commands.send(b"")
             self._thread.join()
-        for socket in (self.commands, self._main):
+        for socket in (self.commands, self._main, self._wake):
             socket.close()
         self._connection.close()
 
@@ -259,6 +269,7 @@ class ControlLink:
         self._silent_s = 0.0
         self._interrupts_seen += 1
         self._main.send(_LOST, flags=zmq.NOBLOCK)
+        self._wake_main()
 
     def _hand_over(self, command: Assign | Inspect | Release) -> None:
         if isinstance(command, Assign) and self.status.state == "idle":
@@ -270,6 +281,11 @@ class ControlLink:
             return
         if isinstance(command, Assign | Release):
             self._interrupts_seen += 1
+        self._wake_main()
+
+    def _wake_main(self) -> None:
+        with suppress(zmq.Again):  # as many wakings wait as the queue holds: one is enough
+            self._wake.send(WAKE, flags=zmq.NOBLOCK)
 
     def _send_out(self) -> None:
         frames = self._main.recv_multipart(copy=False)
@@ -327,7 +343,4 @@ class ControlLink:
         logger.log(logging.WARNING if code else logging.INFO, "leaving: %s", reason)
         self._reply(Leaving(request_id, clip_text(reason)))
         self._exit = _Exit(code, reason)
-        try:
-            self._main.send(b"", flags=zmq.NOBLOCK)
-        except zmq.Again:
-            return  # commands are waiting, which wakes it just as well
+        self._wake_main()

@@ -13,6 +13,9 @@ from protocol.errors import EndpointError
 from protocol.security import Gatekeeper, be_client, new_key_pair
 from protocol.sockets import Socket, bind, connect, data_socket, receive, receive_from
 
+WAKE = b""
+"""A message that is no step: the sender, of this process or not, has the worker look at its commands."""
+
 
 class DataPlane:
     """A bound PULL, guarded or not, and the key pair of this process. `close` it before its context ends.
@@ -25,6 +28,7 @@ class DataPlane:
         self.keys = new_key_pair()
         self.is_guarded = is_guarded
         self.admitted = ""
+        self.wake_endpoint = "inproc://wake"
         self._context = context
         self._gatekeeper = Gatekeeper(context) if is_guarded else None
         self.pull = data_socket(context, zmq.PULL)
@@ -33,6 +37,7 @@ class DataPlane:
             if self._gatekeeper is not None:
                 self._gatekeeper.guard(self.pull, self.keys, "data", lambda key: key == self.admitted, may_retry=True)
             self.endpoint = bind(self.pull, endpoint)
+            self.pull.bind(self.wake_endpoint)
         except BaseException:
             self.close()
             raise
@@ -52,11 +57,14 @@ class DataPlane:
         return push
 
     def receive(self) -> list[memoryview] | None:
-        """The next message; None for one of somebody who is not, or no longer, the previous hop."""
-        if not self.is_guarded:
-            return receive(self.pull)
-        sender, frames = receive_from(self.pull)
-        return frames if sender == self.admitted else None
+        """The next message; None for WAKE, and for one of somebody who is not, or no longer, the previous hop."""
+        if self.is_guarded:
+            sender, frames = receive_from(self.pull)
+            if sender != self.admitted:
+                return None
+        else:
+            frames = receive(self.pull)
+        return frames if len(frames) > 1 or len(frames[0]) else None
 
     def close(self) -> None:
         """Close the PULL and forget its file. Safe to call twice."""

@@ -97,6 +97,7 @@ def _serve(
         pong=lambda status, request_id: status.pong(request_id, device),
         on_lifeline_end=lambda: remove_private_dir(options.join),
         on_stuck=leave_stuck,
+        wake_endpoint=data_plane.wake_endpoint,
     )
     try:
         link.start()

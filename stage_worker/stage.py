@@ -6,7 +6,7 @@ import torch
 
 from glm.attention import Segment
 from glm.errors import GlmError
-from glm.model import LayerStack
+from glm.model import LayerObserver, LayerStack
 from glm.positions import PromptLayout
 from protocol.control import InspectedPart
 from protocol.data import DropSequence, ForkSequence, KvUpdate, Span, Step, TruncateSequence
@@ -29,7 +29,7 @@ class Stage:
     @property
     def kv_tokens(self) -> int:
         """Tokens cached in all sequences together."""
-        return sum(sequence.length for sequence in self._sequences.values())
+        return sum([sequence.cache.length for sequence in self._sequences.values()])
 
     @property
     def num_sequences(self) -> int:
@@ -39,7 +39,7 @@ class Stage:
     def run(self, step: Step, hidden: torch.Tensor, abandoned: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """Apply the updates, then take the spans' hidden states [num_tokens, hidden_size] through the layers.
 
-        `abandoned` is asked after every layer whether to give up.
+        `abandoned` is asked before every layer whether to give up.
 
         Raises:
             StepError: no sequence has grown; those of the spans may be left truncated to their start_pos.
@@ -50,12 +50,13 @@ class Stage:
         outputs: list[torch.Tensor] = []
 
         def observe(_layer: int, output: torch.Tensor) -> None:
+            outputs.append(output.to("cpu", torch.float32, copy=True))
+
+        def go_on() -> None:
             if abandoned():
                 raise AbandonedError(f"step {step.step_id}")
-            if self.record_hidden_states:
-                outputs.append(output.to("cpu", torch.float32, copy=True))
 
-        hidden = self._forward(hidden, segments, observe)
+        hidden = self._forward(hidden, segments, observe if self.record_hidden_states else None, go_on)
         self._sequences |= sequences
         if outputs:
             chunks = torch.stack(outputs).split([span.num_tokens for span in step.spans], dim=1)
@@ -130,32 +131,29 @@ class Stage:
         if hidden.shape[1] != self.layers.config.hidden_size:
             size = self.layers.config.hidden_size
             raise StepError("bad_step", f"hidden states are {hidden.shape[1]} wide, this model's are {size}")
-        layouts = [_layout(span, self.layers.config.is_prefix_lm) for span in spans]
-        growth = 0
+        is_prefix_lm, growth = self.layers.config.is_prefix_lm, 0
+        opened: list[tuple[Span, PromptLayout | None, StageSequence | None]] = []
         for span in spans:
-            length = self._length(span.sequence_id)
+            sequence = self._sequences.get(span.sequence_id)
+            length = 0 if sequence is None else sequence.cache.length
             if span.start_pos > length:
                 raise StepError(
                     "cache_gap",
                     f"sequence {span.sequence_id} goes on at position {span.start_pos}, {length} tokens are cached",
                 )
             growth += span.start_pos + span.num_tokens - length
+            opened.append((span, _layout(span, is_prefix_lm), sequence))
         self._check_budget(growth)
         sequences, segments = {}, []
-        for span, layout in zip(spans, layouts, strict=True):
-            sequence = self._sequences.get(span.sequence_id) or StageSequence(self.layers.new_cache())
+        for span, layout, held in opened:
+            sequence = held or StageSequence(self.layers.new_cache())
             sequence.truncate(span.start_pos)
             sequences[span.sequence_id] = sequence
             segments.append(Segment(sequence.cache, span.start_pos, span.num_tokens, layout))
         return segments, sequences
 
-    def _length(self, sequence_id: int) -> int:
-        sequence = self._sequences.get(sequence_id)
-        return 0 if sequence is None else sequence.length
-
     def _check_budget(self, growth: int) -> None:
-        held = self.kv_tokens
-        if growth > 0 and held + growth > self.kv_budget_tokens:
+        if growth > 0 and (held := self.kv_tokens) + growth > self.kv_budget_tokens:
             raise StepError(
                 "kv_budget",
                 f"{growth} more tokens do not fit: {held} of this stage's KV budget of {self.kv_budget_tokens} tokens "
@@ -163,12 +161,16 @@ class Stage:
             )
 
     def _forward(
-        self, hidden: torch.Tensor, segments: list[Segment], observe: Callable[[int, torch.Tensor], None]
+        self,
+        hidden: torch.Tensor,
+        segments: list[Segment],
+        observe: LayerObserver | None,
+        go_on: Callable[[], None],
     ) -> torch.Tensor:
         if not segments:
             return hidden.to(self._device, self.layers.placement.dtype)
         try:
-            return self.layers.forward(hidden, segments, observe)
+            return self.layers.forward(hidden, segments, observe, go_on)
         except AbandonedError:
             raise
         except Exception as error:  # whatever a step ran into fails that step alone

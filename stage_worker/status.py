@@ -1,15 +1,13 @@
 """What a Pong says: written by the main thread as a whole, read by the control thread at any time."""
 
-from dataclasses import dataclass
-
 import torch
 
 from protocol.control import Pong, WorkerState
+from protocol.records import Record
 from stage_worker.memory import resident_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(Record, frozen=True):
     """A snapshot of the worker. `busy_s` and `num_steps` count since the assignment; `epoch` is 0 while idle."""
 
     state: WorkerState = "idle"

@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import replace
 
 import torch
 import zmq
@@ -13,9 +12,10 @@ from protocol.data import DataMessage, StageTiming, Step, StepFailed
 from protocol.errors import EndpointError, ProtocolError, SecurityError
 from protocol.limits import MAX_INSPECTED_BYTES, clip_text
 from protocol.messages import Message, Plane
+from protocol.records import with_changes
 from protocol.sockets import Socket, send
 from protocol.tensors import RawTensor
-from protocol.torch_bridge import from_raw, to_raw
+from protocol.torch_bridge import Landing, to_raw
 from protocol.wire import decode
 from stage_worker.cli import OwnModel
 from stage_worker.control_link import Command, ControlLink, CoordinatorLost
@@ -42,8 +42,8 @@ class Worker:
     ) -> None:
         self._link = link
         self._data_plane = data_plane
-        self._data_in = data_plane.pull
         self._device = device
+        self._landing = Landing()
         self._model = model
         self._kept: tuple[Assign, LayerStack] | None = None
         self._assign: Assign | None = None
@@ -53,24 +53,20 @@ class Worker:
 
     def serve(self) -> None:
         """The loop. Returns when it is time to leave, with everything released."""
-        poller = zmq.Poller()
-        poller.register(self._link.commands, zmq.POLLIN)
-        poller.register(self._data_in, zmq.POLLIN)
         try:
             while not self._link.leaving:
-                events = dict(poller.poll())
-                if self._link.commands in events:
-                    self._obey(self._link.take_command())
-                elif self._data_in in events:
-                    frames = self._data_plane.receive()
-                    if frames is not None:
-                        self._take_data(frames, time.monotonic())
+                frames = self._data_plane.receive()
+                if frames is not None:
+                    self._take_data(frames, time.monotonic())
+                    continue
+                while not self._link.leaving and (command := self._link.take_command()) is not None:
+                    self._obey(command)
         finally:
             self._give_up()
 
     # -- commands
 
-    def _obey(self, command: Command | None) -> None:
+    def _obey(self, command: Command) -> None:
         match command:
             case CoordinatorLost():
                 self._keep_weights()
@@ -112,7 +108,7 @@ class Worker:
         def report(layers_done: int, layers_total: int, weight_bytes: int) -> None:
             if self._link.abandoned():
                 raise AbandonedError(f"loading epoch {assign.epoch}")
-            self._link.status = replace(self._link.status, weight_bytes=weight_bytes)
+            self._link.status = with_changes(self._link.status, weight_bytes=weight_bytes)
             self._link.send(Progress(0, assign.epoch, layers_done, layers_total, weight_bytes))
 
         if kept is not None:
@@ -243,9 +239,10 @@ class Worker:
             if isinstance(message, StepFailed):
                 stage.apply(message.updates)
                 return message, ()
-            hidden = stage.run(message, from_raw(tensors[0]), self._link.abandoned)
-            dtype = hidden.dtype if assign.activation_dtype is None else _WIRE_DTYPES[assign.activation_dtype]
-            return message, (to_raw(hidden.to(dtype)),)
+            hidden = stage.run(message, self._landing.take(tensors[0]), self._link.abandoned)
+            if assign.activation_dtype is not None:
+                hidden = hidden.to(_WIRE_DTYPES[assign.activation_dtype])
+            return message, (to_raw(hidden),)
         except AbandonedError:
             raise
         except Exception as error:  # whatever a step ran into, the worker goes on with the next one

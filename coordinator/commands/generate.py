@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +19,7 @@ from coordinator.commands.options import (
 from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
 from coordinator.commands.session import check_sampling, chosen_sampling, opened, say
 from coordinator.errors import GenerationError, UsageError
+from protocol.records import as_builtins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,7 +179,7 @@ def _as_json(finished: Finished, logprobs: Logprobs | None = None) -> dict[str, 
         "text": finished.text,
         "finish_reason": finished.finish_reason,
         **({} if logprobs is None else {"logprobs": logprobs_as_json(logprobs)}),
-        "stats": asdict(finished.stats),
+        "stats": as_builtins(finished.stats),
     }
 
 

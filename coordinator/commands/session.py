@@ -21,6 +21,7 @@ from coordinator.errors import UsageError
 from coordinator.log import JsonLog, Log
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
+from protocol.records import with_changes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -202,7 +203,7 @@ def _cache_notes(model_dir: Path, config: ModelConfig, plan: Plan) -> tuple[str,
 
 def chosen_sampling(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """The model's defaults with what the options override."""
-    return dataclasses.replace(defaults, **sampling_overrides(options))
+    return with_changes(defaults, **sampling_overrides(options))
 
 
 def check_sampling(options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from coordinator.chat import run_chat
 from coordinator.errors import GenerationError
@@ -18,6 +17,7 @@ from protocol.client import (
     SamplingParams,
     StageStats,
 )
+from protocol.records import with_changes
 
 DEFAULTS = SamplingParams(
     temperature=0.8,
@@ -66,7 +66,7 @@ class FakeBackend:
                 break
         if question in FinishReason.__args__:
             reason = question
-        yield Finished(0, reason, text, (1,), replace(STATS, guarded_tokens=2 if question == "broken" else 0))
+        yield Finished(0, reason, text, (1,), with_changes(STATS, guarded_tokens=2 if question == "broken" else 0))
 
     def cancel(self) -> None:
         self.was_cancelled.set()

@@ -2,12 +2,12 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 
 from coordinator.batch import Ended, Progress, Request
 from coordinator.errors import GenerationError
 from glm.logprobs import TokenLogprob
 from protocol.client import ChatPrompt, Description, Finished
+from protocol.records import with_changes
 from tests.coordinator.fake_backend import DEFAULTS, STATS
 
 
@@ -50,7 +50,7 @@ class FakeBatch:
         if question == "broken":
             return Progress(1, (Ended(ticket, None, "stage 2 could not do the step"),))
         reason = "cancelled" if question == "cancelled" else "stop"
-        finished = Finished(ticket, reason, f"{question} {seed}", (7,), replace(STATS, new_tokens=1))
+        finished = Finished(ticket, reason, f"{question} {seed}", (7,), with_changes(STATS, new_tokens=1))
         logprobs = None if request.num_logprobs is None else (TokenLogprob(7, -0.5),)
         return Progress(1, (Ended(ticket, finished, None, logprobs),))
 

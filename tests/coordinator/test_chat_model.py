@@ -16,6 +16,7 @@ from coordinator.prompts import check_prompt
 from coordinator.scheduler import SchedulerSettings
 from glm.config import load_config
 from protocol.client import Delta, Finished, TokenPrompt
+from protocol.records import with_changes
 from protocol.wire import encode
 from tests.golden import GoldenSet
 from tests.in_process import in_process_engine
@@ -76,7 +77,7 @@ def test_answers_that_are_read_in_turns_lose_nothing(shared_dir: Path) -> None:
     engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
     cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
     model = ChatModel(cluster, engine, config, golden.checkpoint_dir, None)
-    sampling = dataclasses.replace(model.describe().defaults, greedy=True, max_new_tokens=7)
+    sampling = with_changes(model.describe().defaults, greedy=True, max_new_tokens=7)
     streams = [model.stream(TokenPrompt(tuple(row.token_ids)), sampling) for _ in range(2)]
     told: list[list[int]] = [[], []]
     wholes: list[tuple[int, ...]] = [(), ()]

@@ -30,6 +30,7 @@ from protocol.client import (
 from protocol.errors import EndpointError
 from protocol.limits import MAX_PROMPT
 from protocol.messages import Plane
+from protocol.records import with_changes
 from protocol.wire import decode, encode
 from tests.coordinator.fake_backend import DEFAULTS, STATS
 
@@ -242,7 +243,7 @@ def test_the_newest_launch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def request(num_answers: int = 1, seed: int | None = None) -> Request:
-    return Request(PROMPT, replace(DEFAULTS, seed=seed), num_answers)
+    return Request(PROMPT, with_changes(DEFAULTS, seed=seed), num_answers)
 
 
 def test_many_answers_at_once_on_one_connection(launch: LaunchMaker) -> None:

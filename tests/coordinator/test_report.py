@@ -1,9 +1,8 @@
 """The report of an answer: every number the user was promised, and speeds that are divided rightly."""
 
-from dataclasses import replace
-
 from coordinator.report import average_tokens_per_s, report_lines, warnings
 from protocol.client import GenerationStats, StageStats
+from protocol.records import with_changes
 
 STATS = GenerationStats(
     prompt_tokens=50,
@@ -52,7 +51,7 @@ def test_an_answer_that_took_no_time_is_reported_all_the_same() -> None:
 def test_scores_that_were_no_numbers_are_told() -> None:
     """A broken model is not taken for a silly one: how many tokens stand in for others, and what to try."""
     assert warnings(STATS) == ()
-    broken = replace(STATS, guarded_tokens=3)
+    broken = with_changes(STATS, guarded_tokens=3)
     (warning,) = warnings(broken)
     assert "scores of 3 of 21 tokens were not finite" in warning and "try bf16 or fp32" in warning
     assert report_lines(broken) == (*report_lines(STATS), warning)

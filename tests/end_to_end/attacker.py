@@ -6,7 +6,6 @@ Says, as JSON on one line, how many messages it got rid of, how many connections
 """
 
 import contextlib
-import dataclasses
 import json
 import socket
 import sys
@@ -23,6 +22,7 @@ from protocol.control import Failed, Join, Leaving, Pong, Ready
 from protocol.data import DropSequence, Span, Step, StepFailed
 from protocol.endpoints import ipc_path
 from protocol.messages import Plane
+from protocol.records import with_changes
 from protocol.sockets import connect, control_socket, data_socket
 from protocol.tensors import RawTensor
 from protocol.version import PROTOCOL_VERSION, VERSION
@@ -124,8 +124,8 @@ def meant(plane: Plane, rng: Random) -> Iterator[list[Frame]]:
         join = Join(1, "stage-1", VERSION, "2", "host", 1, "cpu", "cpu", 1, 1, 1, (), nowhere, "", False, "token")
         for message in (
             join,
-            dataclasses.replace(join, worker_id="somebody"),
-            dataclasses.replace(join, worker_id="stage-2", glmpipe_version="0.0.1"),
+            with_changes(join, worker_id="somebody"),
+            with_changes(join, worker_id="stage-2", glmpipe_version="0.0.1"),
             Pong(0, "idle", 1, 0.0, 0, 0, 0, 0, 0),
             Ready(number, 1, 1, 1, 1.0, "torch"),
             Failed(number, 1, "internal", "no"),

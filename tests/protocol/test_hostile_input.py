@@ -108,34 +108,34 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "error", "words"),
     [
         (set_in("p", to="http"), FrameError, '"glmpipe"'),
-        (set_in("v", to=1), VersionError, "version 1, this program version 6: install the same"),
+        (set_in("v", to=1), VersionError, "version 1, this program version 7: install the same"),
         (set_in("v", to=True), VersionError, "version True"),
         (set_in("t", to="Stop"), MessageError, "'Stop' is no message type"),
-        (set_in("t", to="Ping"), MessageError, "Ping: fields: missing request_id; unknown"),
+        (set_in("t", to="Ping"), MessageError, "Ping: Object contains unknown field `epoch`"),
         (set_in("extra", to=1), FrameError, "keys"),
-        (set_in("b", to=[]), MessageError, "Step: expected a map"),
-        (set_in("b", "epoch", to=-1), MessageError, "Step.epoch: -1 is not in 0.."),
-        (set_in("b", "epoch", to=2**64 - 1), MessageError, "Step.epoch: 18446744073709551615 is not in"),
-        (set_in("b", "epoch", to=True), MessageError, "Step.epoch: expected an int, got bool"),
-        (set_in("b", "epoch", to=1.0), MessageError, "expected an int, got float"),
-        (set_in("b", "spans", 1, "num_tokens", to=0), MessageError, r"Step.spans\[1\].num_tokens: 0 is not in 1.."),
+        (set_in("b", to=[]), MessageError, "Step: Expected `object`, got `array`"),
+        (set_in("b", "epoch", to=-1), MessageError, r"Step: Expected `int` >= 0 - at `\$.epoch`"),
+        (set_in("b", "epoch", to=2**64 - 1), MessageError, "Step: Expected `int` <= 9223372036854775807"),
+        (set_in("b", "epoch", to=True), MessageError, r"got `bool` - at `\$.epoch`"),
+        (set_in("b", "epoch", to=1.0), MessageError, "Expected `int`, got `float`"),
+        (set_in("b", "spans", 1, "num_tokens", to=0), MessageError, r"`int` >= 1 - at `\$.spans\[1\].num_tokens`"),
         (set_in("b", "spans", 0, "mask_position", to=3), MessageError, "needs a context_length"),
         (set_in("b", "spans", 1, "sequence_id", to=1), MessageError, "two spans"),
-        (set_in("b", "spans", to=[[]] * 2000), MessageError, "2000 entries, at most 1024"),
-        (set_in("b", "updates", 0, "t", to="Span"), MessageError, r"updates\[0\]: 'Span' is none of DropSequence"),
-        (set_in("b", "timings", 0, "compute_s", to=float("nan")), MessageError, "compute_s: nan is not in"),
-        (set_in("b", "timings", 0, "compute_s", to=float("inf")), MessageError, "compute_s: inf is not in"),
-        (set_in("b", "timings", 0, "compute_s", to=1), MessageError, "expected a float, got int"),
+        (set_in("b", "spans", to=[[]] * 2000), MessageError, r"length <= 1024 - at `\$.spans`"),
+        (set_in("b", "updates", 0, "t", to="Span"), MessageError, r"'Span' - at `\$.updates\[0\].t`"),
+        (set_in("b", "timings", 0, "compute_s", to=float("nan")), MessageError, r"`float` .*\[0\].compute_s"),
+        (set_in("b", "timings", 0, "compute_s", to=float("inf")), MessageError, r"`float` <= .*\[0\].compute_s"),
+        (set_in("b", "timings", 0, "compute_s", to=1), FrameError, "in its field's form"),
         (set_in("x", to=[]), TensorError, "0 tensors described, 1 received"),
         (set_in("x", to=[["float32", [3, 4]]] * 5), TensorError, "at most 4"),
         (set_in("x", 0, 0, to="float64"), TensorError, "'float64' is none of"),
-        (set_in("x", 0, 0, to={}), TensorError, "is none of"),
+        (set_in("x", 0, 0, to={}), TensorError, "Expected `str`, got `object`"),
         (set_in("x", 0, 1, to=[3, 5]), TensorError, r"float32 \[3, 5\] takes 60 bytes, the frame has 48"),
         (set_in("x", 0, 1, to=[4, 3]), TensorError, r"3 tokens carries float32 \[4, 3\]"),
         (set_in("x", 0, 1, to=[3, -4]), TensorError, "dimension"),
         (set_in("x", 0, 1, to=[True, 12]), TensorError, "dimension"),
         (set_in("x", 0, 1, to=[2**31 - 1] * 4), TensorError, "at most 67108864"),
-        (set_in("x", 0, 1, to=[1] * 9), TensorError, "9 dimensions"),
+        (set_in("x", 0, 1, to=[1] * 9), TensorError, "length <= 4"),
         (set_in("x", 0, 1, to=12), TensorError, "pair"),
     ],
 )
@@ -154,13 +154,13 @@ def test_a_repeated_key_is_refused() -> None:
         msgpack.packb(key) + value
         for key, value in {
             "p": msgpack.packb("glmpipe"),
-            "v": msgpack.packb(1),
+            "v": msgpack.packb(PROTOCOL_VERSION),
             "t": msgpack.packb("Ping"),
             "b": body,
             "x": msgpack.packb([]),
         }.items()
     )
-    with pytest.raises(FrameError, match="twice"):
+    with pytest.raises(FrameError, match="repeated"):
         decode([packed])
 
 
@@ -192,7 +192,7 @@ def test_many_tiny_containers_are_stopped_early() -> None:
         bomb = (b"\xdc\xff\xff" + item * 65535) * 60
         tracemalloc.start()
         try:
-            with pytest.raises(FrameError, match="more than 32768 maps and arrays"):
+            with pytest.raises(FrameError, match="Expected `object`, got `array`"):
                 decode([b"\xdc\x00\x3c" + bomb])
             assert tracemalloc.get_traced_memory()[1] < 2**24
         finally:

@@ -1,9 +1,9 @@
 """Every message comes out of the wire as it went in."""
 
-import dataclasses
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,6 +12,7 @@ from protocol.control import Inspected
 from protocol.data import DropSequence, Span, StageTiming, Step
 from protocol.errors import MessageError
 from protocol.messages import MESSAGE_PLANES
+from protocol.records import Record
 from protocol.tensors import FLOAT_DTYPES, ITEM_SIZES, RawTensor
 from protocol.wire import decode, encode
 
@@ -29,19 +30,19 @@ def strategy_for(annotation: Any, bound: Any = None) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(annotation))
     if origin is tuple:
         return st.lists(strategy_for(get_args(annotation)[0]), max_size=3).map(tuple)
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and issubclass(annotation, Record):
         return messages_of(annotation)
     if annotation is int:
-        return st.integers(bound.low, bound.high)
+        return st.integers(bound.ge, bound.le)
     if annotation is float:
-        return st.floats(bound.low, bound.high)
-    return {bool: st.booleans(), str: st.text(TEXT, max_size=min(40, getattr(bound, "high", 0)))}[annotation]
+        return st.floats(bound.ge, bound.le)
+    return {bool: st.booleans(), str: st.text(TEXT, max_size=min(40, getattr(bound, "max_length", 0)))}[annotation]
 
 
 def messages_of(cls: Any) -> st.SearchStrategy[Any]:
     """Valid instances of a message or record class."""
     hints = get_type_hints(cls, include_extras=True)
-    fields = st.fixed_dictionaries({f.name: strategy_for(hints[f.name]) for f in dataclasses.fields(cls)})
+    fields = st.fixed_dictionaries({f.name: strategy_for(hints[f.name]) for f in msgspec.structs.fields(cls)})
     return fields.map(lambda values: _construct(cls, values)).filter(lambda message: message is not None)
 
 

@@ -192,7 +192,7 @@ def test_a_prefix_prompt_and_its_tail(prefix: LayerStack) -> None:
 
 
 def test_an_abandoned_step_grows_nothing(causal: LayerStack) -> None:
-    """Asked after every layer; a step given up half-way leaves its sequences as they were."""
+    """Asked before every layer; a step given up half-way leaves its sequences as they were."""
     stage = Stage(causal, 100)
     feed(stage, 1, 0, TOKENS[:4])
     asked: list[int] = []
