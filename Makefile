@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: chat check test fuzz format clean
+.PHONY: chat check test faults fuzz format clean
 
 chat: $(STAMP)           ## a chat with the demo model, split over two stage workers
 	$(BIN)/glmpipe chat --layers cpu=1-3 --layers cpu=4-6
@@ -17,6 +17,10 @@ check: $(STAMP)          ## lint, types and the fast tests
 
 test: $(STAMP)           ## the whole suite
 	$(BIN)/pytest
+
+FAULT_RUNS ?= 3
+faults: $(STAMP)         ## every fault on one host, FAULT_RUNS times in a row: no answer may change, nothing may be left
+	for run in $$(seq $(FAULT_RUNS)); do $(BIN)/pytest -q tests/end_to_end/test_faults_*.py || exit 1; done
 
 fuzz: $(STAMP)           ## a million hostile frames, ten thousand hostile files of each kind; with atheris where it can be had
 	$(BIN)/pip install --quiet -e ".[fuzz]" || echo "no atheris for this Python: random mutations instead"

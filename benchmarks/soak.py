@@ -144,7 +144,7 @@ def strike(chat_model: ChatModel, until_s: float, seed: int, tally: Tally) -> No
             with tally.lock:
                 tally.recoveries_s.append(time.monotonic() - struck_s)
 
-    chat_model.supervisor.on_event = told
+    chat_model.supervisor.mender.on_event = told
     while time.monotonic() + FAULT_EVERY_S < until_s:
         time.sleep(FAULT_EVERY_S)
         stage = choice.randrange(len(chat_model.cluster.plan.stages))

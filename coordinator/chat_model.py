@@ -7,9 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coordinator.answer import Answer
+from coordinator.bring_up import bring_up
 from coordinator.chain import FIRST_EPOCH
 from coordinator.closing import Closing
 from coordinator.cluster import Cluster, ClusterSettings, Listening, ProgressSink
@@ -17,7 +16,8 @@ from coordinator.engine import Engine
 from coordinator.errors import PlanError
 from coordinator.launcher import LogSink
 from coordinator.limits import limits_of, max_step_tokens
-from coordinator.memory import NoteSink, fitting_kv_budget
+from coordinator.memory import NoteSink
+from coordinator.mending import Mender
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
 from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
@@ -25,21 +25,16 @@ from coordinator.recovery import DEFAULT_RECOVERY, RecoveryPolicy
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
-from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
-from glm.ends import Embedding, Head, end_placement
 from glm.errors import TokenizerError
 from glm.generation import generation_defaults
 from glm.hub import resolve_description, resolve_model
-from glm.layer_cache import with_cache
 from glm.logprobs import TokenLogprob
 from glm.model_source import made_for, open_checkpoint
 from glm.positions import prompt_layout
-from glm.precision import Precision
 from glm.sampling import Sampler, SamplingParams
 from glm.tokenizer import Tokenizer, load_tokenizer
-from glm.weights import Placement
 from protocol import client
 from protocol.limits import MAX_NAME, clip_text
 from protocol.records import with_changes
@@ -97,16 +92,13 @@ def launch(
     settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision)
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
     try:
-        budget = fitting_kv_budget(
-            checked_plan, config, cluster.join(), settings.default_kv_budget_tokens, on_note, refuse=check_memory
-        )
-        cluster.assign(budget)
-        embedding, head = _load_ends(checkpoint, config, checked_plan)  # while the workers load
-        cluster.load()
-        limits = scheduler_settings(checked_plan, budget, max_step_tokens(config))
+        mender = Mender(cluster, recovery, on_note or (lambda _: None))
+        embedding, head = bring_up(cluster, mender, checkpoint, config, on_note, refuse=check_memory)
+        limits = scheduler_settings(cluster.plan, cluster.default_kv_budget_tokens, max_step_tokens(config))
         scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
         engine = Engine(embedding, head, cluster.pipeline, scheduling)
-        return ChatModel(cluster, engine, config, model_dir, chat_format, recovery)
+        engine.start_over(cluster.epoch)
+        return ChatModel(cluster, engine, config, model_dir, chat_format, mender)
     except BaseException:
         cluster.close()
         raise
@@ -130,22 +122,6 @@ def _check_hosts(plan: Plan, listening: Listening | None) -> None:
         )
 
 
-def _load_ends(checkpoint: ModelSource, config: ModelConfig, plan: Plan) -> tuple[Embedding, Head]:
-    ends = plan.ends
-
-    def placed(precision: str, device: str) -> Placement:
-        return end_placement(Precision.parse(precision), torch.device(device), config)
-
-    def source(placement: Placement) -> ModelSource:
-        return with_cache(checkpoint, config, placement.precision, placement.device)
-
-    norm = placed(ends.final_layernorm_precision, ends.final_layernorm_device)
-    lm_head = placed(ends.lm_head_precision, ends.lm_head_device)
-    table = placed(ends.embedding_precision, ends.embedding_device)
-    embedding = Embedding.load(source(table), config, table, lm_head)
-    return embedding, Head.load(source(lm_head), config, norm, lm_head, embedding)
-
-
 class ChatModel(Closing):
     """Chat and generation through a running pipeline. A context manager; use it from one thread.
 
@@ -159,11 +135,11 @@ class ChatModel(Closing):
         config: ModelConfig,
         model_dir: Path,
         chat_format: str | None,
-        recovery: RecoveryPolicy = DEFAULT_RECOVERY,
+        mender: Mender | None = None,
     ) -> None:
         self.cluster = cluster
         self.engine = engine
-        self.supervisor = Supervisor(engine, cluster, recovery)
+        self.supervisor = Supervisor(engine, cluster, mender or Mender(cluster, DEFAULT_RECOVERY))
         self.config = config
         self.model_dir = model_dir
         self._no_tokenizer: TokenizerError | None = None

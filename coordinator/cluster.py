@@ -113,9 +113,14 @@ class Cluster(Closing):
         return self._joins
 
     @property
+    def default_kv_budget_tokens(self) -> int:
+        """Of stages that state none themselves."""
+        return self._settings.default_kv_budget_tokens
+
+    @property
     def kv_budgets(self) -> tuple[int, ...]:
         """How many tokens each stage may cache."""
-        default = self._settings.default_kv_budget_tokens
+        default = self.default_kv_budget_tokens
         return tuple(stage.kv_budget_tokens or default for stage in self.plan.stages)
 
     @property
@@ -158,13 +163,25 @@ class Cluster(Closing):
             raise StageLost(f"{self._name(self._worker_ids.index(worker_id))} {what}")
 
     def recover(self, is_stuck: bool) -> int:
-        """Start workers anew in the place of those lost, and assign all stages in a new epoch, which is returned.
+        """Replace the lost workers, and assign all stages in a new epoch, which is returned.
 
-        The other workers keep their weights; all forget every sequence. `is_stuck`: a step does not come back, although
-        all workers answer; then it is the one that the step seems to be at which is lost.
+        The other workers keep their weights; all forget every sequence. `is_stuck` as for `replace_lost`.
 
         Raises:
             StageLost: another worker was lost meanwhile. LaunchError: one cannot load its layers.
+        """
+        self.replace_lost(is_stuck)
+        self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
+        self.assign()
+        self.runtime_dir.remove_sockets("worker-*", keep=[join.data_endpoint for join in self.join()])
+        self.load()
+        return self._settings.epoch
+
+    def replace_lost(self, is_stuck: bool) -> None:
+        """Start workers anew in the place of those lost; `join` waits for them.
+
+        `is_stuck`: a step does not come back, although all workers answer; then it is the one that the step seems to be
+        at which is lost. Raises LaunchError.
         """
         lost = {dead.stage_index for dead in self._launcher.dead()}
         lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.lost()}
@@ -176,11 +193,6 @@ class Cluster(Closing):
                 self._launcher.restart(index)
         self._joins = ()
         self._note_due_s = 0.0
-        self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
-        self.assign()
-        self.runtime_dir.remove_sockets("worker-*", keep=[join.data_endpoint for join in self.join()])
-        self.load()
-        return self._settings.epoch
 
     def _name(self, index: int) -> str:
         """`stage 2 (cuda:0 of lab2, layers 13-24, pid 4711)`, for messages about it."""

@@ -79,7 +79,11 @@ class NotEnoughMemory(LaunchError):  # noqa: N818 - named for what is the matter
 
 
 class WorkerDied(LaunchError):  # noqa: N818 - named for what happened
-    """A worker's process ended before it served."""
+    """A worker's process ended before it served. `was_killed`: from outside, so that another one may live."""
+
+    def __init__(self, text: str, *, was_killed: bool = False) -> None:
+        super().__init__(text)
+        self.was_killed = was_killed
 
 
 class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as the design does

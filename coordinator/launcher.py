@@ -53,6 +53,11 @@ class WorkerExit:
             return f"exit code {self.returncode}"
         return f"signal {_signal_name(-self.returncode)}"
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended it, one that another process need not get."""
+        return self.returncode < 0 and -self.returncode != signal.SIGILL
+
     def describe(self, when: str) -> str:
         """For an error's message; `when` is such as `before it joined`. Carries the worker's last lines."""
         remedy = _SIGNAL_REMEDIES.get(-self.returncode)
@@ -134,7 +139,7 @@ class Launcher(Closing):
     def check(self) -> None:
         """For the time before all workers joined: raises WorkerDied with its last lines if one has died."""
         for dead in self.dead():
-            raise WorkerDied(dead.describe("before it joined"))
+            raise WorkerDied(dead.describe("before it joined"), was_killed=dead.was_killed)
 
     def close(self, grace_s: float = 2.0) -> None:
         """Ask all workers to leave, kill those that have not after `grace_s`, and reap every one.

@@ -104,8 +104,8 @@ def _claimed(out: Path, needed_bytes: int) -> Iterator[None]:
     except OSError as error:
         kind = DiskSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ConversionError
         raise kind(
-            f"{error.filename or out}: {error.strerror or error}; what there was of the conversion is removed: make "
-            "room, check the permissions, or name another directory"
+            f"{error.filename or out}: {error.strerror or error}; what there was of the conversion is removed. All of "
+            f"it needs {needed_bytes / 1e9:.2f} GB: make room, check the permissions, or name another directory"
         ) from error
 
 

@@ -153,7 +153,8 @@ class CachedCheckpoint:
             about = {"model": self._config.name or self.model_dir.name, "path": str(self.model_dir)}
             write_text(self.directory / _ABOUT, json.dumps(about | {"precision": self._precision.value}))
         except OSError as error:
-            self.complaint = f"{error.filename or self.directory}: {error.strerror or error}"
+            place, needed = error.filename or self.directory, f"{num_bytes / 1e6:.1f} MB"
+            self.complaint = f"{place}: {error.strerror or error}, {needed} are needed"
 
 
 def spare_bytes(total_bytes: int) -> int:

@@ -92,7 +92,7 @@ def launched(
                 listening=listening,
             )
             stack.enter_context(chat_model)
-            chat_model.supervisor.on_event = lambda text: _say_pipeline(log, chat_model, text)
+            chat_model.supervisor.mender.on_event = lambda text: _say_pipeline(log, chat_model, text)
             chat_model.engine.observers += observers
         log.say(*_kernel_lines(chat_model))
         log.say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.errors import LaunchError, StageLost, WorkerDied
+from coordinator.mending import Mender
 from coordinator.recovery import LEAST_PATIENCE_S, Patience, Recovery, RecoveryPolicy
 from coordinator.scheduler import SchedulerSettings
 from coordinator.supervisor import Supervisor
@@ -72,6 +73,12 @@ class Losing:
 
     def check(self) -> None: ...
 
+    def join(self) -> None: ...
+
+    def load(self) -> None: ...
+
+    def replace_lost(self, is_stuck: bool) -> None: ...
+
     def recover(self, _is_stuck: bool) -> int:
         if self._num_failing:
             self._num_failing -= 1
@@ -98,7 +105,7 @@ def test_losses_change_no_token(
     limits = SchedulerSettings(1000, prefill_chunk=8, max_steps_in_flight=3, speculate=speculate)
     engine, pipeline = hash_engine(limits, is_repetitive=True)
     losing = Losing(pipeline, lost_after)
-    supervisor = Supervisor(engine, losing, RecoveryPolicy(), sleep=lambda _: None)
+    supervisor = Supervisor(engine, losing, Mender(losing, RecoveryPolicy(), sleep=lambda _: None))
     sequences = [request(engine, prompt, 12, params) for prompt in prompts]
     while not engine.is_idle:
         supervisor.step()
@@ -110,16 +117,14 @@ def test_giving_up_fails_the_requests_and_serves_the_next_one() -> None:
     """All attempts fail: the requests end with the reason; a later request finds the pipeline mended."""
     engine, pipeline = hash_engine(SchedulerSettings(1000))
     losing = Losing(pipeline, [2], num_failing=3)
-    supervisor = Supervisor(engine, losing, RecoveryPolicy(max_attempts=3), sleep=lambda _: None)
     told: list[str] = []
-    supervisor.on_event = told.append
+    mender = Mender(losing, RecoveryPolicy(max_attempts=3), told.append, sleep=lambda _: None)
+    supervisor = Supervisor(engine, losing, mender)
     failed = request(engine, [1, 2, 3], 12, GREEDY)
     while not engine.is_idle:
         supervisor.step()
     assert "could not be brought back: it died again" in str(failed.error)
     assert "attempt 3 of 3" in told[2] and told[3].startswith("given up")
-    engine.start_over(7)
-    pipeline.finish()
     good = request(engine, [1, 2, 3], 12, GREEDY)
     while not engine.is_idle:
         supervisor.step()

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +154,7 @@ def disturbed_launch(
         chat_model = coordinator.launch(model_dir, plan, on_log=lines.append, recovery=policy, **options)  # type: ignore[arg-type]
         with chat_model:
             launch = Launch(chat_model, lines=lines)
-            chat_model.supervisor.on_event = launch.told.append
+            chat_model.supervisor.mender.on_event = launch.told.append
             yield launch
     runtime_dir = chat_model.cluster.runtime_dir.path
     assert processes_of(runtime_dir) == set()
@@ -191,8 +191,3 @@ def until(is_so: Callable[[], bool], within_s: float = LEAST_WAIT_S) -> None:
     while not is_so():
         assert time.monotonic() < give_up_at_s, f"did not come within {within_s:g} s"
         time.sleep(0.05)
-
-
-def ids(values: Sequence[object]) -> str:
-    """A test's name out of stages, counted from 1."""
-    return "-".join(str(int(str(value)) + 1) for value in values)

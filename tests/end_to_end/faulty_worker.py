@@ -12,7 +12,7 @@ import sys
 import time
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -22,19 +22,17 @@ from glm.model import LayerStack
 from stage_worker.cli import main as worker
 
 
-def no_memory_to_load(_: Path) -> None:
-    """Loading takes more memory than there is."""
+def no_memory_to_load(marker: Path) -> None:
+    """While the marker is there, loading takes more memory than there is."""
 
-    def load(*_: Any) -> NoReturn:
-        raise MemoryError
+    load = stage_worker.loading._load_layers
 
-    stage_worker.loading._load_layers = load
+    def exhausted(*arguments: Any) -> LayerStack:
+        if marker.exists():
+            raise MemoryError
+        return load(*arguments)
 
-
-def no_memory_once_marked(marker: Path) -> None:
-    """The same, but only once somebody has made the marker."""
-    if marker.exists():
-        no_memory_to_load(marker)
+    stage_worker.loading._load_layers = exhausted
 
 
 def no_memory_in_a_step(marker: Path) -> None:
@@ -52,11 +50,7 @@ def no_memory_in_a_step(marker: Path) -> None:
 
 
 def dies_while_loading(marker: Path) -> None:
-    """The first one is killed behind its first layer, and every later one while the marker is not removed again."""
-    marked = marker.with_suffix(".first")
-    if marked.exists() and not marker.exists():
-        return
-    marked.touch()
+    """Killed behind its first layer if the marker is there, which goes first: the next one lives."""
     load = LayerStack.load
 
     def dying(*arguments: Any) -> LayerStack:
@@ -64,7 +58,9 @@ def dies_while_loading(marker: Path) -> None:
 
         def report(layers_done: int, *numbers: int) -> None:
             progress(layers_done, *numbers)
-            os.kill(os.getpid(), signal.SIGKILL)
+            if layers_done and marker.exists():
+                marker.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
 
         return load(*first, report)
 
@@ -88,7 +84,6 @@ FAULTS = {
     fault.__name__.replace("_", "-"): fault
     for fault in (
         no_memory_to_load,
-        no_memory_once_marked,
         no_memory_in_a_step,
         dies_while_loading,
         dies_once_marked,

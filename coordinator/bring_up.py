@@ -1,0 +1,51 @@
+"""From started workers to stages that serve, and the two ends of the model beside them."""
+
+import torch
+
+from coordinator.cluster import Cluster
+from coordinator.memory import NoteSink, fitting_kv_budget
+from coordinator.mending import Mender
+from coordinator.plan import EndsPlan
+from glm.checkpoint import ModelSource
+from glm.config import ModelConfig
+from glm.ends import Embedding, Head, end_placement
+from glm.layer_cache import with_cache
+from glm.precision import Precision
+from glm.weights import Placement
+
+
+def bring_up(
+    cluster: Cluster,
+    mender: Mender,
+    checkpoint: ModelSource,
+    config: ModelConfig,
+    on_note: NoteSink | None,
+    *,
+    refuse: bool,
+) -> tuple[Embedding, Head]:
+    """Wait for the workers, look whether the plan fits, load all parts side by side. Workers killed meanwhile return.
+
+    Raises:
+        LaunchError: a worker cannot be had or cannot hold its layers; NotEnoughMemory if `refuse` and it does not fit.
+        GlmError: the model is not usable.
+    """
+    mender.join()
+    plan, most_kv_tokens = cluster.plan, cluster.default_kv_budget_tokens
+    cluster.assign(fitting_kv_budget(plan, config, cluster.join(), most_kv_tokens, on_note, refuse=refuse))
+    ends = _load_ends(checkpoint, config, plan.ends)  # while the workers load
+    mender.load()
+    return ends
+
+
+def _load_ends(checkpoint: ModelSource, config: ModelConfig, ends: EndsPlan) -> tuple[Embedding, Head]:
+    def placed(precision: str, device: str) -> Placement:
+        return end_placement(Precision.parse(precision), torch.device(device), config)
+
+    def source(placement: Placement) -> ModelSource:
+        return with_cache(checkpoint, config, placement.precision, placement.device)
+
+    norm = placed(ends.final_layernorm_precision, ends.final_layernorm_device)
+    lm_head = placed(ends.lm_head_precision, ends.lm_head_device)
+    table = placed(ends.embedding_precision, ends.embedding_device)
+    embedding = Embedding.load(source(table), config, table, lm_head)
+    return embedding, Head.load(source(lm_head), config, norm, lm_head, embedding)

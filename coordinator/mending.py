@@ -1,0 +1,99 @@
+"""Brings lost stages back: at once, then again with growing delays, as often as a policy allows."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from coordinator.errors import CoordinatorError, LaunchError, StageLost, StepStuck, WorkerDied
+from coordinator.recovery import Recovery, RecoveryPolicy
+
+_log = logging.getLogger(__name__)
+
+
+class Mendable(Protocol):
+    """What `coordinator.cluster.Cluster` is to a mender."""
+
+    def join(self) -> object:
+        """Wait until every stage has a worker. Raises WorkerDied or LaunchError."""
+
+    def load(self) -> object:
+        """Wait until all stages serve. Raises WorkerDied or LaunchError."""
+
+    def check(self) -> None:
+        """Raises StageLost when a worker has died, left or fallen silent."""
+
+    def replace_lost(self, is_stuck: bool) -> None:
+        """Start workers in the place of those that were lost; `is_stuck` as for `recover`."""
+
+    def recover(self, is_stuck: bool) -> int:
+        """Bring all stages up again; the new epoch. Raises StageLost or LaunchError.
+
+        `is_stuck`: nobody is known to be lost, but a step does not come back.
+        """
+
+
+class Mender:
+    """Every method either has all stages where they are wanted in the end, or raises what kept them from it.
+
+    `on_event` is told, in words for people, what was lost and what is done about it.
+    """
+
+    def __init__(
+        self,
+        cluster: Mendable,
+        policy: RecoveryPolicy,
+        on_event: Callable[[str], None] = _log.warning,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.on_event = on_event
+        self.policy = policy
+        self._cluster = cluster
+        self._recovery = Recovery(policy)
+        self._sleep = sleep
+
+    def join(self) -> None:
+        """Wait for the workers of a new cluster. One that was killed before it joined is started again.
+
+        One that ended by itself would do so again. Raises LaunchError.
+        """
+        while True:
+            try:
+                self._cluster.join()
+                return
+            except WorkerDied as died:
+                if not died.was_killed or not self._may_try_again(died):
+                    raise
+                self._cluster.replace_lost(False)
+
+    def load(self) -> None:
+        """Wait until the stages of a new cluster serve. Raises LaunchError."""
+        try:
+            self._cluster.load()
+        except WorkerDied as died:
+            epoch = self.mend(died)
+            self.on_event(f"all stages serve, in epoch {epoch}")
+
+    def mend(self, cause: CoordinatorError) -> int:
+        """Bring all stages up again after this; the new epoch. Raises the last cause when attempts are used up."""
+        while self._may_try_again(cause):
+            try:
+                epoch = self._cluster.recover(isinstance(cause, StepStuck))
+            except (StageLost, LaunchError) as error:
+                cause = error
+                continue
+            self._recovery.recovered(time.monotonic())
+            return epoch
+        self._recovery.gave_up()
+        raise cause
+
+    def _may_try_again(self, cause: CoordinatorError) -> bool:
+        """Says so and waits as long as is due, if there is another attempt."""
+        delay_s = self._recovery.next_delay_s(cause, time.monotonic())
+        if delay_s is None:
+            return False
+        attempts = f"attempt {self._recovery.num_attempts} of {self.policy.max_attempts}"
+        self.on_event(f"{cause}\nstarting it again ({attempts})")
+        self._sleep(delay_s)
+        return True
