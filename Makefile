@@ -25,7 +25,7 @@ faults: $(STAMP)         ## every fault on one host, FAULT_RUNS times in a row: 
 fuzz: $(STAMP)           ## a million hostile frames, ten thousand hostile files of each kind; with atheris where it can be had
 	$(BIN)/pip install --quiet -e ".[fuzz]" || echo "no atheris for this Python: random mutations instead"
 	$(BIN)/python -m fuzz frames --inputs 1000000
-	for target in weights plan prompts; do $(BIN)/python -m fuzz $$target --inputs 10000 --engine random || exit 1; done
+	for target in weights quantized plan prompts; do $(BIN)/python -m fuzz $$target --inputs 10000 --engine random || exit 1; done
 	$(BIN)/python -m fuzz tokenizer --inputs 2000 --engine random
 
 format: $(STAMP)

@@ -34,6 +34,8 @@ MOST_BYTES = 64 * 2**20
 """What Python may allocate for files of some kilobytes; most of it is libraries being imported."""
 Files = Mapping[str, bytes]
 _MODEL = "model"
+QUICK_DIR = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where files cost no disk."""
 
 
 def read_weights(model_dir: Path) -> None:
@@ -73,7 +75,7 @@ def read_prompt_file(directory: Path) -> None:
 
 def mutate(data: bytes, other: bytes, rng: Random) -> bytes:
     """One to three files spoiled, lost, or taken from elsewhere."""
-    files, others = _unpacked(data), _unpacked(other)
+    files, others = unpacked(data), unpacked(other)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         name = rng.choice([*files, *others] or ["config.json"])
         chance = rng.random()
@@ -83,13 +85,13 @@ def mutate(data: bytes, other: bytes, rng: Random) -> bytes:
             files[name] = others[name]
         else:
             files[name] = spoiled_file(name, files.get(name, b""), others.get(name, b""), rng)
-    return _packed(files)
+    return packed(files)
 
 
 def check(read: Callable[[Path], None], data: bytes) -> None:
     """Write the files, read them; an error must be one of ours and name the directory or a file in it."""
-    files = _unpacked(data)
-    root = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    files = unpacked(data)
+    root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=QUICK_DIR))
     try:
         (root / _MODEL).mkdir()
         (root / "secret.safetensors").write_bytes(files.get("model.safetensors", b"secret"))
@@ -145,12 +147,13 @@ def _hook_once() -> None:
     sys.addaudithook(hook)
 
 
-def _packed(files: Files) -> bytes:
+def packed(files: Files) -> bytes:
+    """Files as one input."""
     packed: bytes = msgpack.packb(dict(files))
     return packed
 
 
-def _unpacked(data: bytes) -> dict[str, bytes]:
+def unpacked(data: bytes) -> dict[str, bytes]:
     """The files of an input; what is no such thing is a config.json."""
     try:
         found = msgpack.unpackb(data)
@@ -170,7 +173,7 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
 def _target(name: str, read: Callable[[Path], None], samples: Callable[[], Sequence[Files]]) -> Target:
     @cache
     def seeds() -> tuple[bytes, ...]:
-        return tuple(map(_packed, samples()))
+        return tuple(map(packed, samples()))
 
     return Target(name, seeds, mutate, partial(check, read))
 

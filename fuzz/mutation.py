@@ -158,7 +158,9 @@ def _spoiled_node(node: Any, other: Any, rng: Random, hostile: Sequence[Any]) ->
 
 def _spoiled_container(node: Any, rng: Random, hostile: Sequence[Any]) -> Any:
     index, kind = rng.randrange(len(node)), type(node)
-    match rng.randrange(5):
+    match rng.randrange(6):
+        case 5:
+            return exchanged(node, index, rng.randrange(len(node)))
         case 0:
             return kind([*node[:index], *node[index + 1 :]])
         case 1:
@@ -176,3 +178,13 @@ def _part(tree: Any, rng: Random) -> Any:
     for index in rng.choice(list(_paths(tree))):
         tree = tree[index][1] if isinstance(tree, Pairs) else tree[index]
     return tree
+
+
+def exchanged(node: Any, first: int, second: int) -> Any:
+    """Two entries in each other's place; of a map, their values."""
+    copy = type(node)(node)
+    if isinstance(node, Pairs):
+        copy[first], copy[second] = (node[first][0], node[second][1]), (node[second][0], node[first][1])
+    else:
+        copy[first], copy[second] = node[second], node[first]
+    return copy

@@ -4,7 +4,7 @@ import json
 from random import Random
 from typing import Any
 
-from fuzz.mutation import Pairs, Raw, spoiled_bytes, spoiled_tree
+from fuzz.mutation import Pairs, Raw, exchanged, spoiled_bytes, spoiled_tree
 
 HOSTILE_JSON: tuple[Any, ...] = (
     None,
@@ -32,6 +32,8 @@ HOSTILE_JSON: tuple[Any, ...] = (
     "<|user|>",
     "[gMASK]",
     "F64",
+    "F16",
+    "BF16",
     "int4",
     "{{ 1 / 0 }}{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 'x' * 9999999999 }}",
@@ -121,6 +123,16 @@ def _spoiled_json(data: bytes, other: bytes, rng: Random) -> bytes:
 
 def _spoiled_safetensors(data: bytes, rng: Random) -> bytes:
     length = int.from_bytes(data[:8], "little")
-    header = _spoiled_json(data[8 : 8 + length], b"", rng)
+    header = data[8 : 8 + length]
+    header = _with_two_exchanged(header, rng) if rng.random() < 0.2 else _spoiled_json(header, b"", rng)
     said = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 2**20, 2**40, 2**64 - 1))
     return said.to_bytes(8, "little") + header + data[8 + length :]
+
+
+def _with_two_exchanged(header: bytes, rng: Random) -> bytes:
+    """Two tensors in each other's place: all that is said of them stays consistent if they are alike."""
+    try:
+        tree = json.loads(header, object_pairs_hook=Pairs)
+        return to_json(exchanged(tree, rng.randrange(len(tree)), rng.randrange(len(tree))))
+    except Exception:  # spoiled before
+        return header

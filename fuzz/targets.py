@@ -7,6 +7,7 @@ from fuzz.target import Target
 TARGETS = {
     "frames": "fuzz.frames",
     "weights": "fuzz.files",
+    "quantized": "fuzz.quantized",
     "tokenizer": "fuzz.files",
     "plan": "fuzz.files",
     "prompts": "fuzz.files",

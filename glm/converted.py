@@ -14,6 +14,7 @@ from typing import Any
 
 from glm.config import load_config
 from glm.errors import ManifestError, MissingTensorError, ShardError
+from glm.json_file import read_json_object
 from glm.layout import Unit, all_units
 from glm.part_file import PartFile
 from glm.precision import Precision
@@ -21,14 +22,14 @@ from glm.quantization import INT4_GROUP_SIZE, INT4_LEVELS, StoredPart
 
 MANIFEST = "converted.json"
 FORMAT = "glmpipe converted model"
-VERSION = 1
+VERSION = 2
 _AS_PUBLISHED = "as published"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class FileFacts:
-    """Size, and the SHA-256 of the tensors' bytes, of one file."""
+    """Size of one file, and the SHA-256 of its tensors, their types and shapes included."""
 
     num_bytes: int
     sha256: str
@@ -91,8 +92,8 @@ def read_manifest(model_dir: Path) -> Manifest:
     """
     path = model_dir / MANIFEST
     try:
-        raw = json.loads(path.read_bytes())
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raw = read_json_object(path, ManifestError)
+        if raw.get("format") != FORMAT:
             raise ManifestError(f"{path} is not the manifest of a converted model: convert the model again")
         if raw.get("version") != VERSION:
             raise ManifestError(
@@ -100,8 +101,6 @@ def read_manifest(model_dir: Path) -> Manifest:
                 "use the glmpipe that converted it"
             )
         return _parse(path, raw)
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read ({error.strerror or error}): check its permissions") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{path} is damaged ({error!r}): convert the model again") from error
 

@@ -22,7 +22,8 @@ from glm.checkpoint import Checkpoint, ModelSource
 from glm.config import ModelConfig
 from glm.converted import file_name, scheme
 from glm.cost import stored_bytes
-from glm.errors import CheckpointError
+from glm.errors import CheckpointError, ShardError
+from glm.json_file import read_json_object
 from glm.layout import Unit, layer_unit
 from glm.part_file import PartFile, write_parts, write_text
 from glm.precision import Precision
@@ -32,7 +33,7 @@ from glm.weights import quantized, read_parts
 LEAST_UNIT_BYTES = 4 << 20
 """What is smaller is quantised sooner than found."""
 _ABOUT = "about.json"
-_FORMAT = 1
+_FORMAT = 2
 _ABANDONED_S = 3600.0
 
 
@@ -129,14 +130,17 @@ class CachedCheckpoint:
         if not path.is_file():
             return None
         try:
-            found = PartFile(path).parts(unit)
+            file = PartFile(path)
+            if file.owner != self.directory.name or path.is_symlink():
+                raise ShardError(f"{path} was not made here")
+            found = file.parts(unit)
         except CheckpointError:
             with contextlib.suppress(OSError):
                 path.unlink()  # whatever happened to it, it is made again
             return None
         self.num_found += 1
         with contextlib.suppress(OSError):
-            os.utime(self.directory / _ABOUT)
+            os.utime(self.directory / _ABOUT, follow_symlinks=False)
         return found
 
     def _keep(self, unit: Unit, parts: Mapping[str, StoredPart], num_bytes: int) -> None:
@@ -149,7 +153,7 @@ class CachedCheckpoint:
                 self.complaint = f"the disk of {self.directory} has only {usage.free / 1e9:.1f} GB free"
                 return
             _remove_abandoned(self.directory)
-            write_parts(self.directory / file_name(unit.name), unit, parts)
+            write_parts(self.directory / file_name(unit.name), unit, parts, owner=self.directory.name)
             about = {"model": self._config.name or self.model_dir.name, "path": str(self.model_dir)}
             write_text(self.directory / _ABOUT, json.dumps(about | {"precision": self._precision.value}))
         except OSError as error:
@@ -207,9 +211,9 @@ def _directories(cache: Path) -> Iterable[Path]:
 
 def _entry(directory: Path) -> Entry:
     about = {}
-    with contextlib.suppress(OSError, ValueError):
-        about = json.loads((directory / _ABOUT).read_bytes())
-    model = str(about.get("model") or "unknown") if isinstance(about, dict) else "unknown"
+    with contextlib.suppress(CheckpointError):
+        about = read_json_object(directory / _ABOUT, CheckpointError)
+    model = "".join(filter(str.isprintable, str(about.get("model") or "")))[:200] or "unknown"
     used_at_s, sizes = directory.stat().st_mtime, {}
     for path in directory.iterdir():
         with contextlib.suppress(FileNotFoundError):  # a worker has just renamed it

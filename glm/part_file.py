@@ -3,8 +3,8 @@
 A part is called by the published names it was made of, joined by `+`. An integer weight is `NAME`, int8 [rows, columns]
 or [rows, columns / 2] packed as `glm.quantization` says, beside `NAME_scale`, [rows, groups], or `NAME_exact_scale`
 where its integers are the published model itself: a layout that belongs to no kernel, so that kernels may change
-theirs. The file's metadata has the SHA-256 of its tensors' bytes, and one of samples of them, cheap enough to be
-compared whenever the file is opened.
+theirs. The file's metadata has the SHA-256 of its tensors, their names, types and shapes included, and one of the same
+with samples of their bytes, cheap enough to be compared whenever the file is opened; and whose parts they are.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _SCALE, _EXACT_SCALE = "_scale", "_exact_scale"
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file as it was written; `sha256` is that of its tensors' bytes."""
+    """A file as it was written; `sha256` is that of its tensors."""
 
     num_bytes: int
     sha256: str
@@ -51,15 +51,17 @@ class _Stored:
     num_bytes: int
 
 
-def write_parts(path: Path, unit: Unit, parts: Mapping[str, StoredPart]) -> Written:
+def write_parts(path: Path, unit: Unit, parts: Mapping[str, StoredPart], owner: str = "") -> Written:
     """Write the parts of a unit, under another name first: `path` never holds half of them, whatever ends the writing.
+
+    `owner` says what the parts were made of; who reads the file may ask for it.
 
     Raises:
         OSError: no space, no permission; nothing is left of the file.
     """
     tensors = _tensors(unit, parts)
     with _whole(path) as file:
-        written = _write(file, tensors)
+        written = _write(file, tensors, owner)
     sync_directory(path.parent)
     return written
 
@@ -105,21 +107,26 @@ class PartFile:
         try:
             with path.open("rb") as file:
                 self._identity = _identity(file)
-                self._metadata, self._tensors, self._data_start = _read_header(path, file)
-                if self._metadata.get("samples") != _sample_digest(file, self._data_start):
+                self._metadata, self._tensors, self._data_start, self._facts = _read_header(path, file)
+                if self._metadata.get("samples") != _sample_digest(file, self._data_start, self._facts):
                     raise _damaged(path, "its samples are not those that were written")
         except OSError as error:
             raise ShardError(f"{path} cannot be read ({error.strerror or error}): convert the model again") from error
 
     @property
     def sha256(self) -> str:
-        """What the file says of all its tensors' bytes."""
+        """What the file says of all its tensors."""
         return self._metadata.get("sha256", "")
+
+    @property
+    def owner(self) -> str:
+        """What the parts were made of."""
+        return self._metadata.get("owner", "")
 
     def check(self) -> None:
         """Read all of it. Raises ShardError: it is not what was written."""
         with self.path.open("rb") as file:
-            if _full_digest(file, self._data_start) != self.sha256:
+            if _full_digest(file, self._data_start, self._facts) != self.sha256:
                 raise _damaged(self.path, "its SHA-256 is another")
 
     def parts(self, unit: Unit) -> Mapping[str, StoredPart]:
@@ -217,11 +224,13 @@ def _tensors(unit: Unit, parts: Mapping[str, StoredPart]) -> dict[str, torch.Ten
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].numel() * item[1].itemsize, item[0])))
 
 
-def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> Written:
+def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor], owner: str) -> Written:
     """Header and tensors; the digests, known only in the end, take a place that was kept for them."""
-    file.write(_header(tensors, _NO_DIGEST, _NO_DIGEST))
+    entries = _entries(tensors)
+    facts = _facts(entries, owner)
+    file.write(_header(entries, owner, _NO_DIGEST, _NO_DIGEST))
     start = file.tell()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(facts)
     for tensor in tensors.values():
         # One tensor at a time: those on a GPU need not all be here at once.
         flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
@@ -231,26 +240,35 @@ def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor]) -> Written:
             digest.update(chunk)
             file.write(chunk)
     file.flush()
-    header = _header(tensors, digest.hexdigest(), _sample_digest(file, start))
+    header = _header(entries, owner, digest.hexdigest(), _sample_digest(file, start, facts))
     assert len(header) == start
     file.seek(0)
     file.write(header)
     return Written(file.seek(0, os.SEEK_END), digest.hexdigest())
 
 
-def _header(tensors: Mapping[str, torch.Tensor], sha256: str, sampled: str) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"sha256": sha256, "samples": sampled}}
-    end = 0
+def _entries(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    entries, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.itemsize
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    return entries
+
+
+def _facts(entries: Mapping[str, Any], owner: str) -> bytes:
+    """What a header says besides the digests, which cover it: types and places that were changed are noticed, too."""
+    return json.dumps([entries, owner], sort_keys=True).encode()
+
+
+def _header(entries: Mapping[str, Any], owner: str, sha256: str, sampled: str) -> bytes:
+    metadata = {"sha256": sha256, "samples": sampled, "owner": owner}
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, _Stored], int]:
-    """Metadata, tensors by name, and where the tensors begin; checked against the size of the file."""
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, _Stored], int, bytes]:
+    """Metadata, tensors by name, where the tensors begin, what digests cover; checked against the size of the file."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(_MOST_HEADER_BYTES, size - 8):
@@ -259,6 +277,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, 
         entries = json.loads(file.read(length))
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         tensors = {str(name): _entry(entry, length + 8) for name, entry in entries.items()}
+        facts = _facts(entries, metadata.get("owner", ""))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header is not readable: {error!r}") from error
     end = length + 8
@@ -268,7 +287,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, 
         end += stored.num_bytes
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end}")
-    return metadata, tensors, length + 8
+    return metadata, tensors, length + 8, facts
 
 
 def _entry(entry: Mapping[str, Any], data_start: int) -> _Stored:
@@ -280,17 +299,17 @@ def _entry(entry: Mapping[str, Any], data_start: int) -> _Stored:
     return _Stored(dtype, shape, data_start + start, end - start)
 
 
-def _sample_digest(file: BinaryIO, start: int) -> str:
+def _sample_digest(file: BinaryIO, start: int, facts: bytes) -> str:
     size = os.fstat(file.fileno()).st_size - start
-    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    digest = hashlib.sha256(facts + size.to_bytes(8, "little"))
     for sample in samples(file, start, size):
         digest.update(sample)
     return digest.hexdigest()
 
 
-def _full_digest(file: BinaryIO, start: int) -> str:
+def _full_digest(file: BinaryIO, start: int, facts: bytes) -> str:
     file.seek(start)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(facts)
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ import pytest
 from fuzz.target import Finding, allocating_at_most
 from fuzz.targets import TARGETS, load_target
 
-NUM_INPUTS = {"frames": 2000, "weights": 300, "tokenizer": 100, "plan": 1000, "prompts": 1000}
+NUM_INPUTS = {"frames": 2000, "weights": 300, "quantized": 150, "tokenizer": 100, "plan": 1000, "prompts": 1000}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -105,7 +105,7 @@ def test_the_directory_is_a_whole_model(source: Path, tmp_path: Path) -> None:
     small = {"config.json", "MODEL_LICENSE", "tokenizer.model", "tokenizer_config.json"}
     assert names - small == layers | ends | {MANIFEST}
     manifest = json.loads((out / MANIFEST).read_text())
-    assert (manifest["version"], manifest["source"]["fingerprint"]) == (1, fingerprint)
+    assert (manifest["version"], manifest["source"]["fingerprint"]) == (2, fingerprint)
     assert manifest["scheme"] == {
         "precision": "int4",
         "bits": 4,
@@ -274,7 +274,7 @@ def changed(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
         (changed("files", "layer-00001.safetensors", "bytes", to=7), "says 7: copy it again"),
         (changed("files", "layer-00001.safetensors", "sha256", to="x"), "damaged"),
         (changed("files", "layer-00001.safetensors", "sha256", to="0" * 64), "its checksum differs"),
-        (changed("version", to=2), "has version 2, this glmpipe reads 1"),
+        (changed("version", to=1), "has version 1, this glmpipe reads 2"),
         (changed("version", to="1"), "has version '1'"),
         (changed("format", to="gguf"), "not the manifest of a converted model"),
         (changed("scheme", "precision", to="int3"), "damaged"),

@@ -229,6 +229,45 @@ def test_a_damaged_file_is_made_again(model_dir: Path, cache: Path, damage: str)
     assert run_stages(model_dir, cache, ())[1] == 4 * load_config(model_dir).hidden_size
 
 
+@pytest.mark.parametrize("is_link", [False, True], ids=["copied", "linked"])
+def test_another_models_file_is_not_taken(model_dir: Path, cache: Path, tmp_path: Path, is_link: bool) -> None:
+    """The same names and shapes, other weights: made again, and what a link led to stays as it was."""
+    write_checkpoint(tmp_path / "other", NATIVE, seed=1)
+    wanted, _ = run_stages(model_dir, cache, ())
+    run_stages(tmp_path / "other", tmp_path / "others", ())
+    path, foreign = (next(each.rglob("layer-00002.safetensors")) for each in (cache, tmp_path / "others"))
+    before = foreign.read_bytes()
+    path.unlink()
+    if is_link:
+        path.symlink_to(foreign)
+    else:
+        shutil.copy(foreign, path)
+    assert torch.equal(run_stages(model_dir, cache, ())[0], wanted)
+    assert not path.is_symlink()
+    assert foreign.read_bytes() == before
+    assert run_stages(model_dir, cache, ())[1] == 4 * load_config(model_dir).hidden_size
+
+
+def test_a_link_out_of_the_cache_is_not_taken(model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    """Even to a file that was made for this entry: whoever owns its other end could change it at any time."""
+    run_stages(model_dir, cache, ())
+    path = next(cache.rglob("layer-00002.safetensors"))
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    run_stages(model_dir, cache, ())
+    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"model": "a\\u001b[2Jb"}', '{"model": {}}', "\0"])
+def test_what_is_said_about_an_entry_may_be_anything(model_dir: Path, cache: Path, text: str) -> None:
+    """It is shown as far as it can be, and never acts on a terminal."""
+    run_stages(model_dir, cache, ())
+    next(cache.rglob("about.json")).write_text(text)
+    (entry,) = entries(cache)
+    assert entry.model in ("unknown", "a[2Jb")
+    assert prune(cache) == (entry,)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_cannot_be_written_is_no_obstacle(model_dir: Path, cache: Path) -> None:
     """Loading goes on without."""

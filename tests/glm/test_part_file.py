@@ -1,6 +1,7 @@
 """Files of parts: exact, whole or absent, and nothing in them is believed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,42 @@ def test_changed_bytes_are_found(written: Path) -> None:
     written.write_bytes(data)
     with pytest.raises(ShardError, match="SHA-256"):
         PartFile(written).check()
+
+
+def swap_types(entries: dict[str, Any]) -> None:
+    entries["norm.weight"]["dtype"] = "F16"
+
+
+def swap_places(entries: dict[str, Any]) -> None:
+    down, other = entries["down.weight"], {**entries["down.weight"]}
+    entries["down.weight"], entries["gate.weight"] = entries["gate.weight"], other
+    assert down != entries["down.weight"]
+
+
+def swap_meaning(entries: dict[str, Any]) -> None:
+    entries["up.weight_exact_scale"] = entries.pop("up.weight_scale")
+
+
+def swap_owners(entries: dict[str, Any]) -> None:
+    entries["__metadata__"]["owner"] = "somebody else"
+
+
+@pytest.mark.parametrize("change", [swap_types, swap_places, swap_meaning, swap_owners])
+def test_a_changed_header_is_found(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another type of the same size, two tensors in each other's place, another kind of scales: never other weights."""
+    path = tmp_path / "layer-00003.safetensors"
+    unit = Unit("layer-00003", {**UNIT.sources, "gate.weight": Source(("gate.weight",), (ROWS,), COLUMNS)})
+    parts = {**make_parts(), "gate.weight": torch.randn(ROWS, COLUMNS).to(torch.float16)}
+    write_parts(path, unit, parts, owner="me")
+    assert PartFile(path).owner == "me"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    change(entries)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ShardError, match="samples"):
+        PartFile(path)
 
 
 def test_a_file_replaced_under_a_reader_is_noticed(written: Path) -> None:
