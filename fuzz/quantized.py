@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -43,7 +44,6 @@ class _Sample:
 
 @cache
 def _sample() -> _Sample:
-    layer_cache.LEAST_UNIT_BYTES = 0  # keep even the layers of tiny models
     with tempfile.TemporaryDirectory(dir=QUICK_DIR) as name:
         root = Path(name)
         write_checkpoint(root / "model", _KEYS)
@@ -90,7 +90,8 @@ def check(data: bytes) -> None:
 def _through_cache(root: Path) -> Weights:
     checkpoint, config = Checkpoint(root / "model"), load_config(root / "model")
     source = with_cache(checkpoint, config, Precision.INT4, torch.device("cpu"), root / "cache")
-    return _weights(source, root / "model")
+    with patch.object(layer_cache, "LEAST_UNIT_BYTES", 0):  # keep even the layers of tiny models
+        return _weights(source, root / "model")
 
 
 def _weights(source: ModelSource, model_dir: Path) -> Weights:
