@@ -52,20 +52,27 @@ def test_only_outsiders_use_the_torch_bridge() -> None:
 
 
 BANNED_MODULES = {
-    "pickle",
-    "_pickle",
-    "cPickle",
-    "marshal",
-    "shelve",
-    "dill",
-    "cloudpickle",
-    "joblib",
-    "imp",
-    "builtins",
+    *(
+        "pickle",
+        "_pickle",
+        "cPickle",
+        "pickletools",
+        "marshal",
+        "shelve",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "jsonpickle",
+    ),
+    *("imp", "builtins", "runpy", "code", "codeop", "pty"),
 }
-BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
+BANNED_NAMES = {"eval", "exec", "compile", "__import__"}
 BANNED_ATTRIBUTES = {"recv_pyobj", "send_pyobj", "recv_serialized", "send_serialized", "read_pickle", "to_pickle"}
-BANNED_FUNCTIONS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "torch.hub.load"}
+BANNED_FUNCTIONS = {
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"),
+    *("torch.hub.load", "torch.jit.load", "torch.package.PackageImporter"),
+}
 SAFE_ONLY_WITH = {"torch.load": ("weights_only", True)}
 NEVER_WITH = {"allow_pickle": (False,), "trust_remote_code": (False,), "shell": (False,)}
 """Keywords, whatever takes them, and the values they may have."""
@@ -73,20 +80,38 @@ READ_FOR_BANS = (*PACKAGES, "benchmarks", "fuzz", "scripts")
 
 
 def banned(tree: ast.AST) -> list[str]:
-    """What a source does that could run what came from outside, with the line."""
+    """What a source does that could run what came from outside, with the line; by whichever name it calls it."""
     found = [f"imports {name}" for name in sorted(imported(tree) & BANNED_MODULES)]
+    names = _names_given(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in BANNED_ATTRIBUTES:
-            found.append(f"line {node.lineno}: {node.attr}")
+        if isinstance(node, ast.Attribute | ast.Name):
+            full = _full_name(node, names)
+            if full in BANNED_NAMES | BANNED_FUNCTIONS or full.rpartition(".")[2] in BANNED_ATTRIBUTES:
+                found.append(f"line {node.lineno}: {full}")
         elif isinstance(node, ast.Call):
-            found += [f"line {node.lineno}: {fault}" for fault in _banned_call(node)]
+            found += [f"line {node.lineno}: {fault}" for fault in _banned_call(node, names)]
     return found
 
 
-def _banned_call(call: ast.Call) -> list[str]:
-    name = ast.unparse(call.func)
+def _names_given(tree: ast.AST) -> dict[str, str]:
+    """What imports call things here, and what these are called everywhere."""
+    given = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            given |= {alias.asname or alias.name: within + alias.name for alias in node.names if alias.name != "*"}
+    return given
+
+
+def _full_name(node: ast.expr, names: dict[str, str]) -> str:
+    first, dot, rest = ast.unparse(node).partition(".")
+    return names.get(first, first) + dot + rest
+
+
+def _banned_call(call: ast.Call, names: dict[str, str]) -> list[str]:
+    name = _full_name(call.func, names)
     given = {keyword.arg: keyword.value for keyword in call.keywords}
-    faults = [name] if name in BANNED_CALLS | BANNED_FUNCTIONS else []
+    faults = []
     keyword, safe = SAFE_ONLY_WITH.get(name, ("", None))
     if keyword and not _is(given.get(keyword), (safe,)):
         faults.append(f"{name} without {keyword}={safe}")
@@ -124,6 +149,16 @@ def test_nothing_from_outside_is_ever_executed(directory: str) -> None:
         "np.load(path, allow_pickle=flag)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "subprocess.run(text, shell=True)",
+        "import cloudpickle as fast",
+        "import os\nos.system(text)",
+        "from os import system as run\nrun(text)",
+        "import torch as t\nt.load(path)",
+        "from torch import load\nload(path)",
+        "import yaml as y\ny.load(text, y.Loader)",
+        "found = map(eval, texts)",
+        "from subprocess import getoutput\ngetoutput(text)",
+        "handlers = {'x': os.popen}",
+        "from numpy import load\nload(path, allow_pickle=True)",
     ],
 )
 def test_what_could_execute_something_is_found(source: str) -> None:
@@ -131,7 +166,10 @@ def test_what_could_execute_something_is_found(source: str) -> None:
     assert banned(ast.parse(source))
 
 
-@pytest.mark.parametrize("source", ["model.eval()", "torch.load(path, weights_only=True)", "re.compile(text)"])
+@pytest.mark.parametrize(
+    "source",
+    ["model.eval()", "torch.load(path, weights_only=True)", "re.compile(text)", "import yaml\nyaml.safe_load(text)"],
+)
 def test_what_only_looks_alike_is_allowed(source: str) -> None:
     """The lint is no nuisance."""
     assert not banned(ast.parse(source))
