@@ -30,6 +30,8 @@ from protocol.wire import Frame, decode, encode
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
 """How a ZeroMQ connection begins; what follows is ours to spoil."""
+CURVE = GREETING.replace(b"NULL\0", b"CURVE")
+"""The same of a connection with keys; what should follow is a handshake."""
 HIDDEN_SIZE = 32
 ACTIVE_EPOCH = 1
 
@@ -153,14 +155,15 @@ def skewed() -> Iterator[list[Frame]]:
 
 def strangers(endpoint: str, rng: Random, count: int) -> int:
     """Connections that do not even speak ZeroMQ, or stop after a part of its greeting, all open at once."""
-    path = ipc_path(endpoint)
+    path, (host, _, port) = ipc_path(endpoint), endpoint.removeprefix("tcp://").partition(":")
     with contextlib.ExitStack() as stack:
         for _ in range(count):
-            raw = stack.enter_context(socket.socket(socket.AF_UNIX))
+            raw = stack.enter_context(socket.socket(socket.AF_INET if path is None else socket.AF_UNIX))
             raw.settimeout(5)
             with contextlib.suppress(OSError):
-                raw.connect(str(path))
-                raw.sendall(rng.choice((b"", b"GET / HTTP/1.0\r\n\r\n", GREETING[: rng.randrange(64)], GREETING * 3)))
+                raw.connect((host, int(port)) if path is None else str(path))
+                part = GREETING[: rng.randrange(64)]
+                raw.sendall(rng.choice((b"", b"GET / HTTP/1.0\r\n\r\n", part, GREETING * 3, CURVE, CURVE * 2)))
                 raw.sendall(GREETING + b"\x02" + b"\xff" * 8 if rng.random() < 0.3 else rng.randbytes(100))
     return count
 
