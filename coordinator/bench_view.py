@@ -1,7 +1,7 @@
 """What a terminal shows of a measurement: its progress, then a table and bars."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -13,6 +13,7 @@ from rich.text import Text
 from coordinator.bench_report import BenchReport, PartReport
 from coordinator.bench_streams import Reporter
 from coordinator.progress import format_bytes
+from coordinator.watch_view import WatchView
 
 _BAR_WIDTH = 24
 _DRAW_INTERVAL_S = 1.0
@@ -21,9 +22,9 @@ _COLUMNS = ("part", "device", "layers", "precision", "compute", "wire", "busy", 
 
 
 @contextmanager
-def progress_on(stream: TextIO) -> Iterator[Reporter]:
-    """A bar for each thing being done on a terminal, elsewhere a line when it begins."""
-    with Progress(
+def progress_on(stream: TextIO, panel: WatchView | None = None) -> Iterator[Reporter]:
+    """A bar for each thing being done on a terminal, under the panel if there is one; elsewhere a line for each."""
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -32,23 +33,35 @@ def progress_on(stream: TextIO) -> Iterator[Reporter]:
         transient=True,
         auto_refresh=False,  # a thread that draws would take time from what is measured
         disable=not stream.isatty(),
-    ) as progress:
-        tasks: dict[str, TaskID] = {}
-        drawn_at_s = 0.0
+    )
+    if panel is not None:
+        panel.below = progress
+        try:
+            yield _reporter(progress, stream, refresh=lambda: None)
+        finally:
+            panel.below = ""
+        return
+    with progress:
+        yield _reporter(progress, stream, refresh=progress.refresh)
 
-        def report(what: str, done: int, total: int) -> None:
-            nonlocal drawn_at_s
-            if what not in tasks:
-                if progress.disable:
-                    print(f"measuring: {what}", file=stream, flush=True)
-                tasks[what] = progress.add_task(what, total=total)
-                drawn_at_s = 0.0
-            progress.update(tasks[what], completed=done)
-            if time.monotonic() > drawn_at_s + _DRAW_INTERVAL_S:
-                drawn_at_s = time.monotonic()
-                progress.refresh()
 
-        yield report
+def _reporter(progress: Progress, stream: TextIO, refresh: Callable[[], None]) -> Reporter:
+    tasks: dict[str, TaskID] = {}
+    drawn_at_s = 0.0
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal drawn_at_s
+        if what not in tasks:
+            if progress.disable:
+                print(f"measuring: {what}", file=stream, flush=True)
+            tasks[what] = progress.add_task(what, total=total)
+            drawn_at_s = 0.0
+        progress.update(tasks[what], completed=done)
+        if time.monotonic() > drawn_at_s + _DRAW_INTERVAL_S:
+            drawn_at_s = time.monotonic()
+            refresh()
+
+    return report
 
 
 def show(report: BenchReport, stream: TextIO) -> None:

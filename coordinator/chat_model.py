@@ -15,7 +15,7 @@ from coordinator.cluster import Cluster, ClusterSettings, Listening, ProgressSin
 from coordinator.engine import Engine
 from coordinator.errors import PlanError
 from coordinator.launcher import LogSink
-from coordinator.limits import limits_of, max_step_tokens
+from coordinator.limits import default_kv_tokens, limits_of, max_step_tokens
 from coordinator.memory import NoteSink
 from coordinator.mending import Mender
 from coordinator.plan import Plan, describe_stages
@@ -41,8 +41,6 @@ from protocol.records import with_changes
 
 History = list[dict[str, str]]
 StreamEvent = client.Delta | client.Finished
-KV_BUDGET_CONTEXTS = 4
-"""Full contexts that a stage's KV cache may hold together, if memory allows, where the plan states no budget."""
 
 
 def launch(
@@ -87,7 +85,7 @@ def launch(
     _check_hosts(checked_plan, listening)
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
-    most_kv_tokens = KV_BUDGET_CONTEXTS * config.max_context
+    most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
     told = (model_dir, checkpoint.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
     settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision)
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)

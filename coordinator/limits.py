@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from glm.config import ModelConfig
 
 MAX_KV_TOKENS = 2**31 - 1
+KV_BUDGET_CONTEXTS = 4
+"""Without a KV budget in the plan, stages may cache so many of the longest contexts that the plan allows."""
+LEAST_KV_TOKENS = 2048
+"""A stage without a KV budget of its own must have room for so many tokens, or for a whole context if that is less."""
 MOST_SEQS = 4096
 MOST_PREFILL_CHUNK = 65536
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
@@ -110,6 +114,11 @@ def out_of_range(origin: str, name: str, value: int, most: int) -> list[str]:
 def longest_context(plan: Plan, max_context: int, kv_budgets: Sequence[int] = ()) -> int:
     """Most tokens of prompt and answer together; `kv_budgets` are the stages' own, in tokens."""
     return min(max_context, plan.max_model_len or max_context, *kv_budgets)
+
+
+def default_kv_tokens(plan: Plan, max_context: int) -> int:
+    """The KV budget of stages that state none, if there is memory for it; short requests need not be few at once."""
+    return max(KV_BUDGET_CONTEXTS * longest_context(plan, max_context), min(LEAST_KV_TOKENS, max_context))
 
 
 def context_line(plan: Plan, max_context: int, kv_budgets: Sequence[int]) -> str:

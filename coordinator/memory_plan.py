@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from coordinator.limits import longest_context
+from coordinator.limits import LEAST_KV_TOKENS, longest_context
 from coordinator.plan import EndsPlan, Plan, StagePlan
 from coordinator.progress import format_bytes
 from glm.config import ModelConfig
@@ -15,8 +15,6 @@ from glm.precision import Precision
 
 PROCESS_BYTES = 200 * 10**6
 """What a worker's process takes besides weights, activations and caches, once it has joined."""
-LEAST_KV_TOKENS = 2048
-"""A stage without a KV budget of its own must have room for so many tokens, or for a whole context if that is less."""
 
 Place = tuple[str, str]
 """A host and a device of it. On one host, all CPU stages share its memory."""
@@ -85,11 +83,12 @@ def precision_that_fits(
     plan: Plan, config: ModelConfig, hosts: Sequence[str], own_host: str, available: Mapping[Place, int]
 ) -> str | None:
     """The highest precision below the plan's at which all stages together would fit, None if there is none."""
+    longest = longest_context(plan, config.max_context)
     for precision in ("bf16", "int8", "int4"):
         bits = Precision(precision).bits
         lower = tuple(replace(s, precision=precision) if bits < Precision(s.precision).bits else s for s in plan.stages)
         needs = memory_needs(replace(plan, stages=lower), config, hosts, own_host)
-        if lower != plan.stages and not judge(needs, available, LEAST_KV_TOKENS, config.max_context).shortages:
+        if lower != plan.stages and not judge(needs, available, LEAST_KV_TOKENS, longest).shortages:
             return precision
     return None
 

@@ -11,7 +11,7 @@ from coordinator.commands.options import (
     add_watching_options,
     plan_request,
 )
-from coordinator.commands.session import launched
+from coordinator.commands.session import check_watch, launched, watched
 from coordinator.errors import UsageError
 from coordinator.limits import MAX_KV_TOKENS
 from coordinator.plan import CPU_PRECISIONS, MAX_NUM_SEQS, is_gpu
@@ -53,13 +53,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_model_options(parser)
     add_placement_options(parser)
-    add_watching_options(parser)
+    add_watching_options(parser, can_watch=", at the cost of what drawing takes from what is measured")
     parser.set_defaults(no_speculation=True, no_prefix_reuse=True)  # every token of every prompt and answer is computed
 
 
 def run(options: argparse.Namespace) -> int:
     """Launch, measure, print."""
     _check(options)
+    check_watch(options)
     if options.shape is not None:
         options.model = f"random:{options.shape}"
     import torch
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(request.num_threads or usable_cores())
     with (
         launched(options, request, check=lambda config: check_workload(workload, config)) as chat_model,
-        progress_on(sys.stderr) as report,
+        watched(options, chat_model) as panel,
+        progress_on(sys.stderr, panel) as report,
     ):
         torch.set_num_threads(max(s.num_threads or usable_cores() for s in chat_model.cluster.plan.stages))
         result = run_bench(chat_model, workload, report)

@@ -213,6 +213,22 @@ def test_a_panel_is_drawn_over_a_file_of_prompts(model_dir: Path, base: Path, tm
     assert list(base.iterdir()) == []
 
 
+def test_a_panel_is_drawn_over_a_measurement(base: Path) -> None:
+    """On a terminal, with what is being measured under it; the figures come alone on stdout."""
+    terminal, its_end = os.openpty()
+    words = ("--shape", "tiny", "--prompt-tokens", "40", "--new-tokens", "60", *TWO_STAGES, "--watch", "--json")
+    with start("bench", *words, stderr=its_end) as process:
+        os.close(its_end)
+        shown = read_terminal(terminal)
+        assert process.stdout is not None
+        figures = json.loads(process.stdout.read())
+        assert process.wait(timeout=60) == 0, shown
+    assert figures["decode_tokens_per_s"] > 0
+    assert "stage 2 (cpu, layers 3-4)" in shown and "tokens/s, out" in shown and "warm-up" in shown
+    assert shown.rindex("\x1b[?25h") > shown.index("\x1b[?25l")  # the cursor is back
+    assert list(base.iterdir()) == []
+
+
 def test_a_running_launch_answers_generate_and_chat(model_dir: Path, base: Path) -> None:
     """`--connect` without an endpoint finds it; the same seed gives the same answer as a model launched for it."""
     question = ("--seed", "7", "--max-new-tokens", "12")

@@ -11,8 +11,9 @@ from coordinator import memory
 from coordinator.chat_model import launch
 from coordinator.cli import main
 from coordinator.errors import NotEnoughMemory
+from coordinator.limits import LEAST_KV_TOKENS, default_kv_tokens
 from coordinator.memory import fitting_kv_budget
-from coordinator.memory_plan import LEAST_KV_TOKENS, PROCESS_BYTES, Need, judge, memory_needs
+from coordinator.memory_plan import PROCESS_BYTES, Need, judge, memory_needs
 from coordinator.plan import EndsPlan, Plan, StagePlan
 from coordinator.plan_request import PlanRequest
 from coordinator.planning import plan_for
@@ -120,6 +121,29 @@ def test_the_refusal_names_parts_numbers_and_remedies(config: ModelConfig) -> No
         fitting_kv_budget(plan(("cpu", 0, 28, "int8")), config, [join(free=5)], 10**5)
     with pytest.raises(NotEnoughMemory, match="no precision would make it fit"):
         fitting_kv_budget(plan(("cpu", 0, 28, "int8")), config, [join(free=2)], 10**5)
+
+
+def test_the_precision_that_would_fit_is_judged_by_the_plans_own_context(config: ModelConfig) -> None:
+    """Where 100 tokens are all that a request may have, nobody needs room for 2048 of them."""
+    short = replace(plan(("cpu", 0, 28, "bf16")), max_model_len=100)
+    need = sum(
+        n.num_bytes(100)
+        for n in memory_needs(replace(short, stages=plan(("cpu", 0, 28, "int8")).stages), config, [HERE], HERE)
+    )
+    free = (need + 10**7) / GB
+    with pytest.raises(NotEnoughMemory, match="would fit in int8"):
+        fitting_kv_budget(short, config, [join(free=free)], 10**5)
+    with pytest.raises(NotEnoughMemory, match="would fit in int4"):
+        fitting_kv_budget(replace(short, max_model_len=None), config, [join(free=free)], 10**5)
+
+
+def test_the_default_budget_counts_the_contexts_that_the_plan_allows() -> None:
+    """Four of them, of the model's own or the plan's shorter ones, but not so little that short requests wait."""
+    whole = plan(("cpu", 0, 28, "int4"))
+    assert default_kv_tokens(whole, 32768) == 4 * 32768
+    assert default_kv_tokens(replace(whole, max_model_len=1000), 32768) == 4000
+    assert default_kv_tokens(replace(whole, max_model_len=100), 32768) == LEAST_KV_TOKENS
+    assert default_kv_tokens(replace(whole, max_model_len=10), 300) == 300
 
 
 def test_a_kv_budget_that_was_asked_for_must_fit(config: ModelConfig) -> None:
