@@ -82,7 +82,7 @@ def launch(
     description = resolve_description(model, revision)
     config = load_config(description)
     checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
-    _check_hosts(checked_plan, listening)
+    check_hosts(checked_plan, listening)
     model_dir = resolve_model(model, revision)
     checkpoint = open_checkpoint(model_dir)
     most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
@@ -112,12 +112,11 @@ def _name_elsewhere(model: str | Path | None) -> str:
     return str(model)
 
 
-def _check_hosts(plan: Plan, listening: Listening | None) -> None:
+def check_hosts(plan: Plan, listening: Listening | None) -> None:
+    """Raises PlanError for stages of other hosts that are told no place to join."""
     hosts = sorted({stage.host for stage in plan.stages if stage.host is not None})
     if hosts and listening is None:
-        raise PlanError(
-            [f"stages of {', '.join(hosts)} need a place to join: glmpipe launch --listen tcp://ADDRESS_OF_THIS_HOST"]
-        )
+        raise PlanError([f"stages of {', '.join(hosts)} need a place to join: add --listen tcp://ADDRESS_OF_THIS_HOST"])
 
 
 class ChatModel(Closing):

@@ -11,13 +11,14 @@ import torch
 import zmq
 
 from coordinator.closing import Closing
-from coordinator.control import ControlPlane, NoteSink
+from coordinator.control import ControlPlane
 from coordinator.door import Door, Seat, data_endpoint
 from coordinator.errors import StageLost, WorkerDied
 from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
 from coordinator.reply import Reply, expect
+from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
 from protocol.control import Assign, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready
@@ -29,6 +30,9 @@ from protocol.torch_bridge import from_raw
 JOIN_DEADLINE_S = 120.0
 """Python and torch take seconds to start, a minute on a slow disk."""
 REQUEST_DEADLINE_S = 60.0
+AWAIT_WORKER_S = 60.0
+"""A worker that its service manager starts again is back in some 15 s, a rebooting switch in 30 to 50 s. Whoever reads
+an answer will hardly wait for longer."""
 WAITING_NOTE_S = 60.0
 """How often a launch says which other hosts it waits for."""
 
@@ -69,6 +73,8 @@ class Listening:
 
     endpoint: str
     keys: KeyDirectory
+    await_worker_s: float = AWAIT_WORKER_S
+    """How long a lost worker of another host is awaited before a spare takes its place, or the requests fail."""
 
 
 class Cluster(Closing):
@@ -96,6 +102,9 @@ class Cluster(Closing):
         self._assigned: list[Future[Reply]] = []
         self._settings = settings
         self._on_progress = on_progress
+        self._await_worker_s = AWAIT_WORKER_S if listening is None else listening.await_worker_s
+        self._served: dict[str, Join] = {}
+        """Who had which stage before the last loss."""
         with ExitStack() as stack:
             with signals_deferred():
                 self._bring_up(stack, on_log, listening)
@@ -108,7 +117,7 @@ class Cluster(Closing):
             LaunchError: a worker died, or did not join in time.
         """
         if not self._joins:
-            joins = self._control.wait_for_joins(JOIN_DEADLINE_S, self._check_joining)
+            joins = self._control.roster.wait_for_joins(JOIN_DEADLINE_S, self._check_joining)
             self._joins = tuple(joins[worker_id] for worker_id in self._worker_ids)
         return self._joins
 
@@ -159,8 +168,12 @@ class Cluster(Closing):
         """Raises StageLost when a worker has died, left or fallen silent."""
         for dead in self._launcher.dead():
             raise StageLost(dead.describe("while serving"))
-        for worker_id, what in self._control.lost().items():
+        for worker_id, what in self._control.roster.lost().items():
             raise StageLost(f"{self._name(self._worker_ids.index(worker_id))} {what}")
+
+    def awaited(self) -> str | None:
+        """The workers of other hosts that are missing; None while all are there."""
+        return ", ".join(seat.text for seat in self._control.roster.waiting_seats()) or None
 
     def recover(self, is_stuck: bool) -> int:
         """Replace the lost workers, and assign all stages in a new epoch, which is returned.
@@ -168,9 +181,13 @@ class Cluster(Closing):
         The other workers keep their weights; all forget every sequence. `is_stuck` as for `replace_lost`.
 
         Raises:
-            StageLost: another worker was lost meanwhile. LaunchError: one cannot load its layers.
+            StageLost: another worker was lost meanwhile. LaunchError: one cannot load its layers. WorkerAbsent: another
+            host's did not come back, and no spare will do.
         """
+        self._served |= dict(zip(self._worker_ids, self._joins, strict=False))
         self.replace_lost(is_stuck)
+        self._control.roster.await_others(self._await_worker_s, self._served, self._check_joining)
+        self.plan = self._plan_as_seated()
         self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
         self.assign()
         self.runtime_dir.remove_sockets("worker-*", keep=[join.data_endpoint for join in self.join()])
@@ -184,7 +201,7 @@ class Cluster(Closing):
         at which is lost. Raises LaunchError.
         """
         lost = {dead.stage_index for dead in self._launcher.dead()}
-        lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.lost()}
+        lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.roster.lost()}
         if is_stuck and not lost:
             lost = {self._laggard()}
         for index in sorted(lost):
@@ -202,7 +219,7 @@ class Cluster(Closing):
 
     def _laggard(self) -> int:
         """The stage that a stuck step is at: the first one that has done fewer steps than the one before it."""
-        pongs = self._control.pongs()
+        pongs = self._control.roster.pongs()
         done = [pongs[worker_id].num_steps if worker_id in pongs else 0 for worker_id in self._worker_ids]
         return next((i for i in range(1, len(done)) if done[i] < done[i - 1]), 0)
 
@@ -277,6 +294,15 @@ class Cluster(Closing):
         stack.callback(self.pipeline.close)
         stack.enter_context(self._launcher)
 
+    def _plan_as_seated(self) -> Plan:
+        """The plan with those spares in it that have taken a stage."""
+        seats = {seat.worker_id: seat for seat in (() if self._door is None else self._door.seats)}
+        stages = list(self.plan.stages)
+        for index, seat in enumerate(map(seats.get, self._worker_ids)):
+            if seat is not None:
+                stages[index] = replace(stages[index], host=seat.host, device=seat.device)
+        return replace(self.plan, stages=tuple(stages))
+
     def _seats(self) -> list[Seat]:
         stages = zip(self._worker_ids, self.plan.stages, strict=True)
         return [Seat(worker_id, stage.host, stage.device) for worker_id, stage in stages if stage.host is not None]
@@ -284,7 +310,7 @@ class Cluster(Closing):
     def _check_joining(self) -> None:
         """While workers join: whether one of this host has died; now and then, for which other hosts we wait."""
         self._launcher.check()
-        waiting = self._control.waiting_seats()
+        waiting = self._control.roster.waiting_seats()
         if self._door is not None and waiting and time.monotonic() >= self._note_due_s:
             self._note_due_s = time.monotonic() + WAITING_NOTE_S
             for line in self._door.waiting_lines(waiting):

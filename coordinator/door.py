@@ -26,6 +26,11 @@ class Seat:
     host: str
     device: str
 
+    @property
+    def text(self) -> str:
+        """As people read it."""
+        return f"{self.worker_id.replace('-', ' ')} ({self.device} of {self.host})"
+
 
 class Tokens:
     """One-time tokens, each for one host and for a while. Kept in memory: they end with the launch."""
@@ -87,6 +92,10 @@ class Door:
     def seat_for(self, host: str, device: str, taken: Collection[str]) -> Seat | None:
         """The first free stage for a device of a host."""
         return next((s for s in self.seats if (s.host, s.device) == (host, device) and s.worker_id not in taken), None)
+
+    def give_seat(self, worker_id: str, host: str, device: str) -> None:
+        """That stage is another host's from now on."""
+        self.seats = tuple(Seat(worker_id, host, device) if s.worker_id == worker_id else s for s in self.seats)
 
     def waiting_lines(self, waiting: Sequence[Seat]) -> list[str]:
         """For whom a launch waits, and what to run there. A host without a key gets a token, and later a new one."""

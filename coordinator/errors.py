@@ -8,7 +8,8 @@
     │   └── ResultFileError       a file of results is of other prompts, or of something else
     ├── LaunchError               a worker could not be started, died before joining, or could not load
     │   ├── NotEnoughMemory       the plan does not fit; nothing was loaded
-    │   └── WorkerDied            a worker's process ended before it served
+    │   ├── WorkerDied            a worker's process ended before it served
+    │   └── WorkerAbsent          another host's worker was lost and did not come back in time
     ├── StageLost                 a worker that was serving died or fell silent
     │   └── StepStuck             all workers answer, but a step does not come back
     ├── GenerationError           one request failed; the pipeline lives on
@@ -84,6 +85,10 @@ class WorkerDied(LaunchError):  # noqa: N818 - named for what happened
     def __init__(self, text: str, *, was_killed: bool = False) -> None:
         super().__init__(text)
         self.was_killed = was_killed
+
+
+class WorkerAbsent(LaunchError):  # noqa: N818 - named for what is the matter
+    """Another host's worker was lost and did not come back in time, and no spare one will do."""
 
 
 class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as the design does

@@ -32,6 +32,9 @@ class Mendable(Protocol):
         `is_stuck`: nobody is known to be lost, but a step does not come back.
         """
 
+    def awaited(self) -> str | None:
+        """Whose return alone could help; None: nobody's, as far as is known."""
+
 
 class Mender:
     """Every method either has all stages where they are wanted in the end, or raises what kept them from it.

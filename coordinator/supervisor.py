@@ -3,7 +3,7 @@
 import time
 
 from coordinator.engine import Engine, TookPart
-from coordinator.errors import CoordinatorError, LaunchError, StageLost
+from coordinator.errors import CoordinatorError, LaunchError, StageLost, WorkerAbsent
 from coordinator.mending import Mendable, Mender
 
 
@@ -23,17 +23,21 @@ class Supervisor:
         """One step of the engine; nothing where lost stages were brought back, the failed where they cannot be."""
         try:
             if self._given_up is not None:  # somebody asks again: perhaps it was mended by hand
-                cause, self._given_up = self._given_up, None
-                raise StageLost(f"not all stages serve: {cause}")
+                awaited = self._cluster.awaited()
+                if awaited is not None:
+                    return self._fail(f"the pipeline is not there: {awaited} is still awaited")
+                raise self._still_lost()
             return self._engine.step()
         except StageLost as lost:
             return self._recover(lost)
 
     def check(self) -> None:
         """Look after the stages while there is nothing to compute."""
-        if self._given_up is not None:
+        if self._given_up is not None and (not isinstance(self._given_up, WorkerAbsent) or self._cluster.awaited()):
             return
         try:
+            if self._given_up is not None:
+                raise self._still_lost()
             self._cluster.check()
         except StageLost as lost:
             self._recover(lost)
@@ -54,6 +58,14 @@ class Supervisor:
     def _give_up(self, cause: CoordinatorError) -> TookPart:
         """The requests fail, the coordinator stays: the next request tries again."""
         self._given_up = cause
-        failed = self._engine.fail_all(f"the pipeline could not be brought back: {cause}")
+        failed = self._fail(f"the pipeline could not be brought back: {cause}")
         self.mender.on_event(f"given up: {cause}")
-        return [(sequence, None) for sequence in failed]
+        return failed
+
+    def _still_lost(self) -> StageLost:
+        """What was given up is tried again."""
+        cause, self._given_up = self._given_up, None
+        return StageLost(f"not all stages serve: {cause}")
+
+    def _fail(self, why: str) -> TookPart:
+        return [(sequence, None) for sequence in self._engine.fail_all(why)]

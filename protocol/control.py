@@ -57,13 +57,14 @@ class Join(Record, frozen=True):
 class Welcome(Record, frozen=True):
     """Coordinator -> worker: joined. A worker that hears nothing for `orphan_timeout_s` has lost this coordinator.
 
-    `coordinator_id` differs between any two launches.
+    `coordinator_id` differs between any two launches. A spare has no stage until another worker is lost.
     """
 
     request_id: Id
     coordinator_id: Name
     heartbeat_interval_s: PositiveSeconds
     orphan_timeout_s: PositiveSeconds
+    is_spare: bool
 
 
 class Refused(Record, frozen=True):

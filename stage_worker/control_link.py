@@ -107,6 +107,7 @@ class ControlLink:
         self._interrupts_taken = 0
         self._coordinator_id: str | None = None
         self._ask_again_s: float | None = None
+        self._last_assign: Assign | None = None
         self._join_left_s = settings.join_timeout_s
         self._orphan_timeout_s: float | None = None
         self._silent_s = 0.0
@@ -261,17 +262,29 @@ class ControlLink:
         self._coordinator_id = welcome.coordinator_id
         self._orphan_timeout_s = welcome.orphan_timeout_s
         logger.info("joined %s as %s", welcome.coordinator_id, self._settings.worker_id)
+        if welcome.is_spare:
+            logger.info("held as a spare: the plan has no stage for this worker until another one is lost")
+            if self.status.epoch:
+                self._forget_stage()
 
     def _lose_coordinator(self, what: str) -> None:
         """Let the main thread forget what it serves, and wait for the next coordinator."""
         logger.warning("lost %s: %s; keeping the weights for the next one", self._coordinator_id, what)
         self._coordinator_id = self._orphan_timeout_s = None
         self._silent_s = 0.0
+        self._forget_stage()
+
+    def _forget_stage(self) -> None:
+        """The main thread gives up sequences and hops, but not the weights."""
         self._interrupts_seen += 1
         self._main.send(_LOST, flags=zmq.NOBLOCK)
         self._wake_main()
 
     def _hand_over(self, command: Assign | Inspect | Release) -> None:
+        if isinstance(command, Assign):
+            if command == self._last_assign and self.status.state == "loading":
+                return  # asked again after a reconnection: the answer is on its way
+            self._last_assign = command
         if isinstance(command, Assign) and self.status.state == "idle":
             self.status = Status("loading", command.epoch)  # a Ping may follow before the main thread looks
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator.commands.options import add_model_options, add_placement_options, add_watching_options
@@ -13,7 +12,6 @@ from coordinator.errors import PlanError, UsageError
 from coordinator.log import JsonLog, Log
 
 if TYPE_CHECKING:
-    from coordinator.cluster import Listening
     from coordinator.watch_view import WatchView
 
 HELP = "start the stages of a plan, stay in front and serve `--connect` programs"
@@ -24,6 +22,7 @@ examples:
                  --gpu-precision int8 --cpu-precision fp32 --embeddings cpu --final-layernorm cpu
   glmpipe chat --connect                                       # in another terminal
   glmpipe launch plan.toml --listen tcp://192.168.1.2          # with stages on other hosts: prints what to run there
+  glmpipe launch --layers cuda:0=1-12 --layers lab2/cuda:0=13-28 --listen tcp://192.168.1.2      # the same by options
 
 a plan file:
   model = "THUDM/chatglm-6b"
@@ -64,14 +63,6 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="log the text of prompts and answers; without this, no text of theirs is in the logs",
     )
-    group = parser.add_argument_group("other hosts", "Needs a key: `glmpipe keys new`.")
-    group.add_argument(
-        "--listen",
-        metavar="ENDPOINT",
-        help="let workers of other hosts join at tcp://ADDR[:PORT] (default port 7410; hidden states come back to the "
-        "ports after it)",
-    )
-    group.add_argument("--keys", metavar="DIR", type=Path, help="where keys are (default ~/.config/glmpipe/keys)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,8 +77,7 @@ def run(options: argparse.Namespace) -> int:
         if options.watch:
             raise UsageError("--watch draws on stderr, where --log-json writes objects; drop one of them")
         log.take_over_logging()
-    listening = _listening(options)
-    with launched(options, listening=listening, show_logs=True) as chat_model, watched(options, chat_model) as panel:
+    with launched(options, show_logs=True) as chat_model, watched(options, chat_model) as panel:
         from coordinator.request_log import RequestLog
         from coordinator.runtime_dir import CLIENT_SOCKET
         from coordinator.service import serve
@@ -96,21 +86,6 @@ def run(options: argparse.Namespace) -> int:
         requests = RequestLog(log, with_text=options.log_prompts)
         serve(chat_model, endpoint, _announcing(endpoint, log, panel), requests)
     return 0
-
-
-def _listening(options: argparse.Namespace) -> Listening | None:
-    """Where other hosts come in. Raises SecurityError without a key, so that nothing loads in vain."""
-    if options.listen is None:
-        if options.keys is not None:
-            raise UsageError(f"--keys {options.keys} is for other hosts; add --listen tcp://ADDRESS_OF_THIS_HOST")
-        return None
-    from coordinator.cluster import Listening
-    from coordinator.door import listen_endpoint
-    from protocol.key_files import KeyDirectory
-
-    keys = KeyDirectory(options.keys)
-    keys.own()
-    return Listening(listen_endpoint(options.listen), keys)
 
 
 def _announcing(endpoint: str, log: Log, panel: WatchView | None) -> Callable[[], bool]:

@@ -17,6 +17,7 @@ PLACEMENT = (
     *("ends_precision", "lm_head_precision", "threads", "kv_budget", "kv_budget_tokens"),
     *("max_num_seqs", "max_model_len", "prefill_chunk"),
 )
+OTHER_HOSTS = ("listen", "keys", "await_worker")
 SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "max_new_tokens"),
     *("ignore_eos", "greedy"),
@@ -45,7 +46,10 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         "layers count from 1. By default all layers go to one CPU stage in fp32.",
     )
     group.add_argument(
-        "--layers", metavar="DEVICE=FIRST-LAST", action="append", help="one stage, such as cuda:1=1-12 or cpu=5; repeat"
+        "--layers",
+        metavar="[HOST/]DEVICE=FIRST-LAST",
+        action="append",
+        help="one stage, such as cuda:1=1-12, cpu=5, or lab2/cuda:0=13-28 on another host; repeat",
     )
     group.add_argument("--stages", metavar="N", type=int, help="split all layers evenly over N stages on the CPU")
     group.add_argument("--gpu-precision", metavar="P", help="of the layers on GPUs (default fp16)")
@@ -76,6 +80,14 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         help="most tokens a stage's KV cache holds (default: four full contexts, or what memory allows)",
     )
     group.add_argument("--kv-budget", metavar="SIZE", help="the same in bytes, such as 2GiB or 800MB, for each stage")
+    _add_limit_options(group)
+    _add_scheduling_options(parser)
+    _add_other_hosts_options(parser)
+    group.add_argument("--no-memory-check", action="store_true", help="load even what does not seem to fit into memory")
+    group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
+
+
+def _add_limit_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-num-seqs",
         metavar="N",
@@ -94,9 +106,24 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"prompt tokens in one step (default {PREFILL_CHUNK}); prompts of ChatGLM-6B stay whole",
     )
-    _add_scheduling_options(parser)
-    group.add_argument("--no-memory-check", action="store_true", help="load even what does not seem to fit into memory")
-    group.add_argument("--plan", metavar="FILE", help="a plan file (TOML) in place of the options above")
+
+
+def _add_other_hosts_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("other hosts", "Needs a key: `glmpipe keys new`.")
+    group.add_argument(
+        "--listen",
+        metavar="ENDPOINT",
+        help="let workers of other hosts join at tcp://ADDR[:PORT] (default port 7410; hidden states come back to the "
+        "ports after it)",
+    )
+    group.add_argument("--keys", metavar="DIR", type=Path, help="where keys are (default ~/.config/glmpipe/keys)")
+    group.add_argument(
+        "--await-worker",
+        metavar="SECONDS",
+        type=_seconds,
+        help="how long a lost worker of another host is awaited; then a spare one takes its place, or answers fail "
+        "(default 60)",
+    )
 
 
 def _add_scheduling_options(parser: argparse.ArgumentParser) -> None:
@@ -254,7 +281,7 @@ def refuse_with_connect(options: argparse.Namespace) -> None:
         raise UsageError(f"{names} would look into the launch that --connect uses: give it to `glmpipe launch` instead")
     given = [
         name
-        for name in (*PLACEMENT, "plan", "model", "revision", "cache_dir", "steps_in_flight")
+        for name in (*PLACEMENT, *OTHER_HOSTS, "plan", "model", "revision", "cache_dir", "steps_in_flight")
         if getattr(options, name) is not None
     ]
     given += [name for name in ("no_speculation", "no_prefix_reuse") if getattr(options, name)]
@@ -266,12 +293,23 @@ def refuse_with_connect(options: argparse.Namespace) -> None:
 def _stages(texts: list[str]) -> tuple[tuple[StageRequest, ...], list[str]]:
     stages, faults = [], []
     for text in texts:
-        device, equals, layers = text.partition("=")
+        place, equals, layers = text.partition("=")
+        host, slash, device = place.rpartition("/")
         if equals:
-            stages.append(StageRequest(f"--layers {text}", device, layers))
+            stages.append(StageRequest(f"--layers {text}", device, layers, host=host if slash else None))
         else:
             faults.append(f"--layers {text}: no '='; write DEVICE=FIRST-LAST, such as cuda:1=1-12")
     return tuple(stages), faults
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 1000000")
+    return seconds
 
 
 def _option(options: argparse.Namespace, name: str) -> Option | None:

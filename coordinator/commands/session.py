@@ -42,7 +42,6 @@ def launched(
     options: argparse.Namespace,
     request: PlanRequest | None = None,
     *,
-    listening: Listening | None = None,
     show_logs: bool = False,
     record_hidden_states: bool = False,
     check: Callable[[ModelConfig], None] = lambda _: None,
@@ -56,8 +55,9 @@ def launched(
     request = plan_request(options) if request is None else request
     check_scheduling(options)
     choose_cache(options)
+    listening = _listening(options)
     log = log_of(options)
-    from coordinator.chat_model import launch
+    from coordinator.chat_model import check_hosts, launch
     from coordinator.limits import context_line, limits_of
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
@@ -72,6 +72,7 @@ def launched(
     config = load_config(description)
     check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
+    check_hosts(plan, listening)
     log.say(*describe(plan, verbose=options.verbose), event="plan")
     log.say(
         *(f"note: {note}" for note in notes(request, plan)), *_cache_notes(resolve_model(model, revision), config, plan)
@@ -107,6 +108,23 @@ def log_of(options: argparse.Namespace) -> Log:
 def _say_pipeline(log: Log, chat_model: ChatModel, text: str) -> None:
     line = text if log.is_json else f"[pipeline] {text}"
     log.say(line, event="pipeline", level="warning", epoch=chat_model.cluster.epoch)
+
+
+def _listening(options: argparse.Namespace) -> Listening | None:
+    """Where other hosts come in. Raises SecurityError without a key, so that nothing loads in vain."""
+    if options.listen is None:
+        for name, value in (("keys", options.keys), ("await-worker", options.await_worker)):
+            if value is not None:
+                raise UsageError(f"--{name} {value} is for other hosts; add --listen tcp://ADDRESS_OF_THIS_HOST")
+        return None
+    from coordinator.cluster import AWAIT_WORKER_S, Listening
+    from coordinator.door import listen_endpoint
+    from protocol.key_files import KeyDirectory
+
+    keys = KeyDirectory(options.keys)
+    keys.own()
+    await_s = AWAIT_WORKER_S if options.await_worker is None else options.await_worker
+    return Listening(listen_endpoint(options.listen), keys, await_s)
 
 
 def _scheduling(options: argparse.Namespace) -> dict[str, Any]:

@@ -149,6 +149,21 @@ def test_a_layers_option_without_a_device_is_a_fault_of_the_plan() -> None:
     )
 
 
+def test_a_layers_option_may_name_another_host() -> None:
+    """As `host = ` does in a plan file; the name is checked like there, the device is not looked for here."""
+    from coordinator.planning import resolve
+
+    plan = resolve(request_of("--layers", "lab2/cuda:1=2-4", "--layers", "cpu=1"), 4, ("cpu",))  # type: ignore[arg-type]
+    assert [(stage.host, stage.device, stage.layers_text) for stage in plan.stages] == [
+        (None, "cpu", "1"),
+        ("lab2", "cuda:1", "2-4"),
+    ]
+    with pytest.raises(PlanError, match="'a/b' is no host's name"):
+        resolve(request_of("--layers", "a/b/cpu=1-4"), 4, ("cpu",))  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="'' is no host's name"):
+        resolve(request_of("--layers", "/cpu=1-4"), 4, ("cpu",))  # type: ignore[arg-type]
+
+
 def test_sampling_options_that_contradict_are_refused() -> None:
     """No option is ignored in silence; what is not given stays the model's."""
     from coordinator.cli import make_parser
@@ -175,6 +190,9 @@ def test_sampling_options_that_contradict_are_refused() -> None:
         (["--ids", "5", "--model", "no/such/model"], "no model "),
         (["--ids", "5", "--connect", "--model", "x", "--stages", "2"], "drop --stages, --model"),
         (["--ids", "5", "--connect", "--trace", "x"], "--trace would look into the launch that --connect uses"),
+        (["--ids", "5", "--connect", "--listen", "tcp://192.0.2.1"], "drop --listen"),
+        (["--ids", "5", "--await-worker", "3"], "--await-worker 3.0 is for other hosts; add --listen"),
+        (["--ids", "5", "--layers", "lab2/cpu=1-6"], "stages of lab2 need a place to join: add --listen"),
         (["--ids", "5", "--watch"], "--watch is for many answers"),
         (["--prompts", __file__, "--out", "/tmp/x", "--watch"], "stderr is none here"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from coordinator import control
+from coordinator import control, roster
 from coordinator.control import ControlPlane
 from coordinator.errors import LaunchError, StageLost
 from coordinator.reply import expect
@@ -111,7 +111,7 @@ def worker(new_worker: NewWorker) -> ScriptedWorker:
 def test_an_expected_worker_is_welcomed_once(plane, worker, new_worker) -> None:  # type: ignore[no-untyped-def]
     """The second worker with the same id, an unknown id and another version are refused with the reason."""
     assert isinstance(worker.join("stage-1"), Welcome)
-    assert set(plane.wait_for_joins(5, lambda: None)) == {"stage-1"}
+    assert set(plane.roster.wait_for_joins(5, lambda: None)) == {"stage-1"}
     other = new_worker()
     for refused in (other.join("stage-1"), other.join("stage-9")):
         assert isinstance(refused, Refused)
@@ -140,7 +140,7 @@ def test_a_request_gets_its_reply_or_meets_its_deadline(plane, worker) -> None: 
 
 def test_no_worker_answers_for_another(plane, worker, new_worker) -> None:  # type: ignore[no-untyped-def]
     """A reply with the id of another worker's request is nobody's; the one that was asked still answers."""
-    plane._expected |= {"stage-2"}
+    plane.roster.own |= {"stage-2"}
     liar = new_worker()
     worker.join("stage-1")
     liar.join("stage-2")
@@ -173,11 +173,11 @@ def test_pings_are_sent_and_pongs_kept(plane, worker) -> None:  # type: ignore[n
     worker.say(Pong(ping.request_id, "serving", 1, 2.0, 3, 4, 1, 5, 6))
     worker.say(Progress(0, 1, 2, 3, 4))
     give_up_at = time.monotonic() + 5
-    while not (plane.pongs() and plane.heard) and time.monotonic() < give_up_at:
+    while not (plane.roster.pongs() and plane.heard) and time.monotonic() < give_up_at:
         time.sleep(0.01)
-    assert plane.pongs()["stage-1"].kv_tokens == 4
+    assert plane.roster.pongs()["stage-1"].kv_tokens == 4
     assert plane.heard == [("stage-1", Progress(0, 1, 2, 3, 4))]
-    assert not plane.lost()
+    assert not plane.roster.lost()
 
 
 def test_what_cannot_be_sent_or_shown_does_not_end_the_plane(plane, worker) -> None:  # type: ignore[no-untyped-def]
@@ -195,34 +195,34 @@ def test_what_cannot_be_sent_or_shown_does_not_end_the_plane(plane, worker) -> N
 def test_a_silent_worker_is_lost(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Silence beyond the limit is reported with its length; nobody waits for ever."""
     worker.join("stage-1")
-    monkeypatch.setattr(control, "LOADING_SILENCE_LIMIT_S", 0.05)
+    monkeypatch.setattr(roster, "LOADING_SILENCE_LIMIT_S", 0.05)
     give_up_at = time.monotonic() + 10
-    while not plane.lost() and time.monotonic() < give_up_at:
+    while not plane.roster.lost() and time.monotonic() < give_up_at:
         time.sleep(0.05)
-    assert "silent" in plane.lost()["stage-1"]
+    assert "silent" in plane.roster.lost()["stage-1"]
 
 
 def test_a_worker_counts_as_serving_from_its_ready_on(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Before its next heartbeat says so, the short limit for silence holds; loading again, the long one."""
-    monkeypatch.setattr(control, "HEARTBEAT_INTERVAL_S", 2 * control.SILENCE_LIMIT_S)
+    monkeypatch.setattr(control, "HEARTBEAT_INTERVAL_S", 2 * roster.SILENCE_LIMIT_S)
     worker.join("stage-1")
-    plane.wait_for_joins(5, lambda: None)
+    plane.roster.wait_for_joins(5, lambda: None)
     assign = Assign(0, 1, 0, 1, "", None, "", 0, 1, "fp32", 1, "ipc:///nowhere", None, None, None, False)
     future = plane.begin("stage-1", assign)
     worker.say(Ready(worker.hear(Assign).request_id, 1, 1, 1, 0.1, "torch"))
     future.result(5)
-    plane._count_silence(2 * control.SILENCE_LIMIT_S)
-    assert "silent" in plane.lost()["stage-1"]
+    plane._count_silence(2 * roster.SILENCE_LIMIT_S)
+    assert "silent" in plane.roster.lost()["stage-1"]
     plane.begin("stage-1", assign)
-    assert not plane.lost()
+    assert not plane.roster.lost()
 
 
 def test_a_launch_that_was_stopped_does_not_blame_its_workers(plane, worker) -> None:  # type: ignore[no-untyped-def]
     """However long one wait took (the process was suspended), it counts as one heartbeat of silence."""
     worker.join("stage-1")
-    plane.wait_for_joins(5, lambda: None)
+    plane.roster.wait_for_joins(5, lambda: None)
     plane._count_silence(3600.0)
-    assert not plane.lost()
+    assert not plane.roster.lost()
 
 
 def test_a_worker_that_says_goodbye_is_lost_at_once(plane, worker) -> None:  # type: ignore[no-untyped-def]
@@ -230,9 +230,9 @@ def test_a_worker_that_says_goodbye_is_lost_at_once(plane, worker) -> None:  # t
     worker.join("stage-1")
     worker.say(Leaving(0, "SIGTERM"))
     give_up_at = time.monotonic() + 5
-    while not plane.lost() and time.monotonic() < give_up_at:
+    while not plane.roster.lost() and time.monotonic() < give_up_at:
         time.sleep(0.01)
-    assert plane.lost() == {"stage-1": "left: SIGTERM"}
+    assert plane.roster.lost() == {"stage-1": "left: SIGTERM"}
 
 
 def test_garbage_and_strangers_are_ignored(plane, worker, new_worker) -> None:  # type: ignore[no-untyped-def]
@@ -241,16 +241,16 @@ def test_garbage_and_strangers_are_ignored(plane, worker, new_worker) -> None:  
     for frames in ([b""], [b"\xff" * 40], [b"a", b"b", b"c"], encode(Released(1, 1, 0)), encode(Leaving(0, "x"))):
         stranger.dealer.send_multipart(frames)
     assert isinstance(worker.join("stage-1"), Welcome)
-    assert not plane.lost()
+    assert not plane.roster.lost()
 
 
 def test_joins_have_a_deadline_and_a_watch(plane) -> None:  # type: ignore[no-untyped-def]
     """Absent workers are named; a check that raises ends the wait at once."""
     with pytest.raises(LaunchError, match="stage-1 did not join within 0 s"):
-        plane.wait_for_joins(0.2, lambda: None)
+        plane.roster.wait_for_joins(0.2, lambda: None)
 
     def dead() -> None:
         raise LaunchError("stage 1 died")
 
     with pytest.raises(LaunchError, match="died"):
-        plane.wait_for_joins(60, dead)
+        plane.roster.wait_for_joins(60, dead)

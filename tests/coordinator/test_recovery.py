@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.errors import LaunchError, StageLost, WorkerDied
+from coordinator.errors import LaunchError, StageLost, WorkerAbsent, WorkerDied
 from coordinator.mending import Mender
 from coordinator.recovery import LEAST_PATIENCE_S, Patience, Recovery, RecoveryPolicy
 from coordinator.scheduler import SchedulerSettings
@@ -79,6 +79,9 @@ class Losing:
 
     def replace_lost(self, is_stuck: bool) -> None: ...
 
+    def awaited(self) -> str | None:
+        return None
+
     def recover(self, _is_stuck: bool) -> int:
         if self._num_failing:
             self._num_failing -= 1
@@ -125,6 +128,46 @@ def test_giving_up_fails_the_requests_and_serves_the_next_one() -> None:
         supervisor.step()
     assert "could not be brought back: it died again" in str(failed.error)
     assert "attempt 3 of 3" in told[2] and told[3].startswith("given up")
+    good = request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert good.new_ids == expected_ids([1, 2, 3], 12, GREEDY, is_repetitive=False)
+
+
+def test_while_a_worker_is_awaited_requests_fail_at_once_and_its_return_is_enough() -> None:
+    """It did not come back in time: nobody waits for it again; when it is there, the idle pipeline is mended."""
+    engine, pipeline = hash_engine(SchedulerSettings(1000))
+    losing = Losing(pipeline, [2])
+    absent = ["stage 2 (cpu of lab3)"]
+    recover = losing.recover
+
+    def recover_if_there(is_stuck: bool) -> int:
+        if absent:
+            raise WorkerAbsent(f"{absent[0]} did not come back within 1 s")
+        losing.check = lambda: None  # type: ignore[method-assign]
+        return recover(is_stuck)
+
+    def check() -> None:
+        raise StageLost("it is still broken")
+
+    losing.recover = recover_if_there  # type: ignore[method-assign]
+    losing.awaited = lambda: absent[0] if absent else None  # type: ignore[method-assign]
+    told: list[str] = []
+    supervisor = Supervisor(engine, losing, Mender(losing, RecoveryPolicy(), told.append, sleep=lambda _: None))
+    first = request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    losing.check = check  # type: ignore[method-assign]
+    second = request(engine, [1, 2, 3], 12, GREEDY)
+    supervisor.step()
+    assert "did not come back within 1 s" in str(first.error)
+    assert "stage 2 (cpu of lab3) is still awaited" in str(second.error)
+    supervisor.check()
+    assert len(told) == 2 and told[1].startswith("given up")
+
+    absent.clear()
+    supervisor.check()
+    assert "all stages serve again" in told[-1]
     good = request(engine, [1, 2, 3], 12, GREEDY)
     while not engine.is_idle:
         supervisor.step()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import zmq
 
-from coordinator.control import SILENCE_LIMIT_S
+from coordinator.roster import SILENCE_LIMIT_S
 from protocol.data import Span, Step
 from protocol.sockets import Socket, connect, data_socket, send
 from protocol.torch_bridge import to_raw

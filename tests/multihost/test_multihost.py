@@ -1,6 +1,7 @@
 """A coordinator and three workers on four hosts, and a stranger on a fifth: real TCP, real keys, real processes."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,7 +35,10 @@ def test_four_hosts_compute_what_one_process_does(five: list[Host], plan: str) -
     said(launching, "keys", "new")
     let_in(launching, "lab2", workers[0])
     let_in(launching, "lab3", workers[1])
+    alone = said(stranger, "generate", *QUESTION)
     early = start_worker(workers[0], launching)
+    places = ("--layers", "lab2/cpu=1-4", "--layers", "cpu=5-6", "--listen", f"tcp://{launching.address}")
+    assert said(launching, "generate", *places, *QUESTION) == alone
     launch = start_launch(launching, plan)
     launch.wait_for("waiting for lab4")
     token = launch.log.partition("--token ")[2].split()[0]
@@ -43,7 +47,6 @@ def test_four_hosts_compute_what_one_process_does(five: list[Host], plan: str) -
     for worker in (early, *later):
         worker.wait_for("serving epoch")
 
-    alone = said(stranger, "generate", *QUESTION)
     assert said(launching, "generate", "--connect", *QUESTION) == alone
     assert "lab4" in said(launching, "keys", "list")
 
@@ -105,6 +108,9 @@ def test_another_model_is_refused_by_name(five: list[Host], plan: str) -> None:
         start_worker(host, launching, *(("--model", "random:tiny") if name == "lab3" else ()))
     launch = start_launch(launching, plan)
     assert launch.process.wait(DEADLINE_S) == 1
-    assert "stage 2 (cpu of lab3, layers 3-4): random:tiny is not the checkpoint the coordinator sees" in launch.log
+    assert re.search(
+        r"stage 2 \(cpu of lab3, layers 3-4, pid \d+\): random:tiny is not the checkpoint the coordinator sees",
+        launch.log,
+    )
     for words in ("--token", "serving at"):
         assert words not in launch.log

@@ -150,7 +150,7 @@ class FakeCoordinator:
                 continue
             worker = by_pid.pop(message.pid)
             worker.identity, worker.join = identity, message
-            worker.post(answer or Welcome(message.request_id, "test", 1.0, orphan_timeout_s))
+            worker.post(answer or Welcome(message.request_id, "test", 1.0, orphan_timeout_s, False))
 
     def hear(self, identity: bytes) -> tuple[Message, tuple[RawTensor, ...]]:
         """The next message of one worker; those of others wait for their turn."""

@@ -115,7 +115,7 @@ def test_it_waits_until_its_key_is_allowed_and_outlives_its_coordinator(coordina
     join = coordinator.hear(Join)
     assert isinstance(join, Join)
     assert coordinator.key == own and join.public_key != own and join.is_guarded
-    coordinator.say(Welcome(join.request_id, "first", 1.0, 1.0))
+    coordinator.say(Welcome(join.request_id, "first", 1.0, 1.0, False))
     coordinator.say(assignment(coordinator, 5))
     first = coordinator.hear(Ready)
     assert isinstance(first, Ready) and first.request_id == 5
@@ -123,7 +123,7 @@ def test_it_waits_until_its_key_is_allowed_and_outlives_its_coordinator(coordina
     again = coordinator.hear(Join)  # nothing was said to it for a second
     assert isinstance(again, Join)
     assert again.public_key == join.public_key
-    coordinator.say(Welcome(again.request_id, "second", 1.0, 30.0))
+    coordinator.say(Welcome(again.request_id, "second", 1.0, 30.0, False))
     coordinator.say(assignment(coordinator, 6))
     second = coordinator.hear(Ready)
     assert isinstance(second, Ready) and second.weight_bytes == first.weight_bytes

@@ -1,0 +1,147 @@
+"""Who has a stage, who is a spare, and who takes whose place."""
+
+from pathlib import Path
+
+import pytest
+import zmq
+
+from coordinator import roster
+from coordinator.door import Door, Seat
+from coordinator.errors import WorkerAbsent
+from coordinator.roster import Roster, Sender
+from coordinator.spares import choose_spare
+from protocol.control import Join, Leaving, Refused
+from protocol.key_files import KeyDirectory
+from protocol.security import new_key_pair
+from protocol.sockets import Socket
+from protocol.version import VERSION
+
+SEATS = (Seat("stage-1", "lab2", "cpu"), Seat("stage-2", "lab3", "cuda:0"))
+ROUTER: Socket = zmq.Socket(zmq.Context.instance(), zmq.ROUTER)
+ROUTER.close()
+
+
+class Host:
+    """A name on the allow-list and what its workers say."""
+
+    def __init__(self, keys: KeyDirectory, name: str) -> None:
+        self.name = name
+        self.key = new_key_pair().public
+        keys.allowed.add(name, self.key)
+
+    def sender(self, identity: bytes = b"1") -> Sender:
+        return Sender(ROUTER, self.name.encode() + identity, self.key)
+
+    def join(self, device: str = "cpu", memory: int = 8, process: str = "a", version: str = VERSION) -> Join:
+        process_key = f"{self.name} {process}"
+        facts = ("2.13", "name", 1, device, "a device", memory, memory, 1, (), "tcp://192.0.2.1:1")
+        return Join(7, "cpu-1", version, *facts, process_key, True, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyDirectory:
+    keys = KeyDirectory(tmp_path / "keys")
+    keys.make_own()
+    return keys
+
+
+@pytest.fixture
+def people(keys: KeyDirectory, notes: list[str]) -> Roster:
+    return Roster(frozenset(), Door("tcp://192.0.2.1:7410", keys, SEATS), notes.append)
+
+
+def test_who_has_no_seat_is_a_spare_and_said_so(people: Roster, keys: KeyDirectory, notes: list[str]) -> None:
+    """A second worker of a seat's host, and one of a host that the plan does not name; each is noted once."""
+    lab2, lab5 = Host(keys, "lab2"), Host(keys, "lab5")
+    assert people.admit_other(lab2.sender(), lab2.join()) is False
+    assert people.admit_other(lab2.sender(b"2"), lab2.join(process="b")) is True
+    for _ in range(2):
+        assert people.admit_other(lab5.sender(), lab5.join()) is True
+    assert notes == [f"cpu of {name} has joined beyond the plan: held as a spare worker" for name in ("lab2", "lab5")]
+    assert [seat.worker_id for seat in people.waiting_seats()] == ["stage-2"]
+    assert len(people.living()) == 3
+
+
+def test_a_spare_of_the_same_host_and_device_needs_no_waiting(people: Roster, keys: KeyDirectory) -> None:
+    """When its neighbour's seat becomes free it has it."""
+    lab2 = Host(keys, "lab2")
+    people.admit_other(lab2.sender(), lab2.join())
+    people.admit_other(lab2.sender(b"2"), lab2.join(process="b"))
+    people.forget("stage-1")
+    assert [seat.worker_id for seat in people.waiting_seats()] == ["stage-2"]
+    assert people.workers["stage-1"].join.public_key == "lab2 b"
+    assert people.spares == []
+
+
+def test_a_spare_takes_the_place_of_one_that_does_not_come_back(
+    people: Roster, keys: KeyDirectory, notes: list[str]
+) -> None:
+    """Only when the wait is over; the one that comes back later is a spare itself."""
+    lab3, lab5 = Host(keys, "lab3"), Host(keys, "lab5")
+    lab2 = Host(keys, "lab2")
+    people.admit_other(lab2.sender(), lab2.join())
+    people.admit_other(lab3.sender(), lab3.join("cuda:0"))
+    people.admit_other(lab5.sender(), lab5.join("cuda:1"))
+    served = {"stage-2": people.workers["stage-2"].join}
+    assert people.forget("stage-2") == lab3.sender()
+    people.await_others(0.0, served, lambda: None)
+    assert notes[-1] == "cuda:1 of lab5, a spare worker, takes the place of stage 2 (cuda:0 of lab3)"
+    assert people.workers["stage-2"].join.host == "lab5"
+    assert people.admit_other(lab3.sender(b"2"), lab3.join("cuda:0")) is True
+    assert people.door is not None and people.door.seats[1] == Seat("stage-2", "lab5", "cuda:1")
+
+
+def test_without_a_spare_that_will_do_the_wait_ends_with_a_reason(people: Roster, keys: KeyDirectory) -> None:
+    """It names the stage, the host, the seconds, and why the spares will not do."""
+    lab2, lab3, lab5 = (Host(keys, name) for name in ("lab2", "lab3", "lab5"))
+    people.admit_other(lab2.sender(), lab2.join())
+    served = {"stage-2": lab3.join("cuda:0")}
+    with pytest.raises(WorkerAbsent, match=r"stage 2 \(cuda:0 of lab3\) did not come back within 0 s, and no spare"):
+        people.await_others(0.0, served, lambda: None)
+    people.admit_other(lab5.sender(), lab5.join("cpu", memory=99))
+    with pytest.raises(WorkerAbsent, match="1 spare workers have another kind of device or less memory"):
+        people.await_others(0.0, served, lambda: None)
+
+
+def test_spares_that_are_gone_are_no_spares(people: Roster, keys: KeyDirectory, notes: list[str]) -> None:
+    """One says goodbye, one falls silent, one's key is revoked: none of them is seated."""
+    for number in (5, 6, 7):
+        host = Host(keys, f"lab{number}")
+        people.admit_other(host.sender(), host.join("cuda:0"))
+    people.note(people.spares[0], Leaving(0, "SIGTERM"))
+    people.spares[1].silent_s = roster.LOADING_SILENCE_LIMIT_S + 1
+    keys.allowed.remove("lab7")
+    assert [sender.identity for sender in people.drop_revoked()] == [b"lab71"]
+    people.drop_gone_spares()
+    assert people.spares == []
+    assert len([note for note in notes if note.endswith("is gone")]) == 3
+
+
+def test_another_version_is_refused_with_both_names(people: Roster, keys: KeyDirectory, notes: list[str]) -> None:
+    """The worker and the launch are told which host, which versions and what to do."""
+    lab2 = Host(keys, "lab2")
+    refused = people.admit_other(lab2.sender(), lab2.join(version="9.9.9"))
+    assert isinstance(refused, Refused) and refused.code == "version"
+    for text in (refused.text, notes[0]):
+        assert "lab2" in text and "9.9.9" in text and VERSION in text
+
+
+def test_the_smallest_spare_that_suffices_is_chosen() -> None:
+    """Of the lost one's kind of device; the same memory will do."""
+
+    def spare(device: str, memory: int) -> Join:
+        facts = ("2.13", "name", 1, device, "a device", memory, memory, 1, (), "tcp://192.0.2.1:1")
+        return Join(7, "x", VERSION, *facts, "key", True, None)  # type: ignore[arg-type]
+
+    needed = spare("cuda:0", 8)
+    small, same, large, cpu = spare("cuda:0", 7), spare("cuda:1", 8), spare("cuda:0", 24), spare("cpu", 64)
+    assert choose_spare(needed, [large, cpu, same, small]) is same
+    assert choose_spare(needed, [small, cpu, large]) is large
+    assert choose_spare(needed, [small, cpu]) is None
+    assert choose_spare(spare("cpu", 64), [large, cpu]) is cpu
+    assert choose_spare(None, [small]) is small and choose_spare(None, []) is None
