@@ -128,12 +128,12 @@ def launched(options: argparse.Namespace) -> Iterator[Bench]:
 
 def streams(bench: Bench, num_rounds: int, num_tokens: int) -> list[Figure]:
     """All settings in turns; the automatic choice has time to find out first."""
-    busy: list[list[float]] = []
+    busy: dict[int, list[list[float]]] = {}
 
     def run(num_streams: int, steps: int | None) -> float:
         speed = bench.tokens_per_s(num_streams, steps, num_tokens)
-        if (num_streams, steps) == (STREAMS, NUM_STAGES):
-            busy.append(bench.busy)
+        if num_streams == STREAMS and steps is not None and steps >= NUM_STAGES:
+            busy.setdefault(steps, []).append(bench.busy)
         return speed
 
     say("letting the automatic choice find out")
@@ -150,8 +150,8 @@ def streams(bench: Bench, num_rounds: int, num_tokens: int) -> list[Figure]:
     return stream_figures(speeds, busy)
 
 
-def stream_figures(speeds: dict[str, list[float]], busy: list[list[float]]) -> list[Figure]:
-    """From the tokens/s of all settings, and the stages' busy shares with as many steps in flight as stages."""
+def stream_figures(speeds: dict[str, list[float]], busy: dict[int, list[list[float]]]) -> list[Figure]:
+    """From the tokens/s of all settings, and the stages' busy shares by steps in flight, where each can have one."""
     fixed = {name: values for name, values in speeds.items() if name.startswith("8 in")}
     best = [max(values) for values in zip(*fixed.values(), strict=True)]
     best_name = max(fixed, key=lambda name: sum(fixed[name]))
@@ -161,8 +161,9 @@ def stream_figures(speeds: dict[str, list[float]], busy: list[list[float]]) -> l
         over("8 in two steps over 4 in one, tokens/s", speeds["8 in 2"], speeds["4 in one"], least=LEAST_GAIN),
         Figure("the same, time of a token", "ratio", tuple(time_ratio), most=MOST_TIME),
         *(
-            Figure(f"stage {number} busy, 8 in two steps", "share", tuple(shares), least=LEAST_BUSY)
-            for number, shares in enumerate(zip(*busy, strict=True), start=1)
+            Figure(f"stage {number} busy, 8 in {steps} steps", "share", tuple(shares), least=LEAST_BUSY)
+            for steps, rounds in busy.items()
+            for number, shares in enumerate(zip(*rounds, strict=True), start=1)
         ),
         over(f"automatic over the best ({best_name})", speeds["8 automatic"], fixed[best_name], least=LEAST_CHOICE),
         over("automatic over the best of each round", speeds["8 automatic"], best),

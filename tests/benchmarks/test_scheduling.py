@@ -28,9 +28,9 @@ def test_the_time_of_a_token_doubles_where_twice_the_streams_are_no_faster() -> 
         "8 in 3": [11.0, 30.0],
         "8 automatic": [10.0, 35.0],
     }
-    figures = {figure.what: figure for figure in stream_figures(speeds, [[0.9, 0.8], [0.92, 0.8]])}
+    figures = {figure.what: figure for figure in stream_figures(speeds, {2: [[0.9, 0.8], [0.92, 0.8]]})}
     assert figures["8 in two steps over 4 in one, tokens/s"].values == pytest.approx((1.0, 1.8))
     assert figures["the same, time of a token"].values == pytest.approx((2.0, 1 / 0.9))
     assert figures["automatic over the best (8 in 2)"].values == pytest.approx((1.0, 35 / 36))
-    assert figures["stage 1 busy, 8 in two steps"].is_met is True
-    assert figures["stage 2 busy, 8 in two steps"].is_met is False
+    assert figures["stage 1 busy, 8 in 2 steps"].is_met is True
+    assert figures["stage 2 busy, 8 in 2 steps"].is_met is False
