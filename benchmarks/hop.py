@@ -24,7 +24,8 @@ import zmq
 
 from benchmarks.figures import Figure, in_turns, options_parser, over, publish, say
 from coordinator.chain import FIRST_EPOCH
-from coordinator.cluster import Cluster, ClusterSettings
+from coordinator.cluster import Cluster
+from coordinator.cluster_settings import ClusterSettings
 from coordinator.pipeline import Outcome, Pipeline
 from coordinator.plan_request import Option, PlanRequest
 from coordinator.planning import plan_for

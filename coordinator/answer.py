@@ -53,6 +53,11 @@ class Answer:
         """Whether a stop string is complete, so that the sequence should be cancelled."""
         return self._matcher.found is not None
 
+    def follow(self, plan: Plan) -> None:
+        """The stages may be others than before, of which nothing is told in the end."""
+        if plan is not self._plan:
+            self._plan, self._shares = plan, [StageShare(0.0, 0.0, 0)] * len(plan.stages)
+
     def account(self, timing: StepTiming | None) -> None:
         """Add what a step cost."""
         if timing is None or len(timing.stages) != len(self._shares):

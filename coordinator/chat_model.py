@@ -11,7 +11,8 @@ from coordinator.answer import Answer
 from coordinator.bring_up import bring_up
 from coordinator.chain import FIRST_EPOCH
 from coordinator.closing import Closing
-from coordinator.cluster import Cluster, ClusterSettings, Listening, ProgressSink
+from coordinator.cluster import Cluster
+from coordinator.cluster_settings import ClusterSettings, Listening, ProgressSink
 from coordinator.engine import Engine
 from coordinator.errors import PlanError
 from coordinator.launcher import LogSink
@@ -22,6 +23,7 @@ from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
 from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
 from coordinator.recovery import DEFAULT_RECOVERY, RecoveryPolicy
+from coordinator.replanning import Replanner
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
@@ -90,7 +92,8 @@ def launch(
     settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision)
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
     try:
-        mender = Mender(cluster, recovery, on_note or (lambda _: None))
+        choose = Replanner(config, most_kv_tokens, refuse=check_memory)
+        mender = Mender(cluster, recovery, on_note or (lambda _: None), choose=choose)
         embedding, head = bring_up(cluster, mender, checkpoint, config, on_note, refuse=check_memory)
         limits = scheduler_settings(cluster.plan, cluster.default_kv_budget_tokens, max_step_tokens(config))
         scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
@@ -337,6 +340,7 @@ class ChatModel(Closing):
             answer = by_sequence.get(id(sequence))
             if answer is None:
                 continue
+            answer.follow(self.cluster.plan)
             answer.account(timing)
             delta = answer.advance()
             if answer.found_stop_string:

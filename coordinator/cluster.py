@@ -4,25 +4,25 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import zmq
 
 from coordinator.closing import Closing
+from coordinator.cluster_settings import AWAIT_WORKER_S, ClusterSettings, Listening, ProgressSink, StageProgress
 from coordinator.control import ControlPlane
-from coordinator.door import Door, Seat, data_endpoint
-from coordinator.errors import StageLost, WorkerDied
+from coordinator.door import Door, Seat, guarded_endpoints
+from coordinator.errors import LaunchError, ReplanError, StageLost, WorkerDied
 from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
+from coordinator.replanning import Remaining, Replanned, checked_hosts
 from coordinator.reply import Reply, expect
 from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
 from protocol.control import Assign, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready
-from protocol.key_files import KeyDirectory
 from protocol.security import Gatekeeper
 from protocol.sockets import Socket
 from protocol.torch_bridge import from_raw
@@ -30,51 +30,8 @@ from protocol.torch_bridge import from_raw
 JOIN_DEADLINE_S = 120.0
 """Python and torch take seconds to start, a minute on a slow disk."""
 REQUEST_DEADLINE_S = 60.0
-AWAIT_WORKER_S = 60.0
-"""A worker that its service manager starts again is back in some 15 s, a rebooting switch in 30 to 50 s. Whoever reads
-an answer will hardly wait for longer."""
 WAITING_NOTE_S = 60.0
 """How often a launch says which other hosts it waits for."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageProgress:
-    """How far one stage has loaded; `ready` is set once, when it serves."""
-
-    stage_index: int
-    layers_done: int
-    layers_total: int
-    weight_bytes: int
-    ready: Ready | None = None
-
-
-ProgressSink = Callable[[StageProgress], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterSettings:
-    """What every stage is told: the model, the epoch, the KV budget of stages that state none themselves.
-
-    `model_name` and `revision` are what other hosts find the model by; an empty name is the model that comes along.
-    """
-
-    model_dir: Path
-    fingerprint: str
-    epoch: int
-    default_kv_budget_tokens: int
-    record_hidden_states: bool = False
-    model_name: str = ""
-    revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Listening:
-    """Where other hosts reach this one, `tcp://ADDR:PORT`, and the keys by which they know each other."""
-
-    endpoint: str
-    keys: KeyDirectory
-    await_worker_s: float = AWAIT_WORKER_S
-    """How long a lost worker of another host is awaited before a spare takes its place, or the requests fail."""
 
 
 class Cluster(Closing):
@@ -97,6 +54,7 @@ class Cluster(Closing):
         self.plan = plan
         self._on_note = on_note or (lambda _: None)
         self._note_due_s = 0.0
+        self._could_not_load: set[int] = set()
         self.ready: tuple[Ready, ...] = ()
         self._joins: tuple[Join, ...] = ()
         self._assigned: list[Future[Reply]] = []
@@ -118,7 +76,7 @@ class Cluster(Closing):
         """
         if not self._joins:
             joins = self._control.roster.wait_for_joins(JOIN_DEADLINE_S, self._check_joining)
-            self._joins = tuple(joins[worker_id] for worker_id in self._worker_ids)
+            self._joins = tuple(joins[worker_id] for worker_id in self._launcher.worker_ids)
         return self._joins
 
     @property
@@ -131,6 +89,11 @@ class Cluster(Closing):
         """How many tokens each stage may cache."""
         default = self.default_kv_budget_tokens
         return tuple(stage.kv_budget_tokens or default for stage in self.plan.stages)
+
+    @property
+    def num_stages(self) -> int:
+        """How many there are now."""
+        return len(self.plan.stages)
 
     @property
     def epoch(self) -> int:
@@ -146,9 +109,8 @@ class Cluster(Closing):
         self.pipeline.last_public_key = last.public_key if self.pipeline.is_guarded else ""
         if default_kv_budget_tokens is not None:
             self._settings = replace(self._settings, default_kv_budget_tokens=default_kv_budget_tokens)
-        self._assigned = [
-            self._control.begin(worker_id, self._assignment(index)) for index, worker_id in enumerate(self._worker_ids)
-        ]
+        ids = self._launcher.worker_ids
+        self._assigned = [self._control.begin(ids[index], self._assignment(index)) for index in range(len(ids))]
 
     def load(self) -> tuple[Ready, ...]:
         """Wait for the workers, give each its layers if that was not done, wait until all serve.
@@ -169,7 +131,7 @@ class Cluster(Closing):
         for dead in self._launcher.dead():
             raise StageLost(dead.describe("while serving"))
         for worker_id, what in self._control.roster.lost().items():
-            raise StageLost(f"{self._name(self._worker_ids.index(worker_id))} {what}")
+            raise StageLost(f"{self._name(self._launcher.worker_ids.index(worker_id))} {what}")
 
     def awaited(self) -> str | None:
         """The workers of other hosts that are missing; None while all are there."""
@@ -184,7 +146,7 @@ class Cluster(Closing):
             StageLost: another worker was lost meanwhile. LaunchError: one cannot load its layers. WorkerAbsent: another
             host's did not come back, and no spare will do.
         """
-        self._served |= dict(zip(self._worker_ids, self._joins, strict=False))
+        self._served |= dict(zip(self._launcher.worker_ids, self._joins, strict=False))
         self.replace_lost(is_stuck)
         self._control.roster.await_others(self._await_worker_s, self._served, self._check_joining)
         self.plan = self._plan_as_seated()
@@ -200,16 +162,44 @@ class Cluster(Closing):
         `is_stuck`: a step does not come back, although all workers answer; then it is the one that the step seems to be
         at which is lost. Raises LaunchError.
         """
-        lost = {dead.stage_index for dead in self._launcher.dead()}
-        lost |= {self._worker_ids.index(worker_id) for worker_id in self._control.roster.lost()}
-        if is_stuck and not lost:
-            lost = {self._laggard()}
-        for index in sorted(lost):
-            self._control.forget(self._worker_ids[index])
+        for index in sorted(self._lost() or ({self._laggard()} if is_stuck else ())):
+            self._control.forget(self._launcher.worker_ids[index])
             if self.plan.stages[index].host is None:  # another host's worker comes back by itself, or another one does
                 self._launcher.restart(index)
         self._joins = ()
+        self._could_not_load.clear()
         self._note_due_s = 0.0
+
+    def leave_out_lost(self, choose: Callable[[Plan, Sequence[Remaining]], Replanned]) -> tuple[str, ...]:
+        """Go on, after a `recover`, with the other stages alone, in the plan that is chosen for them; what went where.
+
+        Raises:
+            ReplanError: nobody is known to be lost, or the others cannot hold all layers; everything is as it was.
+        """
+        roster, ids, guarded = self._control.roster, self._launcher.worker_ids, self._launcher.data_endpoints
+        joined, pongs = roster.joined(), roster.pongs()
+        gone = self._lost() | self._could_not_load
+        gone |= {index for index, stage in enumerate(self.plan.stages) if stage.host and ids[index] not in joined}
+        left = [index for index, worker_id in enumerate(ids) if index not in gone and worker_id in joined]
+        if not gone:
+            raise ReplanError("it is not known which stage is lost")
+        chosen = choose(self.plan, [Remaining(index, joined[ids[index]], pongs.get(ids[index])) for index in left])
+        listening = [number for number, index in enumerate(left) if index in guarded]
+        self.pipeline.hosts = checked_hosts(
+            chosen.plan, [*listening, *([len(left)] if self.pipeline.is_guarded else [])]
+        )
+        left_out = [worker_id for index, worker_id in enumerate(ids) if index not in left]
+        roster.close_seats(left_out)
+        for worker_id in left_out:
+            self._control.forget(worker_id)
+        self._launcher.keep_only(left, chosen.plan.stages)
+        self.plan, self._joins = chosen.plan, ()
+        self._settings = replace(self._settings, default_kv_budget_tokens=chosen.kv_tokens)
+        return chosen.lines
+
+    def _lost(self) -> set[int]:
+        lost = {self._launcher.worker_ids.index(worker_id) for worker_id in self._control.roster.lost()}
+        return lost | {dead.stage_index for dead in self._launcher.dead()}
 
     def _name(self, index: int) -> str:
         """`stage 2 (cuda:0 of lab2, layers 13-24, pid 4711)`, for messages about it."""
@@ -220,7 +210,7 @@ class Cluster(Closing):
     def _laggard(self) -> int:
         """The stage that a stuck step is at: the first one that has done fewer steps than the one before it."""
         pongs = self._control.roster.pongs()
-        done = [pongs[worker_id].num_steps if worker_id in pongs else 0 for worker_id in self._worker_ids]
+        done = [pongs[worker_id].num_steps if worker_id in pongs else 0 for worker_id in self._launcher.worker_ids]
         return next((i for i in range(1, len(done)) if done[i] < done[i - 1]), 0)
 
     def inspect(self, layer: int, sequence_id: int, what: InspectedPart) -> torch.Tensor:
@@ -234,7 +224,7 @@ class Cluster(Closing):
         num_tokens = num_there = 0
         while not pieces or num_there < num_tokens:
             inspect = Inspect(0, sequence_id, layer, what, num_there)
-            reply = self._control.request(self._worker_ids[index], inspect, REQUEST_DEADLINE_S)
+            reply = self._control.request(self._launcher.worker_ids[index], inspect, REQUEST_DEADLINE_S)
             inspected, tensors = expect(reply, Inspected, f"stage {index + 1}")
             assert isinstance(inspected, Inspected)
             pieces.append(from_raw(tensors[0]))
@@ -250,7 +240,7 @@ class Cluster(Closing):
             StageLost: one does not answer.
         """
         pongs = []
-        for number, worker_id in enumerate(self._worker_ids, start=1):
+        for number, worker_id in enumerate(self._launcher.worker_ids, start=1):
             reply = self._control.request(worker_id, Ping(0), REQUEST_DEADLINE_S)
             message, _ = expect(reply, Pong, f"stage {number}")
             assert isinstance(message, Pong)
@@ -267,10 +257,9 @@ class Cluster(Closing):
         self.runtime_dir = stack.enter_context(RuntimeDir())
         self.context: zmq.Context[Socket] = stack.enter_context(zmq.Context())
         endpoint = self.runtime_dir.endpoint("control")
-        guarded = _guarded_endpoints(hosts, listening)
+        guarded = {} if listening is None else guarded_endpoints(hosts, listening.endpoint)
         self._launcher = Launcher(stages, endpoint, on_log=on_log, data_endpoints=guarded)
-        self._worker_ids = self._launcher.worker_ids
-        own = [worker_id for worker_id, host in zip(self._worker_ids, hosts, strict=True) if host is None]
+        own = [worker_id for worker_id, host in zip(self._launcher.worker_ids, hosts, strict=True) if host is None]
         gatekeeper = None if listening is None else stack.enter_context(Gatekeeper(self.context))
         self._door = None if listening is None else Door(listening.endpoint, listening.keys, self._seats())
         self._control = stack.enter_context(
@@ -298,13 +287,13 @@ class Cluster(Closing):
         """The plan with those spares in it that have taken a stage."""
         seats = {seat.worker_id: seat for seat in (() if self._door is None else self._door.seats)}
         stages = list(self.plan.stages)
-        for index, seat in enumerate(map(seats.get, self._worker_ids)):
+        for index, seat in enumerate(map(seats.get, self._launcher.worker_ids)):
             if seat is not None:
                 stages[index] = replace(stages[index], host=seat.host, device=seat.device)
         return replace(self.plan, stages=tuple(stages))
 
     def _seats(self) -> list[Seat]:
-        stages = zip(self._worker_ids, self.plan.stages, strict=True)
+        stages = zip(self._launcher.worker_ids, self.plan.stages, strict=True)
         return [Seat(worker_id, stage.host, stage.device) for worker_id, stage in stages if stage.host is not None]
 
     def _check_joining(self) -> None:
@@ -361,7 +350,11 @@ class Cluster(Closing):
         return tuple(ready[index] for index in range(len(futures)))
 
     def _ready(self, index: int, future: Future[Reply]) -> Ready:
-        message, _ = expect(future.result(0), Ready, self._name(index))
+        try:
+            message, _ = expect(future.result(0), Ready, self._name(index))
+        except LaunchError:
+            self._could_not_load.add(index)
+            raise
         assert isinstance(message, Ready)
         stage = self.plan.stages[index]
         num_layers = stage.layer_end - stage.layer_start
@@ -369,18 +362,9 @@ class Cluster(Closing):
         return message
 
     def _relay_progress(self, worker_id: str, progress: Progress) -> None:
-        index = self._worker_ids.index(worker_id)
+        index = self._launcher.worker_ids.index(worker_id)
         self._report(StageProgress(index, progress.layers_done, progress.layers_total, progress.weight_bytes))
 
     def _report(self, progress: StageProgress) -> None:
         if self._on_progress is not None:
             self._on_progress(progress)
-
-
-def _guarded_endpoints(hosts: Sequence[str | None], listening: Listening | None) -> dict[int, str]:
-    """Where this host's stages listen that follow another host's stage; by `len(hosts)`, the way back to here."""
-    if listening is None:
-        return {}
-    hops = zip([None, *hosts], [*hosts, None], strict=True)
-    behind = [index for index, (before, here) in enumerate(hops) if before is not None and here is None]
-    return {index: data_endpoint(listening.endpoint, (index + 1) % (len(hosts) + 1)) for index in behind}

@@ -131,6 +131,18 @@ def _port(endpoint: str) -> int:
     return int(port) if port.isdecimal() else 0
 
 
+def behind_others(hosts: Sequence[str | None]) -> list[int]:
+    """The stages of this host that follow another host's, and `len(hosts)` if the way back to here does."""
+    hops = zip([None, *hosts], [*hosts, None], strict=True)
+    return [index for index, (before, here) in enumerate(hops) if before is not None and here is None]
+
+
 def data_endpoint(listen: str, number: int) -> str:
     """Where this host's `number`-th PULL for other hosts listens: 0 is the coordinator's own, then its stages'."""
     return f"tcp://{host_of(listen)}:{_port(listen) + 1 + number}"
+
+
+def guarded_endpoints(hosts: Sequence[str | None], listen: str) -> dict[int, str]:
+    """Where this host's stages listen that follow another host's stage; by `len(hosts)`, the way back to here."""
+    number = len(hosts) + 1
+    return {index: data_endpoint(listen, (index + 1) % number) for index in behind_others(hosts)}

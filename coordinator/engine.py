@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -71,6 +72,12 @@ class Engine:
         self._wait_again(running)
         self._running = []
         return len(running)
+
+    def resize(self, kv_budgets: tuple[int, ...]) -> None:
+        """There are so many stages now, each with its own KV budget in tokens."""
+        most = len(kv_budgets) + 1
+        self.settings = replace(self.settings, kv_budget_tokens=min(kv_budgets), max_steps_in_flight=most)
+        self.pacing = Pacing(most, self.settings.steps_in_flight)
 
     def fail_all(self, reason: str) -> list[Sequence]:
         """End every request with this reason; the pipeline is gone, so that nothing is to be told to it."""

@@ -12,6 +12,7 @@
     │   └── WorkerAbsent          another host's worker was lost and did not come back in time
     ├── StageLost                 a worker that was serving died or fell silent
     │   └── StepStuck             all workers answer, but a step does not come back
+    ├── ReplanError               the layers of a stage that is gone have no other place
     ├── GenerationError           one request failed; the pipeline lives on
     ├── CacheError                the cache of quantised layers cannot be read or pruned
     ├── DumpError                 what the pipeline computed cannot be written
@@ -97,6 +98,10 @@ class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as t
 
 class StepStuck(StageLost):
     """All workers answer, but a step does not come back."""
+
+
+class ReplanError(CoordinatorError):
+    """The layers of a stage that is gone for good have no other place; the plan is as it was."""
 
 
 class GenerationError(CoordinatorError):

@@ -86,19 +86,16 @@ class Launcher(Closing):
         command: Sequence[str] | None = None,
         data_endpoints: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        self._data_endpoints = data_endpoints
+        self.data_endpoints = data_endpoints
         self._stages = tuple(stages)
+        self.worker_ids = tuple(f"stage-{number}" for number in range(1, len(stages) + 1))
+        """The `worker_id` each stage's worker joins with, in stage order; it keeps it when the stages change."""
         self._endpoint = endpoint
         self._on_log = on_log or _to_stderr
         self._command = tuple(command) if command is not None else worker_command()
         self._workers: list[_Worker] = []
         self._lifeline: tuple[int, int] | None = None
         """Read and write end; the read end is kept for workers that are started later."""
-
-    @property
-    def worker_ids(self) -> tuple[str, ...]:
-        """The `worker_id` each stage's worker joins with, in stage order."""
-        return tuple(f"stage-{number}" for number in range(1, len(self._stages) + 1))
 
     def start(self) -> None:
         """Spawn all workers. Raises LaunchError, with none left running, when one cannot be spawned."""
@@ -130,6 +127,18 @@ class Launcher(Closing):
                 self._workers[place] = self._spawn(index, self._lifeline[0])
         except OSError as error:
             raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None
+
+    def keep_only(self, left: Sequence[int], stages: Sequence[StagePlan]) -> None:
+        """End all workers but those of the stages with these indices, which are `stages` from now on, in that order."""
+        for worker in [worker for worker in self._workers if worker.stage_index not in left]:
+            worker.kill()
+            self._workers.remove(worker)
+        for worker in self._workers:
+            worker.stage_index = left.index(worker.stage_index)
+        self.worker_ids = tuple(self.worker_ids[index] for index in left)
+        here = self.data_endpoints
+        self.data_endpoints = {number: here[index] for number, index in enumerate(left) if index in here}
+        self._stages = tuple(stages)
 
     def dead(self) -> list[WorkerExit]:
         """The workers that have died, the first one first."""
@@ -174,8 +183,8 @@ class Launcher(Closing):
             "--worker-id": self.worker_ids[index],
             "--lifeline-fd": lifeline,
         }
-        if index in self._data_endpoints:
-            options["--listen"] = self._data_endpoints[index]
+        if index in self.data_endpoints:
+            options["--listen"] = self.data_endpoints[index]
         command = [*self._command, "--log-json", *(str(part) for option in options.items() for part in option)]
         process = subprocess.Popen(
             command,

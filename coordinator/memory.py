@@ -3,14 +3,14 @@
 import os
 import platform
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from coordinator.errors import NotEnoughMemory
 from coordinator.limits import longest_context
-from coordinator.memory_plan import Need, Place, judge, memory_needs, precision_that_fits
+from coordinator.memory_plan import NUM_ENDS, Need, Place, judge, memory_needs, precision_that_fits
 from coordinator.plan import Plan
 from glm.config import ModelConfig
 from glm.host_memory import host_memory
@@ -59,6 +59,26 @@ def fitting_kv_budget(
             "loads it all the same"
         )
     return verdict.kv_tokens
+
+
+def available_again(
+    needs: Sequence[Need], joins: Sequence[Join], own_host: str, held: Mapping[Place, int]
+) -> dict[Place, int]:
+    """What every place will have once workers that serve have given back what they hold, for needs of another plan.
+
+    The ends, last of the needs, stay where they are and count as free as well.
+    """
+    available: dict[Place, int] = {}
+    for place in dict.fromkeys(need.place for need in needs):
+        found = [join.memory_free_bytes for join in joins if (join.host, join.device) == place]
+        ends = sum(need.weight_bytes for need in needs[-NUM_ENDS:] if need.place == place)
+        if place == (own_host, "cpu"):
+            available[place] = host_memory()[1] + held.get(place, 0) + ends
+        elif found:
+            available[place] = max(found)  # of the time before any of them held anything
+        else:
+            available[place] = torch.cuda.mem_get_info(torch.device(place[1]))[0] + ends
+    return available
 
 
 def _available(needs: Sequence[Need], joins: Sequence[Join], own_host: str) -> dict[Place, int]:

@@ -16,6 +16,9 @@ from glm.precision import Precision
 PROCESS_BYTES = 200 * 10**6
 """What a worker's process takes besides weights, activations and caches, once it has joined."""
 
+NUM_ENDS = 2
+"""Of all needs, so many are those of the embedding and lm_head; they come last."""
+
 Place = tuple[str, str]
 """A host and a device of it. On one host, all CPU stages share its memory."""
 

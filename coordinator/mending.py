@@ -2,12 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from coordinator.errors import CoordinatorError, LaunchError, StageLost, StepStuck, WorkerDied
+from coordinator.errors import CoordinatorError, LaunchError, ReplanError, StageLost, StepStuck, WorkerDied
+from coordinator.plan import Plan
 from coordinator.recovery import Recovery, RecoveryPolicy
+from coordinator.replanning import Remaining, Replanned
 
+Choose = Callable[[Plan, Sequence[Remaining]], Replanned]
 _log = logging.getLogger(__name__)
 
 
@@ -26,6 +29,21 @@ class Mendable(Protocol):
     def replace_lost(self, is_stuck: bool) -> None:
         """Start workers in the place of those that were lost; `is_stuck` as for `recover`."""
 
+    def leave_out_lost(self, choose: Choose) -> tuple[str, ...]:
+        """Plan without the stages that are lost; what went where. Raises ReplanError: it is as it was."""
+
+    @property
+    def kv_budgets(self) -> tuple[int, ...]:
+        """How many tokens each stage may cache."""
+
+    @property
+    def num_stages(self) -> int:
+        """How many there are now."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the latest assignment."""
+
     def recover(self, is_stuck: bool) -> int:
         """Bring all stages up again; the new epoch. Raises StageLost or LaunchError.
 
@@ -39,7 +57,8 @@ class Mendable(Protocol):
 class Mender:
     """Every method either has all stages where they are wanted in the end, or raises what kept them from it.
 
-    `on_event` is told, in words for people, what was lost and what is done about it.
+    `on_event` is told, in words for people, what was lost and what is done about it. `choose` is asked for another
+    plan when a stage does not come back, if the policy says so.
     """
 
     def __init__(
@@ -48,12 +67,14 @@ class Mender:
         policy: RecoveryPolicy,
         on_event: Callable[[str], None] = _log.warning,
         *,
+        choose: Choose | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.on_event = on_event
         self.policy = policy
         self._cluster = cluster
         self._recovery = Recovery(policy)
+        self._choose = choose
         self._sleep = sleep
 
     def join(self) -> None:
@@ -79,17 +100,32 @@ class Mender:
             self.on_event(f"all stages serve, in epoch {epoch}")
 
     def mend(self, cause: CoordinatorError) -> int:
-        """Bring all stages up again after this; the new epoch. Raises the last cause when attempts are used up."""
-        while self._may_try_again(cause):
+        """Bring all stages up again after this; the new epoch. Raises the last cause when nothing is left to try."""
+        while True:
+            is_stuck = isinstance(cause, StepStuck)
+            if not self._may_try_again(cause):
+                self._recovery.gave_up()
+                self._replan(cause)
+                is_stuck = False
             try:
-                epoch = self._cluster.recover(isinstance(cause, StepStuck))
+                epoch = self._cluster.recover(is_stuck)
             except (StageLost, LaunchError) as error:
                 cause = error
                 continue
             self._recovery.recovered(time.monotonic())
             return epoch
-        self._recovery.gave_up()
-        raise cause
+
+    def _replan(self, cause: CoordinatorError) -> None:
+        """Let the stages that are left have all layers. Raises the cause, with a word on that, if it cannot be."""
+        if not self.policy.replan or self._choose is None:
+            if self._cluster.num_stages == 1:
+                raise cause
+            raise type(cause)(f"{cause}\n(with --replan, its layers go to the other stages if those have room)")
+        try:
+            lines = self._cluster.leave_out_lost(self._choose)
+        except ReplanError as error:
+            raise type(cause)(f"{cause}\n--replan does not help: {error}") from None
+        self.on_event("\n  ".join([f"{cause}\ngiven up; its layers go to the other stages:", *lines]))
 
     def _may_try_again(self, cause: CoordinatorError) -> bool:
         """Says so and waits as long as is due, if there is another attempt."""

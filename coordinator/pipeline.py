@@ -67,7 +67,7 @@ class Pipeline:
         self.keys: KeyPair = new_key_pair()
         self.last_public_key = ""
         self.is_guarded = gatekeeper is not None
-        self._hosts = hosts
+        self.hosts = hosts
         self._push = data_socket(context, zmq.PUSH)
         self._pull = data_socket(context, zmq.PULL)
         if gatekeeper is not None:
@@ -134,7 +134,7 @@ class Pipeline:
             return None
         del self._submitted[message.step_id]
         hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
-        return Outcome(message, hidden, submitted.at_s, arrived_at_s, self._hosts)
+        return Outcome(message, hidden, submitted.at_s, arrived_at_s, self.hosts)
 
 
 class _Waiting:

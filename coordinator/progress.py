@@ -13,7 +13,7 @@ from coordinator.log import Log
 from coordinator.plan import Plan, StagePlan
 
 if TYPE_CHECKING:
-    from coordinator.cluster import StageProgress
+    from coordinator.cluster_settings import StageProgress
 
 PLAIN_INTERVAL_S = 3.0
 """Without a terminal, a loading stage is mentioned at most this often."""

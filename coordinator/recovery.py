@@ -12,13 +12,15 @@ RETRYABLE = (StageLost, WorkerDied)
 class RecoveryPolicy:
     """At most `max_attempts` for one loss, the first at once, then after `first_delay_s`, doubled up to `most_delay_s`.
 
-    A loss within `settled_s` seconds after the last recovery belongs to the same trouble and counts on.
+    A loss within `settled_s` seconds after the last recovery belongs to the same trouble and counts on. With `replan`
+    the layers of a stage that does not come back go to the others, if those have room.
     """
 
     max_attempts: int = 5
     first_delay_s: float = 0.5
     most_delay_s: float = 10.0
     settled_s: float = 30.0
+    replan: bool = False
 
 
 DEFAULT_RECOVERY = RecoveryPolicy()

@@ -5,7 +5,7 @@ Shared by the control plane's thread and its callers; every method locks. Knows 
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from coordinator.door import Door, Seat
@@ -172,6 +172,18 @@ class Roster:
             check()
             with self.changed:
                 self.changed.wait(0.1)
+
+    def joined(self) -> dict[str, Join]:
+        """What each worker that has a stage said it has."""
+        with self.changed:
+            return {worker_id: member.join for worker_id, member in self.workers.items()}
+
+    def close_seats(self, worker_ids: Collection[str]) -> None:
+        """There are no such stages any more: nobody is waited for there, and nobody may join under these ids."""
+        with self.changed:
+            self.own -= frozenset(worker_ids)
+            if self.door is not None:
+                self.door.seats = tuple(seat for seat in self.door.seats if seat.worker_id not in worker_ids)
 
     def waiting_seats(self) -> tuple[Seat, ...]:
         """The stages that no other host's worker has taken yet."""

@@ -1,6 +1,7 @@
 """Runs an engine over a cluster and has the cluster mended when a stage is lost: readers of answers see a pause."""
 
 import time
+from collections.abc import Callable
 
 from coordinator.engine import Engine, TookPart
 from coordinator.errors import CoordinatorError, LaunchError, StageLost, WorkerAbsent
@@ -18,6 +19,8 @@ class Supervisor:
         self._engine = engine
         self._cluster = cluster
         self._given_up: CoordinatorError | None = None
+        self.on_replanned: list[Callable[[], None]] = []
+        """Called when the cluster's plan has become another one."""
 
     def step(self) -> TookPart:
         """One step of the engine; nothing where lost stages were brought back, the failed where they cannot be."""
@@ -43,14 +46,18 @@ class Supervisor:
             self._recover(lost)
 
     def _recover(self, cause: CoordinatorError) -> TookPart:
-        if not self.mender.policy.max_attempts:
+        if not self.mender.policy.max_attempts and not self.mender.policy.replan:
             raise cause
-        started_s = time.monotonic()
+        started_s, num_stages = time.monotonic(), self._cluster.num_stages
         try:
             epoch = self.mender.mend(cause)
         except (StageLost, LaunchError) as error:
             return self._give_up(error)
         num_running = self._engine.start_over(epoch)
+        if self._cluster.num_stages != num_stages:
+            self._engine.resize(self._cluster.kv_budgets)
+            for tell in self.on_replanned:
+                tell()
         going_on = f"; {num_running} {'answer goes' if num_running == 1 else 'answers go'} on" if num_running else ""
         self.mender.on_event(f"all stages serve again after {time.monotonic() - started_s:.1f} s{going_on}")
         return []

@@ -53,6 +53,12 @@ class WatchView(Closing):
             self._meter.add(record)
         self.look()
 
+    def show(self, plan: Plan, kv_budgets: Sequence[int]) -> None:
+        """The stages are others now."""
+        with self._lock:
+            self._titles, self._kv_budgets = stage_titles(plan), kv_budgets
+            self._meter = Meter(len(self._titles))
+
     def look(self) -> None:
         """Ask the engine how it is, unless that was a moment ago; worth a call where nothing is computed, too."""
         now_s = time.monotonic()
@@ -67,7 +73,7 @@ class WatchView(Closing):
     def _draw(self) -> RenderableType:
         with self._lock:
             numbers = self._meter.numbers(time.monotonic(), self._load)
-        return Group(panel(numbers, self._titles, self._kv_budgets), self.below)
+            return Group(panel(numbers, self._titles, self._kv_budgets), self.below)
 
 
 def panel(numbers: Numbers, titles: Sequence[str], kv_budgets: Sequence[int]) -> RenderableType:

@@ -152,6 +152,11 @@ def _add_scheduling_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_RECOVERY.max_attempts,
         help="how often to start a lost worker again before answers fail (default %(default)s; 0: the command ends)",
     )
+    group.add_argument(
+        "--replan",
+        action="store_true",
+        help="when a stage does not come back, let the others have its layers, if they have room, and go on",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -284,7 +289,7 @@ def refuse_with_connect(options: argparse.Namespace) -> None:
         for name in (*PLACEMENT, *OTHER_HOSTS, "plan", "model", "revision", "cache_dir", "steps_in_flight")
         if getattr(options, name) is not None
     ]
-    given += [name for name in ("no_speculation", "no_prefix_reuse") if getattr(options, name)]
+    given += [name for name in ("no_speculation", "no_prefix_reuse", "replan") if getattr(options, name)]
     if given:
         names = ", ".join(map(_flag, given))
         raise UsageError(f"--connect uses a launch with a model and a placement of its own; drop {names}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.chat_model import ChatModel
-    from coordinator.cluster import Listening
+    from coordinator.cluster_settings import Listening
     from coordinator.conversation import ChatBackend
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
@@ -96,7 +96,7 @@ def launched(
             chat_model.supervisor.mender.on_event = lambda text: _say_pipeline(log, chat_model, text)
             chat_model.engine.observers += observers
         log.say(*_kernel_lines(chat_model))
-        log.say(context_line(plan, config.max_context, chat_model.cluster.kv_budgets))
+        log.say(context_line(chat_model.cluster.plan, config.max_context, chat_model.cluster.kv_budgets))
         yield chat_model
 
 
@@ -117,7 +117,7 @@ def _listening(options: argparse.Namespace) -> Listening | None:
             if value is not None:
                 raise UsageError(f"--{name} {value} is for other hosts; add --listen tcp://ADDRESS_OF_THIS_HOST")
         return None
-    from coordinator.cluster import AWAIT_WORKER_S, Listening
+    from coordinator.cluster_settings import AWAIT_WORKER_S, Listening
     from coordinator.door import listen_endpoint
     from protocol.key_files import KeyDirectory
 
@@ -134,7 +134,7 @@ def _scheduling(options: argparse.Namespace) -> dict[str, Any]:
         "speculate": not options.no_speculation,
         "reuse": not options.no_prefix_reuse,
         "steps_in_flight": options.steps_in_flight,
-        "recovery": RecoveryPolicy(max_attempts=options.recovery_attempts),
+        "recovery": RecoveryPolicy(max_attempts=options.recovery_attempts, replan=options.replan),
     }
 
 
@@ -182,6 +182,7 @@ def watched(options: argparse.Namespace, chat_model: ChatModel) -> Iterator[Watc
     engine, cluster = chat_model.engine, chat_model.cluster
     with WatchView(cluster.plan, cluster.kv_budgets, engine.load) as view:
         engine.observers.append(view)
+        chat_model.supervisor.on_replanned.append(lambda: view.show(cluster.plan, cluster.kv_budgets))
         try:
             yield view
         finally:

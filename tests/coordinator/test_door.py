@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.cluster import Listening, _guarded_endpoints
-from coordinator.door import TOKEN_LIFE_S, Door, Seat, Tokens, data_endpoint, listen_endpoint
+from coordinator.door import TOKEN_LIFE_S, Door, Seat, Tokens, data_endpoint, guarded_endpoints, listen_endpoint
 from protocol.errors import EndpointError, SecurityError
 from protocol.key_files import KeyDirectory
 from protocol.security import new_key_pair
@@ -104,10 +103,10 @@ def test_others_must_be_able_to_come(text: str) -> None:
         listen_endpoint(text)
 
 
-def test_only_hops_from_other_hosts_are_listened_for(keys: KeyDirectory) -> None:
+def test_only_hops_from_other_hosts_are_listened_for() -> None:
     """The declared ports: the way back first, then this host's stages that follow another host's."""
-    listening = Listening("tcp://192.0.2.1:7410", keys)
-    assert _guarded_endpoints((None, None), None) == {}
-    assert _guarded_endpoints((None, "lab2", None), listening) == {2: "tcp://192.0.2.1:7414"}
-    assert _guarded_endpoints((None, "lab2"), listening) == {2: "tcp://192.0.2.1:7411"}
+    listening = "tcp://192.0.2.1:7410"
+    assert guarded_endpoints((None, None), listening) == {}
+    assert guarded_endpoints((None, "lab2", None), listening) == {2: "tcp://192.0.2.1:7414"}
+    assert guarded_endpoints((None, "lab2"), listening) == {2: "tcp://192.0.2.1:7411"}
     assert data_endpoint("tcp://192.0.2.1:7410", 0) == "tcp://192.0.2.1:7411"

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from coordinator.cluster import StageProgress
+from coordinator.cluster_settings import StageProgress
 from coordinator.plan import EndsPlan, Plan, StagePlan
 from coordinator.progress import BarView, PlainView, format_bytes, load_view
 from protocol.control import Ready

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.errors import LaunchError, StageLost, WorkerAbsent, WorkerDied
+from coordinator.errors import LaunchError, ReplanError, StageLost, WorkerAbsent, WorkerDied
 from coordinator.mending import Mender
 from coordinator.recovery import LEAST_PATIENCE_S, Patience, Recovery, RecoveryPolicy
 from coordinator.scheduler import SchedulerSettings
@@ -72,6 +72,11 @@ class Losing:
         return self._collect(epoch)
 
     def check(self) -> None: ...
+
+    kv_budgets, num_stages, epoch = (1000,), 1, 1
+
+    def leave_out_lost(self, _choose: object) -> tuple[str, ...]:
+        raise ReplanError("nowhere")
 
     def join(self) -> None: ...
 

@@ -14,7 +14,7 @@ import zmq
 
 import coordinator
 from coordinator.chat_model import ChatModel
-from coordinator.cluster import Listening
+from coordinator.cluster_settings import Listening
 from coordinator.plan_request import PlanRequest
 from coordinator.service import serve
 from protocol import client
