@@ -22,6 +22,7 @@ import zmq
 from coordinator.closing import Closing
 from coordinator.door import Door
 from coordinator.errors import StageLost
+from coordinator.notes import FewNotes
 from coordinator.reply import Reply
 from coordinator.roster import Member, NoteSink, Roster, Sender
 from protocol.control import Assign, Join, Ping, Progress, Refused, Welcome
@@ -60,7 +61,7 @@ class ControlPlane(Closing):
     ) -> None:
         self.coordinator_id = f"{socket.gethostname()[:100]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._on_note = on_note or (lambda _: None)
-        self.roster = Roster(frozenset(expected), door, self._on_note)
+        self.roster = Roster(frozenset(expected), door, FewNotes(self._on_note))
         self._misunderstood: set[str] = set()
         self._on_progress = on_progress
         self._requests: _Requests = {}

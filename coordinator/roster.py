@@ -267,7 +267,8 @@ class Roster:
         return None if seat is None else seat.worker_id
 
     def _keep_as_spare(self, sender: Sender, join: Join) -> Refused | bool:
-        known = [spare for spare in self.spares if spare.join.public_key == join.public_key]
+        who = (sender.key, join.public_key)  # what it proved, and which of its processes it says to be
+        known = [spare for spare in self.spares if (spare.sender.key, spare.join.public_key) == who]
         if len(self.spares) - len(known) >= MAX_SPARES:
             text = f"no stage waits for {join.device} of {join.host}, and {MAX_SPARES} spare workers are there already"
             return Refused(join.request_id, "no_seat", text)
@@ -297,15 +298,15 @@ class Roster:
     def _seat_any_spare(self, seat: Seat, needed: Join | None, awaited_s: float) -> None:
         """Raises WorkerAbsent when no spare will do."""
         with self.changed:
-            spares = {spare.join.public_key: spare for spare in self.spares if spare.is_there}
-            chosen = choose_spare(needed, [spare.join for spare in spares.values()])
+            spares = [spare for spare in self.spares if spare.is_there]
+            chosen = choose_spare(needed, [spare.join for spare in spares])
             if chosen is None:
                 others = f"{len(spares)} spare workers have another kind of device or less memory" if spares else ""
                 raise WorkerAbsent(
                     f"{seat.text} did not come back within {awaited_s:g} s, and "
                     f"{others or 'no spare worker has joined'}; start its worker again, or one on another host"
                 )
-            self._seat(seat, spares[chosen.public_key])
+            self._seat(seat, next(spare for spare in spares if spare.join is chosen))
         self.on_note(f"{chosen.device} of {chosen.host}, a spare worker, takes the place of {seat.text}")
 
     def _refuse(self, join: Join, code: str, text: str) -> Refused:
