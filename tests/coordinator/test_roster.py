@@ -12,6 +12,7 @@ from coordinator.roster import Roster, Sender
 from coordinator.spares import choose_spare
 from protocol.control import Join, Leaving, Refused
 from protocol.key_files import KeyDirectory
+from protocol.records import with_changes
 from protocol.security import new_key_pair
 from protocol.sockets import Socket
 from protocol.version import VERSION
@@ -65,6 +66,14 @@ def test_who_has_no_seat_is_a_spare_and_said_so(people: Roster, keys: KeyDirecto
     assert notes == [f"cpu of {name} has joined beyond the plan: held as a spare worker" for name in ("lab2", "lab5")]
     assert [seat.worker_id for seat in people.waiting_seats()] == ["stage-2"]
     assert len(people.living()) == 3
+
+
+def test_no_spare_takes_anothers_place_by_its_name(people: Roster, keys: KeyDirectory) -> None:
+    """What a process says its key is counts for nothing beside the key that its host has proved to own."""
+    lab5, lab6 = Host(keys, "lab5"), Host(keys, "lab6")
+    people.admit_other(lab5.sender(), lab5.join())
+    people.admit_other(lab6.sender(), with_changes(lab6.join(), public_key=lab5.join().public_key))
+    assert people.living() == [lab5.sender(), lab6.sender()]
 
 
 def test_a_spare_of_the_same_host_and_device_needs_no_waiting(people: Roster, keys: KeyDirectory) -> None:
