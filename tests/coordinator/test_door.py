@@ -13,13 +13,6 @@ SEATS = (Seat("stage-1", "lab2", "cpu"), Seat("stage-2", "lab2", "cuda:0"), Seat
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> KeyDirectory:
-    keys = KeyDirectory(tmp_path / "keys")
-    keys.make_own()
-    return keys
-
-
-@pytest.fixture
 def door(keys: KeyDirectory) -> Door:
     return Door("tcp://192.0.2.1:7410", keys, SEATS)
 

@@ -1,7 +1,5 @@
 """Who has a stage, who is a spare, and who takes whose place."""
 
-from pathlib import Path
-
 import pytest
 import zmq
 
@@ -42,13 +40,6 @@ class Host:
 @pytest.fixture
 def notes() -> list[str]:
     return []
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> KeyDirectory:
-    keys = KeyDirectory(tmp_path / "keys")
-    keys.make_own()
-    return keys
 
 
 @pytest.fixture
