@@ -22,7 +22,7 @@ from coordinator.reply import Reply, expect
 from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
-from protocol.control import Assign, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready
+from protocol.control import Assign, HostModel, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready
 from protocol.security import Gatekeeper
 from protocol.sockets import Socket
 from protocol.torch_bridge import from_raw
@@ -271,6 +271,7 @@ class Cluster(Closing):
                 door=self._door,
                 gatekeeper=gatekeeper,
                 on_note=self._on_note,
+                model=self._model(),
             )
         )
         self.pipeline = Pipeline(
@@ -282,6 +283,10 @@ class Cluster(Closing):
         )
         stack.callback(self.pipeline.close)
         stack.enter_context(self._launcher)
+
+    def _model(self) -> HostModel:
+        settings = self._settings
+        return HostModel(settings.model_name or "demo model", settings.fingerprint, self.plan.num_layers)
 
     def _plan_as_seated(self) -> Plan:
         """The plan with those spares in it that have taken a stage."""

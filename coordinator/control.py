@@ -25,7 +25,7 @@ from coordinator.errors import StageLost
 from coordinator.notes import FewNotes
 from coordinator.reply import Reply
 from coordinator.roster import Member, NoteSink, Roster, Sender
-from protocol.control import Assign, Join, Ping, Progress, Refused, Welcome
+from protocol.control import Assign, HostModel, Join, Ping, Progress, Refused, Welcome
 from protocol.errors import ProtocolError, VersionError
 from protocol.messages import Message, Plane
 from protocol.records import with_changes
@@ -58,10 +58,11 @@ class ControlPlane(Closing):
         door: Door | None = None,
         gatekeeper: Gatekeeper | None = None,
         on_note: NoteSink | None = None,
+        model: HostModel | None = None,
     ) -> None:
         self.coordinator_id = f"{socket.gethostname()[:100]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._on_note = on_note or (lambda _: None)
-        self.roster = Roster(frozenset(expected), door, FewNotes(self._on_note))
+        self.roster = Roster(frozenset(expected), door, FewNotes(self._on_note), model)
         self._misunderstood: set[str] = set()
         self._on_progress = on_progress
         self._requests: _Requests = {}

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from coordinator.door import Door, Seat
 from coordinator.errors import LaunchError, WorkerAbsent
 from coordinator.spares import choose_spare
-from protocol.control import Join, Leaving, Pong, Ready, Refused
+from protocol.control import HostModel, Join, Leaving, Pong, Ready, Refused
 from protocol.errors import SecurityError
 from protocol.messages import Message
 from protocol.records import with_changes
 from protocol.sockets import Socket
-from protocol.version import VERSION
+from protocol.version import VERSION, suits
 
 SILENCE_LIMIT_S = 2.8
 """A serving worker that answered no ping for so long counts as lost. Its control thread answers during long steps."""
@@ -76,6 +76,8 @@ class Roster:
     own: frozenset[str]
     door: Door | None
     on_note: NoteSink
+    model: HostModel | None = None
+    """What was launched; an empty fingerprint is not compared."""
     changed: threading.Condition = field(default_factory=threading.Condition)
     workers: dict[str, Member] = field(default_factory=dict)
     spares: list[Member] = field(default_factory=list)
@@ -87,7 +89,7 @@ class Roster:
         with self.changed:
             if join.worker_id not in self.own or join.worker_id in self.workers:
                 return Refused(join.request_id, "unknown_worker", f"no stage waits for a worker {join.worker_id!r}")
-            if join.glmpipe_version != VERSION:
+            if not suits(join.glmpipe_version):
                 return self._refuse(join, "version", _versions(f"worker {join.worker_id}", join))
             self.workers[join.worker_id] = Member(sender, join)
             self.changed.notify_all()
@@ -104,8 +106,11 @@ class Roster:
             text = "this token is wrong, used or too old: take the one that launch prints now"
             return Refused(join.request_id, "token" if join.token else "unknown_key", text)
         join = with_changes(join, host=name, token=None)
-        if join.glmpipe_version != VERSION:
+        if not suits(join.glmpipe_version):
             return self._refuse(join, "version", _versions(f"worker {join.worker_id} of {name}", join))
+        difference = None if self.model is None or join.model is None else _difference(self.model, join.model, name)
+        if difference is not None:
+            return self._refuse(join, "model", difference)
         with self.changed:
             worker_id = self._seat_of(sender.key, join)
             if worker_id is None:
@@ -316,3 +321,15 @@ class Roster:
 
 def _versions(who: str, join: Join) -> str:
     return f"{who} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}: install the same version on both"
+
+
+def _difference(launched: HostModel, there: HostModel, host: str) -> str | None:
+    """What is wrong with the model that a worker was told to load; None where it is the one launched."""
+    if launched.fingerprint in ("", there.fingerprint):
+        return None
+    remedy = "put the same files in both places, or name another --model there"
+    if there.num_layers != launched.num_layers:
+        counts = f"has {there.num_layers} layers, the launched model {launched.name} {launched.num_layers}"
+        return f"{there.name} of {host} {counts}: {remedy}"
+    prints = f"(fingerprint {there.fingerprint}, wanted {launched.fingerprint})"
+    return f"{there.name} of {host} is not the launched model {launched.name} {prints}: {remedy}"

@@ -29,11 +29,19 @@ ControlFailureCode = Literal[
 `bad_request`: not possible in this state, or names what is not there. `internal`: a bug of the worker."""
 
 
+class HostModel(Record, frozen=True):
+    """What a worker's host was told to load, whatever the coordinator calls it."""
+
+    name: PathText
+    fingerprint: Name
+    num_layers: PositiveCount
+
+
 class Join(Record, frozen=True):
     """Worker -> coordinator, first message: who I am, what I have. `data_endpoint` is where my PULL listens.
 
     `public_key` is this process's own on the data plane; `is_guarded` says that its PULL demands keys. `token` lets the
-    key that the connection was made with be allowed, once.
+    key that the connection was made with be allowed, once. `model` None: whichever is assigned.
     """
 
     request_id: Id
@@ -52,6 +60,7 @@ class Join(Record, frozen=True):
     public_key: Name
     is_guarded: bool
     token: Name | None
+    model: HostModel | None
 
 
 class Welcome(Record, frozen=True):

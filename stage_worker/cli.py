@@ -1,7 +1,7 @@
 """`glmpipe worker` and `python -m stage_worker`: one stage worker, until it is told to leave.
 
-Exit codes: 0 asked to leave (Shutdown or a signal), 1 an internal error, 2 bad options or refused by the coordinator,
-3 the coordinator or the launcher is gone.
+Exit codes: 0 asked to leave (Shutdown or a signal), 1 an internal error, 2 bad options, 3 the coordinator or the
+launcher is gone, 4 refused by the coordinator.
 """
 
 import argparse

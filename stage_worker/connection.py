@@ -1,11 +1,13 @@
 """The way to the coordinator: a DEALER, and over TCP what ZeroMQ reports about its connection."""
 
 import time
+from collections.abc import Callable
 from enum import Enum
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from protocol.errors import SecurityError
 from protocol.security import KeyPair, be_client
 from protocol.sockets import Socket, connect, control_socket
 
@@ -18,6 +20,9 @@ _EVENTS = (
 )
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
+
+
+KeySource = Callable[[], KeyPair]
 
 
 class News(Enum):
@@ -33,15 +38,16 @@ class Connection:
     """One DEALER at a time. Without `keys` it is opened once, and nothing is reported: files do not drop.
 
     With them, ZeroMQ comes back by itself after a disconnection; after a refusal it does not, and `reopen_if_due` makes
-    a fresh socket, with growing pauses.
+    a fresh socket, with growing pauses, and with the key that this host has by then.
     """
 
     def __init__(
-        self, context: "zmq.Context[Socket]", endpoint: str, keys: KeyPair | None, server_key: str | None
+        self, context: "zmq.Context[Socket]", endpoint: str, keys: KeySource | None, server_key: str | None
     ) -> None:
         self._context = context
         self._endpoint = endpoint
-        self._keys = keys
+        self._read_keys = keys
+        self._keys: KeyPair | None = None
         self._server_key = server_key
         self._pause_s = FIRST_PAUSE_S
         self._due_at_s: float | None = None
@@ -50,12 +56,34 @@ class Connection:
 
     def open(self, routing_id: bytes) -> None:
         """Begin to connect. Raises EndpointError."""
+        self._keys = self._latest_keys()
         if self._keys is None or self._server_key is None:
             self.dealer.setsockopt(zmq.ROUTING_ID, routing_id)
         else:
             be_client(self.dealer, self._keys, self._server_key)
             self.monitor = self.dealer.get_monitor_socket(_EVENTS)
         connect(self.dealer, self._endpoint)
+
+    @property
+    def public_key(self) -> str:
+        """By which the coordinator's host knows this one; empty without keys."""
+        return "" if self._keys is None else self._keys.public
+
+    def take_new_key(self) -> bool:
+        """Whether this host has another key than the connection was made with: it will be made anew, with that one."""
+        if self._latest_keys() == self._keys:
+            return False
+        self._due_at_s = time.monotonic()
+        return True
+
+    def _latest_keys(self) -> KeyPair | None:
+        """This host's key now; the one before where its file cannot be read."""
+        if self._read_keys is None:
+            return None
+        try:
+            return self._read_keys()
+        except SecurityError:
+            return self._keys
 
     def news(self) -> News | None:
         """What the monitor has to say, once it is readable."""

@@ -40,6 +40,7 @@ EXIT_ASKED = 0
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
 EXIT_LOST = 3
+EXIT_REFUSED = 4
 
 STUCK_AFTER_S = 5.0
 _POLL_S = 1.0
@@ -71,7 +72,7 @@ class LinkSettings:
     join_timeout_s: float | None
     signal_fd: int
     lifeline_fd: int | None
-    keys: KeyPair | None = None
+    keys: Callable[[], KeyPair] | None = None
     server_key: str | None = None
 
 
@@ -221,10 +222,10 @@ class ControlLink:
         if news is News.UP:
             self._reply(self._settings.join())
         elif news in (News.UNKNOWN_KEY, News.WRONG_SERVER):
-            assert self._settings.keys is not None and news is not None
+            assert news is not None
             logger.warning("not let in at %s: %s", self._settings.endpoint, news.value)
             if news is News.UNKNOWN_KEY:
-                logger.warning("there: glmpipe keys allow NAME_OF_THIS_HOST '%s'", self._settings.keys.public)
+                logger.warning("there: glmpipe keys allow NAME_OF_THIS_HOST '%s'", self._connection.public_key)
 
     def _receive(self) -> bool:
         """Handle one message of the coordinator; whether there was a valid one."""
@@ -232,7 +233,7 @@ class ControlLink:
             message, _ = decode(receive(self._connection.dealer), Plane.CONTROL)
         except ProtocolError as error:
             if isinstance(error, VersionError) and self._settings.keys is not None:
-                self._leave(EXIT_USAGE, f"the coordinator is of another release: {error}")
+                self._leave(EXIT_REFUSED, f"the coordinator is of another release: {error}")
             logger.warning("dropped a control message: %s", error)
             return False
         match message:
@@ -246,8 +247,10 @@ class ControlLink:
             case Refused() if message.code == "no_seat" and self._settings.keys is not None:
                 logger.warning("asking again every %g s: %s", ASK_AGAIN_S, message.text)
                 self._ask_again_s = ASK_AGAIN_S
+            case Refused() if message.code == "revoked" and self._connection.take_new_key():
+                self._lose_coordinator("it has revoked this host's key, which was replaced; joining with the new one")
             case Refused():
-                self._leave(EXIT_USAGE, f"refused by the coordinator ({message.code}): {message.text}")
+                self._leave(EXIT_REFUSED, f"refused by the coordinator ({message.code}): {message.text}")
             case Shutdown(request_id, reason):
                 self._leave(EXIT_ASKED, reason, request_id)
             case Assign() | Inspect() | Release():

@@ -13,7 +13,8 @@ from glm.layer_cache import CachedCheckpoint, with_cache
 from glm.model import LayerStack
 from glm.model_source import open_checkpoint
 from glm.precision import Precision
-from protocol.control import Assign
+from glm.shapes import random_shape
+from protocol.control import Assign, HostModel
 from stage_worker.cli import OwnModel
 from stage_worker.errors import AbandonedError, LoadError
 from stage_worker.log import logger
@@ -21,6 +22,17 @@ from stage_worker.memory import is_out_of_memory
 from stage_worker.stage import Stage
 
 LoadProgress = Callable[[int, int, int], None]
+
+
+def host_model(model: OwnModel | None) -> HostModel | None:
+    """What is known of the model that this host was told to load; None of a hub's, which is fetched when assigned.
+
+    Raises GlmError.
+    """
+    if model is None or not (Path(model.name).expanduser().is_dir() or random_shape(model.name)):
+        return None
+    model_dir = resolve_model(model.name, model.revision)
+    return HostModel(model.name, open_checkpoint(model_dir).fingerprint(), load_config(model_dir).num_layers)
 
 
 def load_stage(assign: Assign, device: torch.device, progress: LoadProgress, model: OwnModel | None = None) -> Stage:

@@ -7,20 +7,22 @@ from contextlib import closing
 import torch
 import zmq
 
+from glm.errors import GlmError
 from glm.kernels.diagnosis import native_state
-from protocol.control import Join
+from protocol.control import HostModel, Join
 from protocol.errors import EndpointError, SecurityError
 from protocol.key_files import KeyDirectory
 from protocol.limits import MAX_NAME, clip_text
-from protocol.security import KeyPair
 from protocol.sockets import Socket
 from protocol.version import VERSION
 from stage_worker.cli import WorkerOptions
+from stage_worker.connection import KeySource
 from stage_worker.control_link import EXIT_INTERNAL, EXIT_USAGE, ControlLink, LinkSettings
 from stage_worker.data_plane import DataPlane, listening_endpoint, unlink_socket
 from stage_worker.device import device_facts, parse_device
 from stage_worker.errors import DeviceError
 from stage_worker.lifeline import remove_private_dir
+from stage_worker.loading import host_model
 from stage_worker.log import facts, logger, set_up_logging
 from stage_worker.worker import Worker
 
@@ -34,12 +36,13 @@ def run_worker(options: WorkerOptions, signal_fd: int) -> int:
     context: zmq.Context[Socket] = zmq.Context()
     try:
         keys = None if options.server_key is None else _own_keys(options)
+        model = host_model(options.model)
         device = _usable_device(options.device)
         endpoint = options.listen or listening_endpoint(options.join)
         is_guarded = keys is not None or options.listen is not None
         with closing(DataPlane(context, endpoint, is_guarded=is_guarded)) as data_plane:
-            return _serve(options, context, data_plane, device, signal_fd, keys)
-    except (DeviceError, EndpointError, SecurityError) as error:
+            return _serve(options, context, data_plane, device, signal_fd, keys, model)
+    except (DeviceError, EndpointError, GlmError, SecurityError) as error:
         logger.error("%s", error)
         return EXIT_USAGE
     except Exception:
@@ -49,13 +52,14 @@ def run_worker(options: WorkerOptions, signal_fd: int) -> int:
         context.term()
 
 
-def _own_keys(options: WorkerOptions) -> KeyPair:
-    """This host's key pair. Whoever has a token needs no key beforehand. Raises SecurityError."""
+def _own_keys(options: WorkerOptions) -> KeySource:
+    """Gives this host's key pair. Whoever has a token needs no key beforehand. Raises SecurityError."""
     directory = KeyDirectory(options.keys)
     if options.token is not None and not directory.own_path.exists():
         logger.info("made a key for this host, %s", directory.own_path)
-        return directory.make_own()
-    return directory.own()
+        directory.make_own()
+    directory.own()
+    return directory.own
 
 
 def _usable_device(name: str) -> torch.device:
@@ -73,14 +77,15 @@ def _serve(
     data_plane: DataPlane,
     device: torch.device,
     signal_fd: int,
-    keys: KeyPair | None,
+    keys: KeySource | None,
+    model: HostModel | None,
 ) -> int:
     def leave_stuck(code: int) -> None:
         unlink_socket(data_plane.endpoint)
         os._exit(code)
 
     def join() -> Join:
-        return _join(options, data_plane, device, link.status.weight_bytes)
+        return _join(options, data_plane, device, link.status.weight_bytes, model)
 
     link = ControlLink(
         context,
@@ -107,7 +112,9 @@ def _serve(
         link.close()
 
 
-def _join(options: WorkerOptions, data_plane: DataPlane, device: torch.device, kept_bytes: int) -> Join:
+def _join(
+    options: WorkerOptions, data_plane: DataPlane, device: torch.device, kept_bytes: int, model: HostModel | None
+) -> Join:
     """Who this worker is, and what it has now; weights that it only keeps count as free. Raises DeviceError."""
     facts = device_facts(device)
     return Join(
@@ -127,4 +134,5 @@ def _join(options: WorkerOptions, data_plane: DataPlane, device: torch.device, k
         public_key=data_plane.keys.public,
         is_guarded=data_plane.is_guarded,
         token=options.token,
+        model=model,
     )

@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 UNITS = sorted((ROOT / "deploy").glob("*.service"))
 PACKAGES = ("coordinator", "glm", "protocol", "stage_worker")
-ENVIRONMENT = {"GLMPIPE_JOIN": "ipc:///run/x/control", "GLMPIPE_DEVICE": "cuda:0", "GLMPIPE_OPTIONS": ""}
+ENVIRONMENT = {
+    "GLMPIPE_JOIN": "tcp://192.0.2.1:7410",
+    "GLMPIPE_KEY": "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7",
+    "GLMPIPE_DEVICE": "cuda:0",
+    "GLMPIPE_OPTIONS": "--log-json",
+}
 
 
 def public_errors(package: str) -> set[str]:
@@ -65,8 +70,10 @@ def test_units_start_what_there_is(path: Path) -> None:
     unit.optionxform = str  # type: ignore[assignment,method-assign]
     unit.read_string(path.read_text(encoding="utf-8"))
     command = unit["Service"]["ExecStart"].replace("%i", "name")
-    check_command(shlex.split(re.sub(r"\$\{?(\w+)\}?", lambda match: ENVIRONMENT[match[1]], command)))
-    assert unit["Service"]["RestartPreventExitStatus"] == "2"
+    check_command(shlex.split(re.sub(r"\$\{?(\w+)\}?", lambda match: shlex.quote(ENVIRONMENT[match[1]]), command)))
+    assert unit["Service"]["RestartPreventExitStatus"] == ("2 4" if "worker" in path.name else "2")
+    for name in ("CacheDirectory", "StateDirectory"):
+        assert unit["Service"][name] == "glmpipe" and unit["Service"][f"{name}Mode"] == "0700"
     assert unit["Service"]["User"] == "glmpipe"
 
 
@@ -83,3 +90,6 @@ def test_the_compose_file_starts_what_there_is() -> None:
         assert "ports" not in service
         assert service["image"] == f"glmpipe:{VERSION}"
         assert service.get("profiles") == (None if name == "launch" else ["workers"])
+        assert service["network_mode"] == ("none" if name == "launch" else "host")
+        assert service["environment"]["GLMPIPE_CACHE_DIR"].startswith("/var/cache/glmpipe/")
+        assert not any(word in str(service) for word in ("/home/", "~"))

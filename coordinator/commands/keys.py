@@ -13,9 +13,9 @@ on the host that launches:
 taking it back, at any time, also while a launch runs (it takes effect at once):
   glmpipe keys revoke lab2                        # all its keys
 replacing a worker's key without a gap:
-  lab2:   glmpipe keys new --replace              # then restart the workers there when convenient
+  lab2:   glmpipe keys new --replace
   launch: glmpipe keys allow lab2 'NEW KEY'       # both count
-          glmpipe keys revoke 'OLD KEY'           # after that only the new one
+          glmpipe keys revoke 'OLD KEY'           # the workers there join again with the new one, by themselves
 replacing the launching host's own key: keys new --replace there, start the launch anew, and give the workers
   the new --key.
 

@@ -62,6 +62,7 @@ class ScriptedWorker:
                 "key",
                 False,
                 None,
+                None,
             )
         )
         return self.hear(Welcome, Refused)

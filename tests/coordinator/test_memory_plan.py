@@ -55,6 +55,7 @@ def join(device: str = "cpu", free: float = 16, host: str = HERE) -> Join:
         "key",
         False,
         None,
+        None,
     )
 
 

@@ -8,7 +8,7 @@ from coordinator.door import Door, Seat
 from coordinator.errors import WorkerAbsent
 from coordinator.roster import Roster, Sender
 from coordinator.spares import choose_spare
-from protocol.control import Join, Leaving, Refused
+from protocol.control import HostModel, Join, Leaving, Refused
 from protocol.key_files import KeyDirectory
 from protocol.records import with_changes
 from protocol.security import new_key_pair
@@ -31,10 +31,17 @@ class Host:
     def sender(self, identity: bytes = b"1") -> Sender:
         return Sender(ROUTER, self.name.encode() + identity, self.key)
 
-    def join(self, device: str = "cpu", memory: int = 8, process: str = "a", version: str = VERSION) -> Join:
+    def join(
+        self,
+        device: str = "cpu",
+        memory: int = 8,
+        process: str = "a",
+        version: str = VERSION,
+        model: HostModel | None = None,
+    ) -> Join:
         process_key = f"{self.name} {process}"
         facts = ("2.13", "name", 1, device, "a device", memory, memory, 1, (), "tcp://192.0.2.1:1")
-        return Join(7, "cpu-1", version, *facts, process_key, True, None)  # type: ignore[arg-type]
+        return Join(7, "cpu-1", version, *facts, process_key, True, None, model)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -125,10 +132,28 @@ def test_spares_that_are_gone_are_no_spares(people: Roster, keys: KeyDirectory, 
 def test_another_version_is_refused_with_both_names(people: Roster, keys: KeyDirectory, notes: list[str]) -> None:
     """The worker and the launch are told which host, which versions and what to do."""
     lab2 = Host(keys, "lab2")
+    major, minor, *_ = VERSION.split(".")
+    assert people.admit_other(lab2.sender(), lab2.join(version=f"{major}.{minor}.99")) is False
     refused = people.admit_other(lab2.sender(), lab2.join(version="9.9.9"))
     assert isinstance(refused, Refused) and refused.code == "version"
     for text in (refused.text, notes[0]):
         assert "lab2" in text and "9.9.9" in text and VERSION in text
+
+
+def test_another_model_is_refused_with_what_differs(keys: KeyDirectory, notes: list[str]) -> None:
+    """Its layers, or its fingerprint; of whoever was told no model nothing is known yet."""
+    door = Door("tcp://192.0.2.1:7410", keys, SEATS)
+    people = Roster(frozenset(), door, notes.append, HostModel("chatglm-6b", "abc", 28))
+    lab2 = Host(keys, "lab2")
+    for model, words in (
+        (HostModel("/m", "xyz", 40), "/m of lab2 has 40 layers, the launched model chatglm-6b 28"),
+        (HostModel("/m", "xyz", 28), "/m of lab2 is not the launched model chatglm-6b (fingerprint xyz, wanted abc)"),
+    ):
+        refused = people.admit_other(lab2.sender(), lab2.join(model=model))
+        assert isinstance(refused, Refused) and refused.code == "model"
+        assert words in refused.text and words in notes[-1]
+    assert people.admit_other(lab2.sender(), lab2.join(model=HostModel("/m", "abc", 28))) is False
+    assert people.admit_other(lab2.sender(b"2"), lab2.join(process="b")) is True
 
 
 def test_the_smallest_spare_that_suffices_is_chosen() -> None:
@@ -136,7 +161,7 @@ def test_the_smallest_spare_that_suffices_is_chosen() -> None:
 
     def spare(device: str, memory: int) -> Join:
         facts = ("2.13", "name", 1, device, "a device", memory, memory, 1, (), "tcp://192.0.2.1:1")
-        return Join(7, "x", VERSION, *facts, "key", True, None)  # type: ignore[arg-type]
+        return Join(7, "x", VERSION, *facts, "key", True, None, None)  # type: ignore[arg-type]
 
     needed = spare("cuda:0", 8)
     small, same, large, cpu = spare("cuda:0", 7), spare("cuda:1", 8), spare("cuda:0", 24), spare("cpu", 64)

@@ -123,7 +123,7 @@ def meant(plane: Plane, rng: Random) -> Iterator[list[Frame]]:
     number = rng.randrange(1, 2000)
     if plane is Plane.CONTROL:
         nowhere = "ipc:///tmp/nowhere"
-        join = Join(1, "stage-1", VERSION, "2", "host", 1, "cpu", "cpu", 1, 1, 1, (), nowhere, "", False, "token")
+        join = Join(1, "stage-1", VERSION, "2", "host", 1, "cpu", "cpu", 1, 1, 1, (), nowhere, "", False, "token", None)
         for message in (
             join,
             with_changes(join, worker_id="somebody"),

@@ -66,10 +66,14 @@ class Host:
 
     def start(self, *words: str) -> "Running":
         """`glmpipe ...`, until it is stopped."""
+        return self.start_program(self.command("-P", "-m", "coordinator.cli", *words))
+
+    def start_program(self, command: list[str]) -> "Running":
+        """Any command, until it is stopped."""
         log = self.directory / f"log-{next(_numbers)}"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                self.command("-P", "-m", "coordinator.cli", *words),
+                command,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,

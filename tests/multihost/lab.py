@@ -34,12 +34,22 @@ def let_in(launching: Host, name: str, host: Host) -> None:
     said(launching, "keys", "allow", name, said(host, "keys", "new").strip())
 
 
-def start_worker(host: Host, launching: Host, *more: str) -> Running:
-    """`glmpipe worker` on that host, with the launching host's key."""
+def worker_options(host: Host, launching: Host, port: int = 7500) -> tuple[str, ...]:
+    """What `glmpipe worker` on that host needs, with the launching host's key."""
     key = said(launching, "keys", "show").strip()
-    listen = f"tcp://{host.address}:7500"
-    join = f"tcp://{launching.address}:7410"
-    return host.start("worker", "--join", join, "--key", key, "--listen", listen, "--threads", "1", *more)
+    listen = f"tcp://{host.address}:{port}"
+    return ("--join", f"tcp://{launching.address}:7410", "--key", key, "--listen", listen, "--threads", "1")
+
+
+def start_worker(host: Host, launching: Host, *more: str) -> Running:
+    """`glmpipe worker` on that host."""
+    return host.start("worker", *worker_options(host, launching), *more)
+
+
+def start_changed_worker(host: Host, launching: Host, change: str, port: int) -> Running:
+    """The same in a Python that runs this statement first."""
+    program = f"{change}; import sys; from stage_worker.cli import main; sys.exit(main(sys.argv[1:]))"
+    return host.start_program(host.command("-P", "-c", program, *worker_options(host, launching, port)))
 
 
 def start_launch(host: Host, plan: str, *more: str) -> Running:

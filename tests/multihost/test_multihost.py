@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,8 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from glm.demo import demo_model_dir
+from protocol.version import VERSION
 from tests.multihost.hosts import DEADLINE_S, Host, hosts, why_not
-from tests.multihost.lab import NAMES, QUESTION, let_in, said, start_launch, start_worker, write_plan
+from tests.multihost.lab import (
+    NAMES,
+    QUESTION,
+    let_in,
+    said,
+    start_changed_worker,
+    start_launch,
+    start_worker,
+    worker_options,
+    write_plan,
+)
 
 REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -66,7 +80,10 @@ def test_four_hosts_compute_what_one_process_does(five: list[Host], plan: str) -
 
 
 def test_workers_keep_their_weights_for_the_next_coordinator(five: list[Host], plan: str) -> None:
-    """A coordinator that is killed comes back to workers that load nothing; a revoked one is replaced by a new key."""
+    """A coordinator that is killed comes back to workers that load nothing.
+
+    A revoked host loses its worker and joins with a new key; a key that is replaced costs no process anything.
+    """
     launching, *workers, _ = five
     said(launching, "keys", "new")
     running = []
@@ -87,7 +104,7 @@ def test_workers_keep_their_weights_for_the_next_coordinator(five: list[Host], p
     assert said(launching, "generate", "--connect", *QUESTION) == before
 
     said(launching, "keys", "revoke", "lab3")
-    assert running[1].process.wait(DEADLINE_S) == 2
+    assert running[1].process.wait(DEADLINE_S) == 4
     assert "revoked" in running[1].log
     launch.wait_for("left: the key of lab3 has been revoked")
     launch.wait_for("stage 2 (cpu of lab3, layers 3-4, pid ")
@@ -96,21 +113,64 @@ def test_workers_keep_their_weights_for_the_next_coordinator(five: list[Host], p
     said(workers[1], "keys", "new", "--replace")
     start_worker(workers[1], launching, "--token", token).wait_for("serving epoch")
     assert said(launching, "generate", "--connect", *QUESTION) == before
+
+    old = said(workers[2], "keys", "show").strip()
+    said(launching, "keys", "allow", "lab4", said(workers[2], "keys", "new", "--replace").strip())
+    said(launching, "keys", "revoke", old)
+    running[2].wait_for("joining with the new one")
+    launch.wait_for("all stages serve again", count=2)
+    assert said(launching, "generate", "--connect", *QUESTION) == before
+    assert "these layers were still here" in running[2].log
     assert running[0].process.poll() is None and running[2].process.poll() is None
 
 
-def test_another_model_is_refused_by_name(five: list[Host], plan: str) -> None:
-    """A worker with other files than the coordinator's ends the launch, which names its host and the reason."""
+def test_a_worker_that_does_not_suit_is_refused_by_name(five: list[Host], plan: str) -> None:
+    """Another release, protocol or model: both sides name host and reason; the launch waits for one that suits."""
     launching, *workers, _ = five
     said(launching, "keys", "new")
     for name, host in zip(NAMES, workers, strict=False):
         let_in(launching, name, host)
-        start_worker(host, launching, *(("--model", "random:tiny") if name == "lab3" else ()))
     launch = start_launch(launching, plan)
-    assert launch.process.wait(DEADLINE_S) == 1
-    assert re.search(
-        r"stage 2 \(cpu of lab3, layers 3-4, pid \d+\): random:tiny is not the checkpoint the coordinator sees",
-        launch.log,
+    launch.wait_for("waiting for lab3")
+    host = workers[1]
+    changes = (
+        "import protocol.version as v; v.VERSION = '9.8.7'",
+        "import protocol.version as v; v.PROTOCOL_VERSION = 99",
     )
-    for words in ("--token", "serving at"):
-        assert words not in launch.log
+    unfit = [start_changed_worker(host, launching, change, 7501 + n) for n, change in enumerate(changes)]
+    unfit.append(host.start("worker", *worker_options(host, launching, 7509), "--model", "random:tiny"))
+    fit = [start_worker(each, launching) for each in workers[:3]]
+    assert [worker.process.wait(DEADLINE_S) for worker in unfit] == [4, 4, 4]
+    release, protocol, model = unfit
+    for log in (release.log, launch.log):
+        assert f"of lab3 runs glmpipe 9.8.7, the coordinator {VERSION}: install the same version on both" in log
+    assert "the coordinator is of another release" in protocol.log and "version 99" in protocol.log
+    assert "refused a worker of lab3: " in launch.log and "version 99" in launch.log
+    for log in (model.log, launch.log):
+        assert re.search(r"random:tiny of lab3 has \d+ layers, the launched model demo model 6", log)
+    launch.wait_for("serving at")
+    assert all("serving epoch" in worker.log for worker in fit)
+
+
+def test_files_that_differ_are_found_when_layers_are_assigned(five: list[Host], plan: str, tmp_path: Path) -> None:
+    """On lab3 another model lies at the same place: the launch ends, naming host and reason; the worker stays."""
+    launching, *workers, _ = five
+    model, other = tmp_path / "model", tmp_path / "other"
+    for directory in (model, other):
+        shutil.copytree(demo_model_dir(), directory)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config, indent=1))
+    said(launching, "keys", "new")
+    for name, host in zip(NAMES, workers, strict=False):
+        let_in(launching, name, host)
+    places = f"mount --bind {other} {model} && exec "
+    unfit = workers[1].command("-P", "-m", "coordinator.cli", "worker", *worker_options(workers[1], launching))
+    prefix, program = unfit[:4], unfit[4:]
+    there = workers[1].start_program([*prefix, "sh", "-c", places + shlex.join(program)])
+    fit = [start_worker(host, launching) for host in (workers[0], workers[2])]
+    launch = start_launch(launching, plan, "--model", str(model))
+    assert launch.process.wait(DEADLINE_S) == 1
+    found = re.search(r"stage 2 \(cpu of lab3, layers 3-4, pid \d+\): (.*) is not the checkpoint", launch.log)
+    assert found is not None and found[1] == str(model)
+    assert "--token" not in launch.log and "serving at" not in launch.log
+    assert [worker.process.poll() for worker in (there, *fit)] == [None] * 3

@@ -71,7 +71,7 @@ def test_lost_and_refused(coordinator: FakeCoordinator) -> None:
     assert orphan.wait() == 3
     assert "the coordinator has been silent for 0.5 s" in orphan.log.splitlines()[-1]
     coordinator.admit(refused, answer=Refused(1, "version", "install the same version on both"))
-    assert refused.wait() == 2
+    assert refused.wait() == 4
     assert "refused by the coordinator (version): install the same" in refused.log.splitlines()[-1]
     assert left_behind(coordinator) == set()
 

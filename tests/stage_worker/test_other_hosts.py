@@ -133,13 +133,13 @@ def test_it_waits_until_its_key_is_allowed_and_outlives_its_coordinator(coordina
 
 
 def test_it_asks_again_where_no_stage_is_free_and_leaves_where_it_is_not_wanted(coordinator, worker, own) -> None:  # type: ignore[no-untyped-def]
-    """No seat: later perhaps. Another refusal: exit code 2 with the coordinator's words."""
+    """No seat: later perhaps. Another refusal: exit code 4 with the coordinator's words."""
     coordinator.allowed.add(own)
     coordinator.hear(Join)
     coordinator.say(Refused(1, "no_seat", "no stage waits for cpu of lab2"))
     coordinator.hear(Join)
     coordinator.say(Refused(1, "version", "install the same version on both"))
-    assert worker.process.wait(DEADLINE_MS / 1000) == 2
+    assert worker.process.wait(DEADLINE_MS / 1000) == 4
     assert "install the same version on both" in worker.log
 
 
