@@ -207,6 +207,10 @@ class Cluster(Closing):
         pid = f", pid {self._joins[index].pid}" if self._joins else ""
         return f"stage {index + 1} ({stage.device} of {stage.host or 'this host'}, layers {stage.layers_text}{pid})"
 
+    def suspect(self) -> str:
+        """The stage that a stuck step seems to be at, in words."""
+        return self._name(self._laggard())
+
     def _laggard(self) -> int:
         """The stage that a stuck step is at: the first one that has done fewer steps than the one before it."""
         pongs = self._control.roster.pongs()

@@ -50,6 +50,9 @@ class Mendable(Protocol):
         `is_stuck`: nobody is known to be lost, but a step does not come back.
         """
 
+    def suspect(self) -> str:
+        """The stage that a step which does not come back seems to be at, in words."""
+
     def awaited(self) -> str | None:
         """Whose return alone could help; None: nobody's, as far as is known."""
 
@@ -103,6 +106,8 @@ class Mender:
         """Bring all stages up again after this; the new epoch. Raises the last cause when nothing is left to try."""
         while True:
             is_stuck = isinstance(cause, StepStuck)
+            if is_stuck:
+                cause = StepStuck(f"{self._cluster.suspect()} seems to be stuck: {cause}")
             if not self._may_try_again(cause):
                 self._recovery.gave_up()
                 self._replan(cause)

@@ -49,6 +49,19 @@ def no_memory_in_a_step(marker: Path) -> None:
     stage_worker.worker.LayerStack.forward = exhausted  # type: ignore[method-assign]
 
 
+def hangs_in_a_step(marker: Path) -> None:
+    """A step that finds the marker takes it away and never ends; the worker goes on to answer what it is asked."""
+    forward = LayerStack.forward
+
+    def endless(self: LayerStack, *arguments: Any) -> torch.Tensor:
+        if marker.exists():
+            marker.unlink()
+            time.sleep(3600)
+        return forward(self, *arguments)
+
+    stage_worker.worker.LayerStack.forward = endless  # type: ignore[method-assign]
+
+
 def dies_while_loading(marker: Path) -> None:
     """Killed behind its first layer if the marker is there, which goes first: the next one lives."""
     load = LayerStack.load
@@ -85,6 +98,7 @@ FAULTS = {
     for fault in (
         no_memory_to_load,
         no_memory_in_a_step,
+        hangs_in_a_step,
         dies_while_loading,
         dies_once_marked,
         clock_jumps,

@@ -1,5 +1,6 @@
 """Workers that are killed while they serve: every answer ends with exactly the tokens it would have had."""
 
+import re
 import signal
 import threading
 import time
@@ -54,6 +55,14 @@ def test_two_killed_at_once_change_no_token(launch: Launch, phase: Phase) -> Non
     stages = [(0, 2), (1, 2), (0, 1)][PHASES.index(phase)]
     launch.must_survive(phase, FOUR, launch.hit(signal.SIGKILL, *stages))
     assert any(f"stage {stage + 1} (cpu" in launch.told[0] for stage in stages)
+    assert "all stages serve again" in launch.told[-1]
+
+
+def test_a_worker_that_is_told_to_end_is_replaced(launch: Launch) -> None:
+    """SIGTERM, as a service manager or an administrator sends it: the worker says goodbye."""
+    launch.must_survive(DECODE, FOUR, launch.hit(signal.SIGTERM, 1))
+    name = r"stage 2 \(cpu of this host, (layers 3-4, )?pid \d+\)"
+    assert re.match(rf"{name} (left: SIGTERM|ended with exit code 0 while serving)", launch.told[0])
     assert "all stages serve again" in launch.told[-1]
 
 

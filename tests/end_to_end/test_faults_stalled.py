@@ -96,6 +96,18 @@ def test_frames_of_an_old_epoch_are_ignored_everywhere(launch: Launch) -> None:
     assert launch.told == []
 
 
+def test_a_worker_that_answers_but_does_not_go_on_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that takes far longer than any before: the stage that it is at is named, replaced, and nothing changes."""
+    monkeypatch.setattr("coordinator.recovery.LEAST_PATIENCE_S", 2.0)
+    marker = tmp_path / "marker"
+    with disturbed_launch(tmp_path, "hangs-in-a-step", "stage-2", str(marker)) as launch:
+        pids = launch.pids
+        launch.must_survive(DECODE, FOUR, marker.touch)
+        name = rf"stage 2 \(cpu of this host, layers 3-4, pid {pids[1]}\)"
+        assert re.match(rf"{name} seems to be stuck: no stage answered for \d+ s, far longer", launch.told[0])
+        assert [old == new for old, new in zip(pids, launch.pids, strict=True)] == [True, False, True]
+
+
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
 def test_a_slow_stage_is_waited_for(launch: Launch, phase: Phase) -> None:
     """A stage that stalls for a second is not replaced; nobody is told anything."""
