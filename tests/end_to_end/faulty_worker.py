@@ -2,8 +2,9 @@
 
     python -m tests.end_to_end.faulty_worker FAULT STAGE MARKER [a worker's options]
 
-The stage worker itself knows nothing of this: parts of it are replaced here before it runs. Only the worker of STAGE
-(`stage-2`) is faulty, the others are as ever. MARKER is a file that the fault may leave, to be another one next time.
+The stage worker itself knows nothing of this: parts of it are replaced here before it runs, and imported no sooner.
+Only the worker of STAGE (`stage-2`) is faulty, the others are as ever. MARKER is a file that the test makes when the
+fault is to happen.
 """
 
 import os
@@ -14,20 +15,16 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import stage_worker.loading
-import stage_worker.worker
-from glm.model import LayerStack
 from stage_worker.cli import main as worker
 
 
 def no_memory_to_load(marker: Path) -> None:
     """While the marker is there, loading takes more memory than there is."""
+    import stage_worker.loading
 
     load = stage_worker.loading._load_layers
 
-    def exhausted(*arguments: Any) -> LayerStack:
+    def exhausted(*arguments: Any) -> Any:
         if marker.exists():
             raise MemoryError
         return load(*arguments)
@@ -37,36 +34,44 @@ def no_memory_to_load(marker: Path) -> None:
 
 def no_memory_in_a_step(marker: Path) -> None:
     """Each time the marker is there a step has no memory, in the middle of the layers, and the marker goes."""
+    import torch
+
+    from glm.model import LayerStack
+
     forward = LayerStack.forward
 
-    def exhausted(self: LayerStack, *arguments: Any) -> torch.Tensor:
+    def exhausted(self: Any, *arguments: Any) -> Any:
         hidden = forward(self, *arguments)
         if marker.exists():
             marker.unlink()
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return hidden
 
-    stage_worker.worker.LayerStack.forward = exhausted  # type: ignore[method-assign]
+    LayerStack.forward = exhausted  # type: ignore[method-assign]
 
 
 def hangs_in_a_step(marker: Path) -> None:
     """A step that finds the marker takes it away and never ends; the worker goes on to answer what it is asked."""
+    from glm.model import LayerStack
+
     forward = LayerStack.forward
 
-    def endless(self: LayerStack, *arguments: Any) -> torch.Tensor:
+    def endless(self: Any, *arguments: Any) -> Any:
         if marker.exists():
             marker.unlink()
             time.sleep(3600)
         return forward(self, *arguments)
 
-    stage_worker.worker.LayerStack.forward = endless  # type: ignore[method-assign]
+    LayerStack.forward = endless  # type: ignore[method-assign]
 
 
 def dies_while_loading(marker: Path) -> None:
     """Killed behind its first layer if the marker is there, which goes first: the next one lives."""
+    from glm.model import LayerStack
+
     load = LayerStack.load
 
-    def dying(*arguments: Any) -> LayerStack:
+    def dying(*arguments: Any) -> Any:
         *first, progress = arguments
 
         def report(layers_done: int, *numbers: int) -> None:
