@@ -13,7 +13,7 @@ from coordinator.closing import Closing
 from coordinator.cluster_settings import AWAIT_WORKER_S, ClusterSettings, Listening, ProgressSink, StageProgress
 from coordinator.control import ControlPlane
 from coordinator.door import Door, Seat, guarded_endpoints
-from coordinator.errors import LaunchError, ReplanError, StageLost, WorkerDied
+from coordinator.errors import LaunchError, ReplanError, StageLost, WorkerAbsent, WorkerDied
 from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
@@ -61,6 +61,7 @@ class Cluster(Closing):
         self._settings = settings
         self._on_progress = on_progress
         self._await_worker_s = AWAIT_WORKER_S if listening is None else listening.await_worker_s
+        self._patience_s = self._await_worker_s
         self._served: dict[str, Join] = {}
         """Who had which stage before the last loss."""
         with ExitStack() as stack:
@@ -134,8 +135,8 @@ class Cluster(Closing):
             raise StageLost(f"{self._name(self._launcher.worker_ids.index(worker_id))} {what}")
 
     def awaited(self) -> str | None:
-        """The workers of other hosts that are missing; None while all are there."""
-        return ", ".join(seat.text for seat in self._control.roster.waiting_seats()) or None
+        """The workers of other hosts that are missing; None while all are there, or spares that can stand in."""
+        return ", ".join(seat.text for seat in self._control.roster.missing(self._served)) or None
 
     def recover(self, is_stuck: bool) -> int:
         """Replace the lost workers, and assign all stages in a new epoch, which is returned.
@@ -148,13 +149,22 @@ class Cluster(Closing):
         """
         self._served |= dict(zip(self._launcher.worker_ids, self._joins, strict=False))
         self.replace_lost(is_stuck)
-        self._control.roster.await_others(self._await_worker_s, self._served, self._check_joining)
+        self._await_others()
         self.plan = self._plan_as_seated()
         self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
         self.assign()
         self.runtime_dir.remove_sockets("worker-*", keep=[join.data_endpoint for join in self.join()])
         self.load()
         return self._settings.epoch
+
+    def _await_others(self) -> None:
+        """Whoever was awaited in vain is not awaited again: only a spare can help then. Raises WorkerAbsent."""
+        try:
+            self._control.roster.await_others(self._patience_s, self._served, self._check_joining)
+        except WorkerAbsent:
+            self._patience_s = 0.0
+            raise
+        self._patience_s = self._await_worker_s
 
     def replace_lost(self, is_stuck: bool) -> None:
         """Start workers anew in the place of those lost; `join` waits for them.

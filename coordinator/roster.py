@@ -178,6 +178,19 @@ class Roster:
             with self.changed:
                 self.changed.wait(0.1)
 
+    def missing(self, needed: Mapping[str, Join]) -> tuple[Seat, ...]:
+        """The seats without a worker for which no spare would do either; `needed` as for `await_others`."""
+        with self.changed:
+            spares = [spare.join for spare in self.spares if spare.is_there]
+            missing = []
+            for seat in self.waiting_seats():
+                chosen = choose_spare(needed.get(seat.worker_id), spares)
+                if chosen is None:
+                    missing.append(seat)
+                else:
+                    spares = [spare for spare in spares if spare is not chosen]
+        return tuple(missing)
+
     def joined(self) -> dict[str, Join]:
         """What each worker that has a stage said it has."""
         with self.changed:

@@ -95,6 +95,7 @@ def test_a_spare_takes_the_place_of_one_that_does_not_come_back(
     people.admit_other(lab3.sender(), lab3.join("cuda:0"))
     people.admit_other(lab5.sender(), lab5.join("cuda:1"))
     served = {"stage-2": people.workers["stage-2"].join}
+    assert people.missing(served) == ()
     assert people.forget("stage-2") == lab3.sender()
     people.await_others(0.0, served, lambda: None)
     assert notes[-1] == "cuda:1 of lab5, a spare worker, takes the place of stage 2 (cuda:0 of lab3)"
@@ -111,6 +112,7 @@ def test_without_a_spare_that_will_do_the_wait_ends_with_a_reason(people: Roster
     with pytest.raises(WorkerAbsent, match=r"stage 2 \(cuda:0 of lab3\) did not come back within 0 s, and no spare"):
         people.await_others(0.0, served, lambda: None)
     people.admit_other(lab5.sender(), lab5.join("cpu", memory=99))
+    assert people.missing(served) == (SEATS[1],)
     with pytest.raises(WorkerAbsent, match="1 spare workers have another kind of device or less memory"):
         people.await_others(0.0, served, lambda: None)
 

@@ -119,6 +119,16 @@ class Host:
             yield
 
     @contextmanager
+    def cut_off_from(self, other: "Host") -> Iterator[None]:
+        """What it sends to that one host is lost, whatever else it sends or hears is not."""
+        route = ("-n", self.namespace, "route")
+        _ip(*route, "add", "blackhole", f"{other.address}/32")
+        try:
+            yield
+        finally:
+            _ip(*route, "del", "blackhole", f"{other.address}/32")
+
+    @contextmanager
     def asleep(self) -> Iterator[None]:
         """All of its processes stand still; its kernel answers."""
         pids = self.pids()

@@ -73,6 +73,15 @@ def test_a_lost_host_comes_back_by_itself(lab: Lab, fault: Fault, num_answers: i
     lab.wait_for_connections()
 
 
+def test_a_dead_hop_between_two_stages_is_found_by_the_steps(lab: Lab) -> None:
+    """All workers answer the launch, but hidden states do not get from one to the next: the step counts as stuck."""
+    wanted = lab.answers(1, None)
+    assert lab.answers(1, None, until_lost(lab, lambda host: host.cut_off_from(lab.hosts[1]), lab.hosts[0])) == wanted
+    assert "far longer than such steps took before" in lab.launch.log
+    assert "these layers were still here" in lab.workers[1].log
+    lab.wait_for_connections()
+
+
 def test_a_dead_cable_is_found_at_both_ends(lab: Lab) -> None:
     """Nobody asks anything, no packet says goodbye: both hosts give the connections up, and make new ones later."""
     host = lab.hosts[2]
