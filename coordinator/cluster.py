@@ -190,6 +190,7 @@ class Cluster(Closing):
         joined, pongs = roster.joined(), roster.pongs()
         gone = self._lost() | self._could_not_load
         gone |= {index for index, stage in enumerate(self.plan.stages) if stage.host and ids[index] not in joined}
+        gone = gone or {index for index, worker_id in enumerate(ids) if worker_id not in joined}
         left = [index for index, worker_id in enumerate(ids) if index not in gone and worker_id in joined]
         if not gone:
             raise ReplanError("it is not known which stage is lost")

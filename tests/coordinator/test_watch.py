@@ -113,3 +113,15 @@ def test_the_terminal_is_left_as_it_was() -> None:
         assert "4 running" in terminal.getvalue()
         assert "\x1b[?25l" in terminal.getvalue()  # the cursor is hidden
     assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("4 running")
+
+
+def test_the_panel_follows_the_stages() -> None:
+    """When others have taken a stage's layers it shows those that are left, and what they do."""
+    terminal, loads = io.StringIO(), itertools.repeat(BUSY)
+    with WatchView(PLAN, [4096, 2048], loads.__next__, terminal) as view:
+        view(a_step(100.0))
+        view.show(replace(PLAN, stages=(replace(PLAN.stages[0], layer_end=PLAN.num_layers),)), [1024])
+        shown = io.StringIO()
+        Console(file=shown, width=100).print(view._draw())
+    assert f"layers 1-{PLAN.num_layers})" in shown.getvalue() and "of 1024" in shown.getvalue()
+    assert "stage 2" not in shown.getvalue()

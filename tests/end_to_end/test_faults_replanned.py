@@ -49,6 +49,8 @@ def test_one_stage_can_be_all_that_is_left(tmp_path: Path) -> None:
     with disturbed_launch(tmp_path, recovery=policy) as launch:
         launch.must_survive(DECODE, FOUR, lambda: strike(launch, marker, 0, 2))
         assert [each.layers_text for each in launch.chat_model.cluster.plan.stages] == ["1-6"]
+        (answer,) = launch.answers(DECODE, ONE_GREEDY)
+        assert [stage.layers for stage in answer.close()[1].stats.stages] == ["1-6"]
 
 
 def test_a_stage_that_cannot_load_again_is_replanned(tmp_path: Path) -> None:
