@@ -191,6 +191,7 @@ def test_sampling_options_that_contradict_are_refused() -> None:
         (["--ids", "5", "--connect", "--model", "x", "--stages", "2"], "drop --stages, --model"),
         (["--ids", "5", "--connect", "--trace", "x"], "--trace would look into the launch that --connect uses"),
         (["--ids", "5", "--connect", "--listen", "tcp://192.0.2.1"], "drop --listen"),
+        (["--ids", "5", "--connect", "--replan"], "drop --replan"),
         (["--ids", "5", "--await-worker", "3"], "--await-worker 3.0 is for other hosts; add --listen"),
         (["--ids", "5", "--layers", "lab2/cpu=1-6"], "stages of lab2 need a place to join: add --listen"),
         (["--ids", "5", "--watch"], "--watch is for many answers"),

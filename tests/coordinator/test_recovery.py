@@ -180,3 +180,40 @@ def test_while_a_worker_is_awaited_requests_fail_at_once_and_its_return_is_enoug
     while not engine.is_idle:
         supervisor.step()
     assert good.new_ids == expected_ids([1, 2, 3], 12, GREEDY, is_repetitive=False)
+
+
+class Shrinking(Losing):
+    """Never comes back with two stages; `leave_out_lost` leaves one, which does, with a smaller budget."""
+
+    kv_budgets, num_stages = (1000, 1000), 2
+
+    def recover(self, is_stuck: bool) -> int:
+        if self.num_stages == 2:
+            raise WorkerDied("stage 2 died again")
+        return super().recover(is_stuck)
+
+    def leave_out_lost(self, _choose: object) -> tuple[str, ...]:
+        self.kv_budgets, self.num_stages = (60,), 1
+        return ("layers 3-4: from stage 2 to stage 1",)
+
+
+def test_stages_that_are_left_go_on_by_themselves() -> None:
+    """Behind the last attempt comes another plan: requests go on, within the budget and the steps of fewer stages."""
+    engine, pipeline = hash_engine(SchedulerSettings(1000, max_steps_in_flight=3))
+    shrinking, told, seen = Shrinking(pipeline, [2]), list[str](), list[int]()
+    policy = RecoveryPolicy(max_attempts=2, replan=True)
+    mender = Mender(shrinking, policy, told.append, choose=lambda *_: None, sleep=lambda _: None)  # type: ignore[arg-type, return-value]
+    supervisor = Supervisor(engine, shrinking, mender)
+    supervisor.on_replanned.append(lambda: seen.append(shrinking.num_stages))
+    sequence = request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert sequence.new_ids == expected_ids([1, 2, 3], 12, GREEDY, is_repetitive=False)
+    assert "attempt 2 of 2" in told[1]
+    assert told[2].startswith("stage 2 died again\ngiven up; its layers go to the other stages:\n  layers 3-4: from")
+    assert seen == [1]
+    assert (engine.settings.kv_budget_tokens, engine.settings.max_steps_in_flight) == (60, 2)
+    too_long = request(engine, [1] * 80, 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert "the tightest stage has 60" in str(too_long.error)
