@@ -23,16 +23,12 @@ class VersionError(ProtocolError):
 
 
 class MessageError(ProtocolError):
-    """A header that reads well but holds no valid message; `path` says where, e.g. `Step.spans[0].start_pos`."""
+    """A header that reads well but holds no valid message; `path` says in which message."""
 
     def __init__(self, text: str, path: str = "") -> None:
         super().__init__(f"{path}: {text}" if path else text)
         self.text = text
         self.path = path
-
-    def inside(self, part: str) -> "MessageError":
-        """The same fault seen from one level further out; `part` is `.field`, `[index]` or a type's name."""
-        return MessageError(self.text, part + self.path)
 
 
 class TensorError(ProtocolError):

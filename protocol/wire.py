@@ -1,5 +1,6 @@
 """Message and tensors <-> frames: a msgpack header {"p", "v", "t", "b", "x"}, then one raw frame per tensor."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -22,6 +23,10 @@ from protocol.tensors import FLOAT_DTYPES, RawTensor
 from protocol.version import PROTOCOL_VERSION
 
 PROTOCOL_WORD = "glmpipe"
+MAX_QUOTED = 40
+"""Characters of what a peer sent that an error may repeat."""
+_QUOTING = re.compile(r"(Object contains unknown field|Invalid (?:enum )?value) [`'\"]")
+_PLACE = re.compile(r" - at `\$[\w.\[\]]{0,80}`$")
 
 Frame = bytes | memoryview
 
@@ -144,10 +149,10 @@ def _header_fault(packed: bytes, error: Exception) -> ProtocolError:
     try:
         opening = _OPENINGS.decode(packed)
     except Exception:  # not even that
-        return FrameError(f"the header is no msgpack map as it should be: {error!s:.200}")
+        return FrameError(f"the header is no msgpack map as it should be: {_said(error)}")
     if opening.p != PROTOCOL_WORD or type(opening.v) is not int or opening.v != PROTOCOL_VERSION:
         return _stranger(opening.p, opening.v)
-    return FrameError(f"the header's keys are not b, p, t, v, x with their kinds of values: {error!s:.200}")
+    return FrameError(f"the header's keys are not b, p, t, v, x with their kinds of values: {_said(error)}")
 
 
 def _stranger(word: str, version: object) -> ProtocolError:
@@ -174,7 +179,18 @@ def _read_body(kind: _Kind, body: bytes | Raw) -> Message:
     except MessageError as error:
         raise MessageError(error.text, kind.type.__name__) from None
     except Exception as error:  # as with headers
-        raise MessageError(f"{error!s:.200}", kind.type.__name__) from None
+        raise MessageError(f"{_said(error)}", kind.type.__name__) from None
+
+
+def _said(error: Exception) -> str:
+    """The parser's words; what they quote of the peer's, which may be a prompt or have line breaks, is cut short."""
+    text = str(error)
+    quoting = _QUOTING.match(text)
+    if quoting is None:
+        return text[:200]
+    place = _PLACE.search(text)
+    quoted = text[quoting.end() : place.start() if place else len(text)]
+    return f"{quoting[1]} {quoted[:-1][:MAX_QUOTED]!r}{place[0] if place else ''}"
 
 
 def _check_header_size(num_bytes: int, kind: _Kind) -> None:
@@ -188,7 +204,7 @@ def _attach(descriptors: Raw, buffers: Sequence[Frame]) -> tuple[RawTensor, ...]
     try:
         described = _DESCRIPTORS.decode(descriptors)
     except Exception as error:  # as with headers
-        raise TensorError(f'"x" is not at most {MAX_TENSORS} pairs of dtype and dimensions: {error!s:.200}') from None
+        raise TensorError(f'"x" is not at most {MAX_TENSORS} pairs of dtype and dimensions: {_said(error)}') from None
     if len(described) != len(buffers):
         raise TensorError(f"{len(described)} tensors described, {len(buffers)} received")
     return tuple(RawTensor(dtype, shape, buffer) for (dtype, shape), buffer in zip(described, buffers, strict=True))
@@ -207,7 +223,5 @@ def _check_tensors(message: Message, tensors: Sequence[RawTensor]) -> None:
             )
     elif expected and tensors[0].dtype != "float32":
         raise TensorError(f"Inspected carries a {tensors[0].dtype} tensor, not float32")
-    elif (expected and tensors[0].num_bytes > MAX_INSPECTED_BYTES) or (
-        expected and tensors[0].num_bytes > MAX_INSPECTED_BYTES
-    ):
+    elif expected and tensors[0].num_bytes > MAX_INSPECTED_BYTES:
         raise TensorError(f"Inspected carries {tensors[0].num_bytes} bytes, at most {MAX_INSPECTED_BYTES} are allowed")

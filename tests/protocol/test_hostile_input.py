@@ -1,6 +1,7 @@
 """Whatever arrives, decode answers with a message or a ProtocolError, and nothing else."""
 
 import copy
+import re
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -111,7 +112,7 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (set_in("v", to=1), VersionError, "version 1, this program version 9: install the same"),
         (set_in("v", to=True), VersionError, "version True"),
         (set_in("t", to="Stop"), MessageError, "'Stop' is no message type"),
-        (set_in("t", to="Ping"), MessageError, "Ping: Object contains unknown field `epoch`"),
+        (set_in("t", to="Ping"), MessageError, "Ping: Object contains unknown field 'epoch'"),
         (set_in("extra", to=1), FrameError, "keys"),
         (set_in("b", to=[]), MessageError, "Step: Expected `object`, got `array`"),
         (set_in("b", "epoch", to=-1), MessageError, r"Step: Expected `int` >= 0 - at `\$.epoch`"),
@@ -145,6 +146,35 @@ def test_faults_are_named(change: Callable[[dict[str, Any]], None], error: type[
     change(spoiled)
     with pytest.raises(error, match=words):
         raise refused(spoiled)
+
+
+SECRET = "my secret\n\x1b[2J" + "and long " * 30
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (set_in("b", SECRET, to=1), "unknown field"),
+        (set_in("b", "updates", 0, "t", to=SECRET), r"Invalid value .*at `\$.updates\[0\].t`"),
+        (set_in("b", "updates", 0, SECRET, to=3), r"unknown field .*at `\$.updates\[0\]`"),
+        (set_in(SECRET, to=1), "unknown field"),
+        (set_in("t", to=SECRET), "no message type"),
+        (set_in("p", to=SECRET), "glmpipe"),
+        (set_in("v", to=SECRET), "version"),
+        (set_in("x", 0, 0, to=SECRET), "dtype"),
+        (set_in("x", 0, to=SECRET), "pairs of dtype"),
+    ],
+)
+def test_little_of_what_a_peer_sent_is_repeated(change: Callable[[dict[str, Any]], None], words: str) -> None:
+    """Errors go to logs: no line breaks, no escape codes, and no more than 40 characters of anybody's text."""
+    spoiled = header()
+    change(spoiled)
+    error = refused(spoiled)
+    assert str(error).isprintable()
+    assert len(str(error)) < 250
+    assert SECRET[20:] not in str(error)
+    assert "and long and long and long and" not in str(error)
+    assert re.search(words, str(error))
 
 
 def test_a_repeated_key_is_refused() -> None:
