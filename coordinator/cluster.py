@@ -1,4 +1,4 @@
-"""The worker processes of one plan on this host: brought up, assigned their layers, watched, taken down."""
+"""The workers of one plan, on this host and on others: brought up, assigned their layers, watched, taken down."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -3,12 +3,13 @@
 import re
 import secrets
 import shlex
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from protocol.endpoints import checked_own_address, host_of
-from protocol.errors import EndpointError
+from protocol.errors import EndpointError, SecurityError
 from protocol.key_files import KeyDirectory
 from protocol.security import KeyPair
 
@@ -33,28 +34,35 @@ class Seat:
 
 
 class Tokens:
-    """One-time tokens, each for one host and for a while. Kept in memory: they end with the launch."""
+    """One-time tokens, each for one host and for a while. Kept in memory: they end with the launch.
+
+    Safe to use from several threads: the gatekeeper asks, the control plane redeems, the launch issues.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._lock = threading.Lock()
         self._tokens: dict[str, tuple[str, float]] = {}
 
     def issue(self, host: str) -> str:
         """A new token that lets a key in under this host's name."""
         token = secrets.token_hex(16)
-        self._tokens[token] = (host, self._clock() + TOKEN_LIFE_S)
+        with self._lock:
+            self._tokens[token] = (host, self._clock() + TOKEN_LIFE_S)
         return token
 
     def redeem(self, token: str) -> str | None:
         """The host that a token was made for, which uses it up; None for a wrong, used or old one."""
-        self._forget_old()
-        found = [known for known in self._tokens if secrets.compare_digest(known.encode(), token.encode())]
-        return self._tokens.pop(found[0])[0] if found else None
+        with self._lock:
+            self._forget_old()
+            found = [known for known in self._tokens if secrets.compare_digest(known.encode(), token.encode())]
+            return self._tokens.pop(found[0])[0] if found else None
 
     def hosts(self) -> set[str]:
         """For whom there is a token that may still be used."""
-        self._forget_old()
-        return {host for host, _ in self._tokens.values()}
+        with self._lock:
+            self._forget_old()
+            return {host for host, _ in self._tokens.values()}
 
     def _forget_old(self) -> None:
         now_s = self._clock()
@@ -80,6 +88,21 @@ class Door:
         """Asked for every connection, by the gatekeeper."""
         return self.allowed.name_of(key) is not None or bool(self.tokens.hosts())
 
+    def unreadable(self) -> str | None:
+        """Why it cannot be known at present who is allowed; None if it can."""
+        try:
+            self.allowed.names()
+        except SecurityError as error:
+            return str(error)
+        return None
+
+    def still_allows(self, key: str, host: str) -> bool:
+        """Whether somebody who was let in may stay. While the list cannot be read, nobody is put out."""
+        try:
+            return self.allowed.names().get(key) == host
+        except SecurityError:
+            return True
+
     def admit(self, key: str, token: str | None) -> str | None:
         """The name of the host that a key belongs to; a good token puts the key on the list first. None: a stranger."""
         name = self.allowed.name_of(key)
@@ -98,8 +121,14 @@ class Door:
         self.seats = tuple(Seat(worker_id, host, device) if s.worker_id == worker_id else s for s in self.seats)
 
     def waiting_lines(self, waiting: Sequence[Seat]) -> list[str]:
-        """For whom a launch waits, and what to run there. A host without a key gets a token, and later a new one."""
-        known = set(self.allowed.names().values())
+        """For whom a launch waits, and what to run there. A host without a key gets a token, and later a new one.
+
+        Or why nobody comes in, as long as the list cannot be read: that is mended by hand, and waited for, too.
+        """
+        try:
+            known = set(self.allowed.names().values())
+        except SecurityError as error:
+            return [f"waiting for {', '.join(seat.text for seat in waiting)}, but nobody comes in: {error}"]
         lines = []
         for host in dict.fromkeys(seat.host for seat in waiting):
             seats = [seat for seat in waiting if seat.host == host]

@@ -12,9 +12,11 @@ from coordinator.door import Door, Seat
 from coordinator.errors import LaunchError, WorkerAbsent
 from coordinator.spares import choose_spare
 from protocol.control import HostModel, Join, Leaving, Pong, Ready, Refused
-from protocol.errors import SecurityError
+from protocol.endpoints import checked_own_address, ipc_path
+from protocol.errors import EndpointError, SecurityError
 from protocol.messages import Message
 from protocol.records import with_changes
+from protocol.security import checked_key
 from protocol.sockets import Socket
 from protocol.version import VERSION, suits
 
@@ -23,6 +25,7 @@ SILENCE_LIMIT_S = 2.8
 LOADING_SILENCE_LIMIT_S = 15.0
 """The same for one that starts or loads, when a disk or a whole machine may be stuck for a while."""
 MAX_SPARES = 64
+MAX_SPARES_OF_A_HOST = 16
 
 NoteSink = Callable[[str], None]
 
@@ -81,6 +84,8 @@ class Roster:
     changed: threading.Condition = field(default_factory=threading.Condition)
     workers: dict[str, Member] = field(default_factory=dict)
     spares: list[Member] = field(default_factory=list)
+    _unreadable: str | None = None
+    """What was last said to be wrong with the allow-list."""
 
     # -- who may join
 
@@ -98,6 +103,8 @@ class Roster:
     def admit_other(self, sender: Sender, join: Join) -> Refused | bool:
         """A worker of another host: who it is says its key, not what it calls itself. Whether it is a spare."""
         assert self.door is not None
+        if self.door.unreadable() is not None:  # which is noted once a second at most, by `drop_revoked`
+            return Refused(join.request_id, "no_seat", "the launching host's allow-list cannot be read at present")
         try:
             name = self.door.admit(sender.key, join.token)
         except SecurityError as error:
@@ -108,6 +115,9 @@ class Roster:
         join = with_changes(join, host=name, token=None)
         if not suits(join.glmpipe_version):
             return self._refuse(join, "version", _versions(f"worker {join.worker_id} of {name}", join))
+        fault = _fault(join)
+        if fault is not None:
+            return self._refuse(join, "join", f"a worker of {name} cannot be reached: {fault}")
         difference = None if self.model is None or join.model is None else _difference(self.model, join.model, name)
         if difference is not None:
             return self._refuse(join, "model", difference)
@@ -255,7 +265,14 @@ class Roster:
             self.on_note(f"the spare worker {spare.join.device} of {spare.join.host} is gone")
 
     def drop_revoked(self) -> list[Sender]:
-        """Workers whose key is no longer allowed are lost at once; who is to be told."""
+        """Workers whose key is no longer allowed are lost at once; who is to be told.
+
+        Nobody is while it cannot be read who is allowed, which is said once.
+        """
+        unreadable = None if self.door is None else self.door.unreadable()
+        if unreadable is not None and unreadable != self._unreadable:
+            self.on_note(f"who has joined may stay, but nobody else comes in: {unreadable}")
+        self._unreadable = unreadable
         with self.changed:
             members = (*self.workers.values(), *self.spares)
             revoked = [member for member in members if member.left is None and not self._is_allowed(member)]
@@ -272,7 +289,7 @@ class Roster:
     def _is_allowed(self, member: Member) -> bool:
         if not member.sender.key or self.door is None:
             return True
-        return self.door.allowed.name_of(member.sender.key) == member.join.host
+        return self.door.still_allows(member.sender.key, member.join.host)
 
     def _seat_of(self, key: str, join: Join) -> str | None:
         """The seat of a worker that comes again, or else one that is free or was left before it had anything to do."""
@@ -287,10 +304,13 @@ class Roster:
     def _keep_as_spare(self, sender: Sender, join: Join) -> Refused | bool:
         who = (sender.key, join.public_key)  # what it proved, and which of its processes it says to be
         known = [spare for spare in self.spares if (spare.sender.key, spare.join.public_key) == who]
-        if len(self.spares) - len(known) >= MAX_SPARES:
-            text = f"no stage waits for {join.device} of {join.host}, and {MAX_SPARES} spare workers are there already"
+        others = [spare for spare in self.spares if spare not in known]
+        of_host = sum(spare.sender.key == sender.key for spare in others)
+        if len(others) >= MAX_SPARES or of_host >= MAX_SPARES_OF_A_HOST:
+            there = f"{of_host} spare workers of that host and {len(others)} in all are there already"
+            text = f"no stage waits for {join.device} of {join.host}, and {there}"
             return Refused(join.request_id, "no_seat", text)
-        self.spares = [*(spare for spare in self.spares if spare not in known), Member(sender, join)]
+        self.spares = [*others, Member(sender, join)]
         if not known:
             self.on_note(f"{join.device} of {join.host} has joined beyond the plan: held as a spare worker")
         return True
@@ -334,6 +354,18 @@ class Roster:
 
 def _versions(who: str, join: Join) -> str:
     return f"{who} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}: install the same version on both"
+
+
+def _fault(join: Join) -> str | None:
+    """Why neither this host nor a neighbouring stage could connect to that worker as it says; None if they could."""
+    try:
+        endpoint = checked_own_address(join.data_endpoint)
+        checked_key(join.public_key)
+    except (EndpointError, SecurityError) as error:
+        return str(error)
+    if ipc_path(endpoint) is not None or endpoint.endswith((":*", ":0")):
+        return f"{join.data_endpoint:.80} is no address and port"
+    return None if join.is_guarded else f"{endpoint} demands no keys"
 
 
 def _difference(launched: HostModel, there: HostModel, host: str) -> str | None:

@@ -43,6 +43,8 @@ EXIT_LOST = 3
 EXIT_REFUSED = 4
 
 STUCK_AFTER_S = 5.0
+TAKEN_AFTER_S = 60.0
+"""A main thread that has not looked for so long at what makes its work unwanted hangs: nothing will come of it."""
 _POLL_S = 1.0
 _PAIR_ENDPOINT = "inproc://commands"
 _LOST = b"lost"
@@ -106,6 +108,8 @@ class ControlLink:
         self._closed = threading.Event()
         self._interrupts_seen = 0
         self._interrupts_taken = 0
+        self._untaken_s = 0.0
+        self._taken_before = 0
         self._coordinator_id: str | None = None
         self._ask_again_s: float | None = None
         self._last_assign: Assign | None = None
@@ -150,8 +154,6 @@ class ControlLink:
         try:
             frames = receive(self.commands, zmq.NOBLOCK)
         except zmq.Again:
-            return None
-        if len(frames) == 1 and not frames[0]:
             return None
         if len(frames) == 1 and frames[0] == _LOST:
             self._interrupts_taken += 1
@@ -209,6 +211,7 @@ class ControlLink:
             if self._settings.lifeline_fd in events:
                 self._on_lifeline()
             self._count_silence(heard, waited_s)
+            self._count_untaken(waited_s)
 
     def _watch(self) -> None:
         """Watch the sockets as they are now."""
@@ -280,6 +283,7 @@ class ControlLink:
     def _forget_stage(self) -> None:
         """The main thread gives up sequences and hops, but not the weights."""
         self._interrupts_seen += 1
+        self._last_assign = None  # the same again is not asked in vain
         self._main.send(_LOST, flags=zmq.NOBLOCK)
         self._wake_main()
 
@@ -351,6 +355,16 @@ class ControlLink:
             else:
                 self._lose_coordinator(silence)
                 self._ask_again_s = ASK_AGAIN_S
+
+    def _count_untaken(self, waited_s: float) -> None:
+        """Somebody else must take the place of a main thread that hangs, however well this thread answers."""
+        taken = self._interrupts_taken
+        if taken == self._interrupts_seen or taken != self._taken_before:
+            self._untaken_s, self._taken_before = 0.0, taken
+            return
+        self._untaken_s += waited_s
+        if self._untaken_s >= TAKEN_AFTER_S:
+            self._leave(EXIT_LOST, f"the work in hand has not ended for {TAKEN_AFTER_S:g} s since it is not wanted")
 
     def _leave(self, code: int, reason: str, request_id: int = 0) -> None:
         """Decide to end: say goodbye, wake the main thread."""

@@ -66,7 +66,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until Ctrl-C, SIGTERM, or the loss of a stage."""
+    """Serve until Ctrl-C or SIGTERM."""
     if options.plan_file is not None:
         if options.plan is not None:
             raise PlanError([f"{options.plan_file} and --plan {options.plan} are both given; give one plan"])

@@ -1,5 +1,6 @@
 """The door for other hosts: tokens, seats, and what a launch says while it waits."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,27 @@ def test_a_token_is_good_once_and_for_a_while() -> None:
     assert tokens.hosts() == {"lab3"}
     now_s = TOKEN_LIFE_S + 1
     assert tokens.redeem(second) is None
+    assert tokens.hosts() == set()
+
+
+def test_tokens_are_safe_to_use_from_several_threads() -> None:
+    """Two that ask for hosts all the while lose no token that a third issues, and each is redeemed once."""
+    tokens, is_over = Tokens(), threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            tokens.hosts()
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        issued = {tokens.issue(f"lab{number}"): f"lab{number}" for number in range(300)}
+        assert {token: tokens.redeem(token) for token in issued} == issued
+    finally:
+        is_over.set()
+        for asker in askers:
+            asker.join()
     assert tokens.hosts() == set()
 
 
@@ -65,6 +87,17 @@ def test_what_to_run_elsewhere_is_told(door: Door) -> None:
     assert "--token" not in lines[4]
     again = "\n".join(door.waiting_lines(SEATS))
     assert token not in again and "given above" in again
+
+
+def test_a_list_that_cannot_be_read_is_waited_for(door: Door) -> None:
+    """What is wrong is told in place of commands, which are there again when it is mended."""
+    door.allowed.add("lab3", new_key_pair().public)
+    file = door.allowed.path / "lab3.pub"
+    file.chmod(0o644)
+    (line,) = door.waiting_lines(SEATS[2:])
+    assert line.startswith("waiting for stage 4 (cpu of lab3), but nobody comes in: ") and f"chmod 600 {file}" in line
+    file.chmod(0o600)
+    assert len(door.waiting_lines(SEATS[2:])) == 2
 
 
 def test_a_door_needs_a_key(tmp_path: Path) -> None:

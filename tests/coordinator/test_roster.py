@@ -1,7 +1,10 @@
 """Who has a stage, who is a spare, and who takes whose place."""
 
+import hashlib
+
 import pytest
 import zmq
+from zmq.utils import z85
 
 from coordinator import roster
 from coordinator.door import Door, Seat
@@ -18,6 +21,11 @@ from protocol.version import VERSION
 SEATS = (Seat("stage-1", "lab2", "cpu"), Seat("stage-2", "lab3", "cuda:0"))
 ROUTER: Socket = zmq.Socket(zmq.Context.instance(), zmq.ROUTER)
 ROUTER.close()
+
+
+def process_key(text: str) -> str:
+    """A public key, always the same for the same text."""
+    return z85.encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 class Host:
@@ -39,9 +47,9 @@ class Host:
         version: str = VERSION,
         model: HostModel | None = None,
     ) -> Join:
-        process_key = f"{self.name} {process}"
         facts = ("2.13", "name", 1, device, "a device", memory, memory, 1, (), "tcp://192.0.2.1:1")
-        return Join(7, "cpu-1", version, *facts, process_key, True, None, model)  # type: ignore[arg-type]
+        key = process_key(f"{self.name} {process}")
+        return Join(7, "cpu-1", version, *facts, key, True, None, model)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -81,7 +89,7 @@ def test_a_spare_of_the_same_host_and_device_needs_no_waiting(people: Roster, ke
     people.admit_other(lab2.sender(b"2"), lab2.join(process="b"))
     people.forget("stage-1")
     assert [seat.worker_id for seat in people.waiting_seats()] == ["stage-2"]
-    assert people.workers["stage-1"].join.public_key == "lab2 b"
+    assert people.workers["stage-1"].join.public_key == process_key("lab2 b")
     assert people.spares == []
 
 
@@ -129,6 +137,57 @@ def test_spares_that_are_gone_are_no_spares(people: Roster, keys: KeyDirectory, 
     people.drop_gone_spares()
     assert people.spares == []
     assert len([note for note in notes if note.endswith("is gone")]) == 3
+
+
+def test_nobody_is_put_out_while_the_list_cannot_be_read(people: Roster, keys: KeyDirectory, notes: list[str]) -> None:
+    """Those who joined stay and are heard, others wait outside; it is said once, and revocation works afterwards."""
+    lab2, lab3 = Host(keys, "lab2"), Host(keys, "lab3")
+    people.admit_other(lab2.sender(), lab2.join())
+    file = keys.path / "allowed" / "lab3.pub"
+    file.chmod(0o644)
+    for _ in range(3):
+        assert people.drop_revoked() == []
+    assert people.find(lab2.sender()) is not None and people.lost() == {}
+    refused = people.admit_other(lab3.sender(), lab3.join("cuda:0"))
+    assert isinstance(refused, Refused) and refused.code == "no_seat"  # it asks again
+    assert len(notes) == 1 and f"chmod 600 {file}" in notes[0] and str(file) not in refused.text
+    file.chmod(0o600)
+    keys.allowed.remove("lab2")
+    assert people.drop_revoked() == [lab2.sender()]
+    assert people.admit_other(lab3.sender(), lab3.join("cuda:0")) is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"public_key": "lab2"}, "'lab2' is no public key"),
+        ({"data_endpoint": "tcp://192.0.2.1:99999"}, "port 99999"),
+        ({"data_endpoint": "tcp://192.0.2.1:0"}, "no address and port"),
+        ({"data_endpoint": "tcp://lab2:7500"}, "no IP address"),
+        ({"data_endpoint": "ipc:///tmp/worker-1"}, "no address and port"),
+        ({"is_guarded": False}, "demands no keys"),
+    ],
+)
+def test_whoever_cannot_be_connected_to_is_refused(
+    people: Roster, keys: KeyDirectory, notes: list[str], changes: dict[str, object], words: str
+) -> None:
+    """Its neighbours would fail in its place. The seat stays free for one that can."""
+    lab2 = Host(keys, "lab2")
+    refused = people.admit_other(lab2.sender(), with_changes(lab2.join(), **changes))
+    assert isinstance(refused, Refused) and refused.code == "join"
+    assert words in refused.text and "lab2" in notes[0]
+    assert people.admit_other(lab2.sender(), lab2.join()) is False
+
+
+def test_one_host_cannot_take_up_all_room_for_spares(people: Roster, keys: KeyDirectory) -> None:
+    """It may have so many; another host's still come in, and one of its own that connects anew does."""
+    lab5, lab6 = Host(keys, "lab5"), Host(keys, "lab6")
+    for number in range(roster.MAX_SPARES_OF_A_HOST):
+        assert people.admit_other(lab5.sender(b"%d" % number), lab5.join(process=str(number))) is True
+    refused = people.admit_other(lab5.sender(b"x"), lab5.join(process="x"))
+    assert isinstance(refused, Refused) and refused.code == "no_seat"
+    assert people.admit_other(lab5.sender(b"y"), lab5.join(process="0")) is True
+    assert people.admit_other(lab6.sender(), lab6.join()) is True
 
 
 def test_another_version_is_refused_with_both_names(people: Roster, keys: KeyDirectory, notes: list[str]) -> None:
