@@ -1,7 +1,7 @@
 """Cables that drop, directions that die, hosts that sleep: the answer goes on with the tokens it would have had."""
 
 import re
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 
@@ -27,12 +27,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 def for_a_while(fault: Fault, host: Host, seconds: float) -> Callable[[], None]:
-    """Begins now, ends by itself."""
+    """Begins now; ends so many seconds later, whatever else there is to do. Answers wait to be read meanwhile."""
 
     def begin() -> None:
-        stack = ExitStack()
-        stack.enter_context(fault(host))
-        threading.Timer(seconds, stack.close).start()
+        with fault(host):
+            time.sleep(seconds)
 
     return begin
 
