@@ -1,6 +1,7 @@
 """The control thread's decisions, taken without the thread: what a main thread that takes nothing leads to."""
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import zmq
 from protocol.control import Assign, Join
 from protocol.security import new_key_pair
 from protocol.sockets import Socket
+from stage_worker import control_link
 from stage_worker.control_link import EXIT_LOST, TAKEN_AFTER_S, ControlLink, CoordinatorLost, LinkSettings
 
 ASSIGN = Assign(3, 1, 0, 1, "", None, "", 0, 2, "fp32", 100, "ipc:///x", None, None, None, False)
@@ -19,13 +21,19 @@ def no_join() -> Join:
 
 
 @pytest.fixture
-def link() -> Iterator[ControlLink]:
+def ended() -> threading.Event:
+    """Set when the control thread ends the process."""
+    return threading.Event()
+
+
+@pytest.fixture
+def link(ended: threading.Event) -> Iterator[ControlLink]:
     """Of a worker of another host than the coordinator's; its thread does not run, nothing is connected."""
     context: zmq.Context[Socket] = zmq.Context()
     read_end, write_end = os.pipe()
     keys = new_key_pair()
     settings = LinkSettings("tcp://192.0.2.1:7410", "cpu-1", no_join, None, read_end, None, lambda: keys, keys.public)
-    link = ControlLink(context, settings, lambda *_: ASSIGN, lambda: None, lambda _: None, "inproc://wake")
+    link = ControlLink(context, settings, lambda *_: ASSIGN, lambda: None, lambda _: ended.set(), "inproc://wake")
     try:
         yield link
     finally:
@@ -51,6 +59,17 @@ def test_a_worker_whose_main_thread_hangs_leaves(link: ControlLink) -> None:
     assert not link.leaving
     link._count_untaken(1)
     assert link.leaving and link.exit_code == EXIT_LOST
+
+
+def test_a_main_thread_that_hangs_is_not_waited_for(
+    link: ControlLink, ended: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control thread notices by itself, and ends the process that nobody else would end."""
+    monkeypatch.setattr(control_link, "TAKEN_AFTER_S", 0.1)
+    monkeypatch.setattr(control_link, "STUCK_AFTER_S", 0.1)
+    link._hand_over(ASSIGN)
+    link.start()
+    assert ended.wait(30) and link.exit_code == EXIT_LOST
 
 
 def test_a_main_thread_that_takes_one_thing_after_another_is_no_reason_to_leave(link: ControlLink) -> None:
