@@ -55,8 +55,11 @@ class Answer:
 
     def follow(self, plan: Plan) -> None:
         """The stages may be others than before, of which nothing is told in the end."""
-        if plan is not self._plan:
-            self._plan, self._shares = plan, [StageShare(0.0, 0.0, 0)] * len(plan.stages)
+        if plan is self._plan:
+            return
+        if plan != self._plan:
+            self._shares = [StageShare(0.0, 0.0, 0)] * len(plan.stages)
+        self._plan = plan
 
     def account(self, timing: StepTiming | None) -> None:
         """Add what a step cost."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from coordinator.pipeline import Outcome, Pipeline
+from coordinator.pipeline import FIRST_STEP_ID, Outcome, Pipeline
 from coordinator.recovery import Patience
 from coordinator.scheduler import Chunk, StepKind
 from coordinator.timing import EndsClock
@@ -30,6 +30,11 @@ class InFlight:
     spans: tuple[Span, ...]
     clock: EndsClock = field(default_factory=EndsClock)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all chunks, drafted ones included."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
 
 class Chain:
     """The stages with what is on its way through them, first in, first out.
@@ -46,7 +51,7 @@ class Chain:
         self._in_flight: deque[InFlight] = deque()
         self._is_doubtful = False
         self._patience = Patience()
-        self._step_ids = itertools.count(1)
+        self._step_ids = itertools.count(FIRST_STEP_ID)
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -80,8 +85,7 @@ class Chain:
             self._submit(None, ())  # its outcome at least will come
             self._is_doubtful = False
         while True:
-            num_tokens = sum(len(chunk.token_ids) for flight in self._in_flight for chunk in flight.chunks)
-            outcome = self._pipeline.collect(self._epoch, self._patience.limit_s(num_tokens))
+            outcome = self._pipeline.collect(self._epoch, self._limit_s)
             while self._in_flight and self._in_flight[0].step_id <= outcome.message.step_id:
                 flight = self._in_flight.popleft()
                 was_lost = flight.step_id < outcome.message.step_id
@@ -93,7 +97,8 @@ class Chain:
                     else:
                         sequence.num_cached = chunk.end
                 if not was_lost:
-                    self._patience.observe(num_tokens, outcome.arrived_at_s - outcome.submitted_at_s)
+                    if flight.kind is not None:
+                        self._patience.observe(flight.kind, flight.num_tokens, outcome.took_s)
                     return flight, outcome
 
     def start_over(self, epoch: int) -> None:
@@ -112,13 +117,17 @@ class Chain:
             self._is_doubtful = bool(self._in_flight)
             raise
 
+    def _limit_s(self) -> float:
+        """How long to wait for the stages to take a step, or for an outcome."""
+        return self._patience.limit_s((flight.kind, flight.num_tokens) for flight in self._in_flight if flight.kind)
+
     def _submit(self, kind: StepKind | None, chunks: tuple[Chunk, ...]) -> int:
         updates = tuple(self.updates[:MAX_UPDATES])
         flight = InFlight(next(self._step_ids), kind, chunks, tuple(map(_span, chunks)))
         with flight.clock.embedding:
             ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
             hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
-        self._pipeline.submit(Step(self._epoch, flight.step_id, updates, flight.spans, ()), hidden)
+        self._pipeline.submit(Step(self._epoch, flight.step_id, updates, flight.spans, ()), hidden, self._limit_s)
         self._in_flight.append(flight)
         del self.updates[: len(updates)]
         return flight.step_id

@@ -89,7 +89,7 @@ def launch(
     checkpoint = open_checkpoint(model_dir)
     most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
     told = (model_dir, checkpoint.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
-    settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision)
+    settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision, hidden_size=config.hidden_size)
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
     try:
         choose = Replanner(config, most_kv_tokens, refuse=check_memory)

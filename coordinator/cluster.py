@@ -14,18 +14,18 @@ from coordinator.cluster_settings import AWAIT_WORKER_S, ClusterSettings, Listen
 from coordinator.control import ControlPlane
 from coordinator.door import Door, Seat, guarded_endpoints
 from coordinator.errors import LaunchError, ReplanError, StageLost, WorkerAbsent, WorkerDied
+from coordinator.first_step import send_first_step, stuck_hop
 from coordinator.launcher import Launcher, LogSink
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
 from coordinator.replanning import Remaining, Replanned, checked_hosts
-from coordinator.reply import Reply, expect
+from coordinator.reply import Reply, expect, inspected_whole
 from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
-from protocol.control import Assign, HostModel, Inspect, Inspected, InspectedPart, Join, Ping, Pong, Progress, Ready
+from protocol.control import Assign, HostModel, Inspect, InspectedPart, Join, Ping, Pong, Progress, Ready
 from protocol.security import Gatekeeper
 from protocol.sockets import Socket
-from protocol.torch_bridge import from_raw
 
 JOIN_DEADLINE_S = 120.0
 """Python and torch take seconds to start, a minute on a slow disk."""
@@ -117,7 +117,8 @@ class Cluster(Closing):
         """Wait for the workers, give each its layers if that was not done, wait until all serve.
 
         Raises:
-            LaunchError: a worker died, did not join in time, or cannot hold its layers.
+            LaunchError: a worker died, did not join in time, or cannot hold its layers. StageLost: one was lost at the
+            end; StepStuck: nothing comes through from one to the next.
         """
         if not self._assigned:
             self.assign()
@@ -125,6 +126,8 @@ class Cluster(Closing):
         self._on_progress = None  # what is loaded again later, nobody watches
         first = self._joins[0]
         self.pipeline.connect(first.data_endpoint, first.public_key if first.is_guarded else None)
+        if self._settings.hidden_size is not None:
+            send_first_step(self.pipeline, self.epoch, self._settings.hidden_size, self._stuck_hop)
         return self.ready
 
     def check(self) -> None:
@@ -151,6 +154,7 @@ class Cluster(Closing):
         self.replace_lost(is_stuck)
         self._await_others()
         self.plan = self._plan_as_seated()
+        self.pipeline.hosts = tuple(stage.host for stage in self.plan.stages)
         self._settings = replace(self._settings, epoch=self._settings.epoch + 1)
         self.assign()
         self.runtime_dir.remove_sockets("worker-*", keep=[join.data_endpoint for join in self.join()])
@@ -224,9 +228,18 @@ class Cluster(Closing):
 
     def _laggard(self) -> int:
         """The stage that a stuck step is at: the first one that has done fewer steps than the one before it."""
-        pongs = self._control.roster.pongs()
-        done = [pongs[worker_id].num_steps if worker_id in pongs else 0 for worker_id in self._launcher.worker_ids]
+        done = self._num_steps()
         return next((i for i in range(1, len(done)) if done[i] < done[i - 1]), 0)
+
+    def _num_steps(self) -> list[int]:
+        pongs = self._control.roster.pongs()
+        return [pongs[worker_id].num_steps if worker_id in pongs else 0 for worker_id in self._launcher.worker_ids]
+
+    def _stuck_hop(self) -> str:
+        """The hop that the epoch's first step seems to be at."""
+        names = [self._name(index) for index in range(self.num_stages)]
+        ends = [*(join.data_endpoint for join in self._joins), self.pipeline.return_endpoint]
+        return stuck_hop(self._num_steps(), names, ends)
 
     def inspect(self, layer: int, sequence_id: int, what: InspectedPart) -> torch.Tensor:
         """What the stage that holds `layer` (from 0) has of a sequence, fp32 [num_tokens, ...].
@@ -235,18 +248,12 @@ class Cluster(Closing):
             LaunchError: the stage has no such thing. StageLost: it does not answer.
         """
         index = next(i for i, stage in enumerate(self.plan.stages) if stage.layer_start <= layer < stage.layer_end)
-        pieces: list[torch.Tensor] = []
-        num_tokens = num_there = 0
-        while not pieces or num_there < num_tokens:
-            inspect = Inspect(0, sequence_id, layer, what, num_there)
-            reply = self._control.request(self._launcher.worker_ids[index], inspect, REQUEST_DEADLINE_S)
-            inspected, tensors = expect(reply, Inspected, f"stage {index + 1}")
-            assert isinstance(inspected, Inspected)
-            pieces.append(from_raw(tensors[0]))
-            num_tokens, num_there = inspected.num_tokens, num_there + len(pieces[-1])
-            if not len(pieces[-1]) and num_there < num_tokens:
-                raise StageLost(f"stage {index + 1} kept back a part of what it has")
-        return torch.cat(pieces)
+
+        def ask(start_pos: int) -> Reply:
+            inspect = Inspect(0, sequence_id, layer, what, start_pos)
+            return self._control.request(self._launcher.worker_ids[index], inspect, REQUEST_DEADLINE_S)
+
+        return inspected_whole(ask, f"stage {index + 1}")
 
     def health(self) -> tuple[Pong, ...]:
         """What each stage is doing and holding, asked now.

@@ -40,6 +40,8 @@ class ClusterSettings:
     record_hidden_states: bool = False
     model_name: str = ""
     revision: str | None = None
+    hidden_size: int | None = None
+    """Of the model: with it, the way through all stages is tried by an empty step once they are ready."""
 
 
 @dataclass(frozen=True, slots=True)

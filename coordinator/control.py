@@ -91,28 +91,38 @@ class ControlPlane(Closing):
 
         Raises:
             ProtocolError: the message cannot travel, such as a path that is not valid unicode.
+            StageLost: there is no such worker (any more).
         """
+        return self._begin(worker_id, message)[1]
+
+    def _begin(self, worker_id: str, message: Any) -> "tuple[int, Future[Reply]]":
+        """The request's id as well."""
         request_id = next(self._request_ids)
         frames = encode(with_changes(message, request_id=request_id))
         future: Future[Reply] = Future()
         with self.roster.changed:
+            worker = self.roster.workers.get(worker_id)
+            if worker is None:
+                raise StageLost(f"{worker_id} is not there")
             self._requests[worker_id, request_id] = future, frames
-            worker = self.roster.workers[worker_id]
             if isinstance(message, Assign):
                 worker.is_assigned, worker.is_serving = True, False
             to = worker.sender
         self._post(to, frames)
-        return future
+        return request_id, future
 
     def request(self, worker_id: str, message: Any, deadline_s: float) -> Reply:
         """Send a request and wait for its reply.
 
         Raises:
-            StageLost: no reply within `deadline_s` seconds, or the worker left.
+            StageLost: no reply within `deadline_s` seconds, or there is no such worker (any more).
         """
+        request_id, future = self._begin(worker_id, message)
         try:
-            return self.begin(worker_id, message).result(deadline_s)
+            return future.result(deadline_s)
         except FutureTimeout:
+            with self.roster.changed:  # nobody waits for it: it need not be asked again
+                self._requests.pop((worker_id, request_id), None)
             name = type(message).__name__
             raise StageLost(f"{worker_id} did not answer {name} within {deadline_s:g} s") from None
 
@@ -207,9 +217,10 @@ class ControlPlane(Closing):
             self._tell_version(sender, error)
             return  # whoever sent this is no worker of ours; a worker's own silence is noticed by its heartbeat
         if isinstance(message, Join):
-            with self.roster.changed:
+            with self.roster.changed:  # at once: what is begun from now on goes to the new sender by itself
                 begun = dict(self._requests)
-            self._say(sender, self._admit(sender, message))
+                answer = self._admit(sender, message)
+            self._say(sender, answer)
             self._ask_again(sender, begun)
             return
         found = self.roster.find(sender)

@@ -17,6 +17,9 @@ _log = logging.getLogger(__name__)
 class Mendable(Protocol):
     """What `coordinator.cluster.Cluster` is to a mender."""
 
+    plan: Plan
+    """As it is now."""
+
     def join(self) -> object:
         """Wait until every stage has a worker. Raises WorkerDied or LaunchError."""
 
@@ -98,8 +101,8 @@ class Mender:
         """Wait until the stages of a new cluster serve. Raises LaunchError."""
         try:
             self._cluster.load()
-        except WorkerDied as died:
-            epoch = self.mend(died)
+        except (WorkerDied, StageLost) as lost:
+            epoch = self.mend(lost)
             self.on_event(f"all stages serve, in epoch {epoch}")
 
     def mend(self, cause: CoordinatorError) -> int:
@@ -120,6 +123,10 @@ class Mender:
             self._recovery.recovered(time.monotonic())
             return epoch
 
+    def served(self) -> None:
+        """An outcome has come back: what was mended works."""
+        self._recovery.served(time.monotonic())
+
     def _replan(self, cause: CoordinatorError) -> None:
         """Let the stages that are left have all layers. Raises the cause, with a word on that, if it cannot be."""
         if not self.policy.replan or self._choose is None:
@@ -134,7 +141,7 @@ class Mender:
 
     def _may_try_again(self, cause: CoordinatorError) -> bool:
         """Says so and waits as long as is due, if there is another attempt."""
-        delay_s = self._recovery.next_delay_s(cause, time.monotonic())
+        delay_s = self._recovery.next_delay_s(cause)
         if delay_s is None:
             return False
         attempts = f"attempt {self._recovery.num_attempts} of {self.policy.max_attempts}"

@@ -17,7 +17,12 @@ from protocol.tensors import RawTensor
 from protocol.torch_bridge import from_raw, to_raw
 from protocol.wire import decode
 
+PROBE_STEP_ID = 1
+"""Of the empty step by which the way is tried in each epoch."""
+FIRST_STEP_ID = PROBE_STEP_ID + 1
 _POLL_MS = 100
+Limit = Callable[[], float]
+"""Seconds; asked for only while there is nothing to do but wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,7 @@ class Outcome:
     """What became of a step. `hidden` [num_tokens, hidden_size] is None when a stage failed it.
 
     Times are seconds of this host's monotonic clock. `hosts` are the stages', None for this one: the stamps of others
-    are of clocks that have nothing to do with it.
+    are of clocks that have nothing to do with it. `took_s` leaves out what this process stood still for.
     """
 
     message: Step | StepFailed
@@ -33,11 +38,13 @@ class Outcome:
     submitted_at_s: float
     arrived_at_s: float
     hosts: tuple[str | None, ...] = ()
+    took_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
     at_s: float
+    stood_still_s: float
     spans: tuple[Span, ...]
     shape: tuple[int, ...]
 
@@ -73,6 +80,7 @@ class Pipeline:
         if gatekeeper is not None:
             gatekeeper.guard(self._pull, self.keys, "return", lambda key: key == self.last_public_key, may_retry=True)
         self._check = check
+        self._stood_still_s = 0.0
         self._submitted: dict[int, _Submitted] = {}
         try:
             self.return_endpoint = bind(self._pull, return_endpoint)
@@ -92,34 +100,44 @@ class Pipeline:
             be_client(self._push, self.keys, first_public_key)
         connect(self._push, first_stage_endpoint)
 
-    def submit(self, step: Step, hidden: torch.Tensor) -> None:
-        """Send a step down the chain; waits, watching the stages' health, where the first queue is full."""
-        _Waiting(self._check).until(self._push, zmq.POLLOUT)
-        self._submitted[step.step_id] = _Submitted(time.monotonic(), step.spans, tuple(hidden.shape))
+    def submit(self, step: Step, hidden: torch.Tensor, limit_s: Limit | None = None) -> None:
+        """Send a step down the chain; waits, watching the stages' health, where the first queue is full or not there.
+
+        Raises:
+            StepStuck: it took nothing for `limit_s()` seconds, although all stages live.
+        """
+        waiting = _Waiting(self._check, limit_s, "the first stage took no step")
+        waiting.until(self._push, zmq.POLLOUT)
+        self._stood_still_s += waiting.stood_still_s
+        submitted = _Submitted(time.monotonic(), self._stood_still_s, step.spans, tuple(hidden.shape))
+        self._submitted[step.step_id] = submitted
         send(self._push, step, (to_raw(hidden),))
 
-    def collect(self, epoch: int, patience_s: float | None = None) -> Outcome:
+    def collect(self, epoch: int, limit_s: Limit | None = None) -> Outcome:
         """The next outcome of this epoch, in the order of submission.
 
         What is malformed, of another epoch, or answers no step under way as a stage would is dropped.
 
         Raises:
-            StepStuck: none came for `patience_s` seconds, although all stages live.
+            StepStuck: none came for `limit_s()` seconds, although all stages live.
         """
-        waiting = _Waiting(self._check, patience_s)
+        waiting = _Waiting(self._check, limit_s, "no stage answered")
         waiting.until(self._pull, zmq.POLLIN)
-        while (outcome := self._take(epoch)) is None:
+        while (taken := self._take(epoch)) is None:
             waiting.go_on()
             waiting.until(self._pull, zmq.POLLIN)
-        return outcome
+        self._stood_still_s += waiting.stood_still_s
+        message, hidden, submitted, arrived_at_s = taken
+        took_s = arrived_at_s - submitted.at_s - (self._stood_still_s - submitted.stood_still_s)
+        return Outcome(message, hidden, submitted.at_s, arrived_at_s, self.hosts, max(0.0, took_s))
 
     def close(self) -> None:
         """Close both sockets; steps under way are dropped."""
         self._push.close(linger=0)
         self._pull.close(linger=0)
 
-    def _take(self, epoch: int) -> Outcome | None:
-        """What arrived, if it is an outcome."""
+    def _take(self, epoch: int) -> "tuple[Step | StepFailed, torch.Tensor | None, _Submitted, float] | None":
+        """What arrived, if it is an outcome, and when."""
         sender, frames = receive_from(self._pull) if self.is_guarded else ("", receive(self._pull))
         if sender != self.last_public_key:
             return None
@@ -134,30 +152,38 @@ class Pipeline:
             return None
         del self._submitted[message.step_id]
         hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
-        return Outcome(message, hidden, submitted.at_s, arrived_at_s, self.hosts)
+        return message, hidden, submitted, arrived_at_s
 
 
 class _Waiting:
-    """For one thing, however much else comes meanwhile; `check` is called again and again, and may raise."""
+    """For one thing, however much else comes meanwhile; `check` is called again and again, and may raise.
 
-    def __init__(self, check: Callable[[], None], limit_s: float | None = None) -> None:
+    Not all time that passes was waited: this process may be stopped. The rest is `stood_still_s`.
+    """
+
+    def __init__(self, check: Callable[[], None], limit_s: Limit | None, what: str) -> None:
         self._check = check
         self._limit_s = limit_s
+        self._what = what
         self._waited_s = 0.0
         self._since_s = time.monotonic()
+        self.stood_still_s = 0.0
 
     def until(self, socket: Socket, event: int) -> None:
         """Wait until the socket is ready. Raises StepStuck once all the waiting has taken longer than the limit."""
         while not socket.poll(_POLL_MS, event):
             self.go_on()
+        self._count()
 
     def go_on(self) -> None:
         """Nothing came, or nothing of use: look whether to wait on. Raises StepStuck, see `until`."""
         self._check()
+        self._count()
+        if self._limit_s is not None and self._waited_s > self._limit_s():
+            raise StepStuck(f"{self._what} for {self._waited_s:.0f} s, far longer than such steps took before")
+
+    def _count(self) -> None:
         now_s = time.monotonic()
-        self._waited_s += min(
-            now_s - self._since_s, _POLL_MS / 1000
-        )  # not all time passed: this process may be stopped
-        self._since_s = now_s
-        if self._limit_s is not None and self._waited_s > self._limit_s:
-            raise StepStuck(f"no stage answered for {self._waited_s:.0f} s, far longer than such steps took before")
+        passed_s, self._since_s = now_s - self._since_s, now_s
+        self._waited_s += min(passed_s, _POLL_MS / 1000)
+        self.stood_still_s += max(0.0, passed_s - _POLL_MS / 1000)

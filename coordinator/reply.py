@@ -1,9 +1,14 @@
 """What a worker answered to a request, and whether that is what was due."""
 
-from coordinator.errors import LaunchError
-from protocol.control import Failed
+from collections.abc import Callable
+
+import torch
+
+from coordinator.errors import LaunchError, StageLost
+from protocol.control import Failed, Inspected
 from protocol.messages import Message
 from protocol.tensors import RawTensor
+from protocol.torch_bridge import from_raw
 
 Reply = tuple[Message, tuple[RawTensor, ...]]
 
@@ -20,3 +25,21 @@ def expect(reply: Reply, wanted: type[Message], who: str) -> Reply:
     if not isinstance(message, wanted):
         raise LaunchError(f"{who} answered {type(message).__name__} where {wanted.__name__} was due")
     return reply
+
+
+def inspected_whole(ask: Callable[[int], Reply], who: str) -> torch.Tensor:
+    """All pieces of something that is inspected, one behind the other; `ask` has them sent from a position on.
+
+    Raises:
+        LaunchError: the worker has no such thing. StageLost: it does not send all of it.
+    """
+    pieces: list[torch.Tensor] = []
+    num_tokens = num_there = 0
+    while not pieces or num_there < num_tokens:
+        inspected, tensors = expect(ask(num_there), Inspected, who)
+        assert isinstance(inspected, Inspected)
+        pieces.append(from_raw(tensors[0]))
+        num_tokens, num_there = inspected.num_tokens, num_there + len(pieces[-1])
+        if not len(pieces[-1]) and num_there < num_tokens:
+            raise StageLost(f"{who} kept back a part of what it has")
+    return torch.cat(pieces)

@@ -19,8 +19,10 @@ class Supervisor:
         self._engine = engine
         self._cluster = cluster
         self._given_up: CoordinatorError | None = None
+        self._plan, self._kv_budgets = cluster.plan, cluster.kv_budgets
+        """What the engine, and whoever listens, were told last."""
         self.on_replanned: list[Callable[[], None]] = []
-        """Called when the cluster's plan has become another one."""
+        """Called when the cluster's plan has become another one, or a stage another host's."""
 
     def step(self) -> TookPart:
         """One step of the engine; nothing where lost stages were brought back, the failed where they cannot be."""
@@ -30,9 +32,12 @@ class Supervisor:
                 if awaited is not None:
                     return self._fail(f"the pipeline is not there: {awaited} is still awaited")
                 raise self._still_lost()
-            return self._engine.step()
+            took_part = self._engine.step()
         except StageLost as lost:
             return self._recover(lost)
+        if any(timing is not None for _, timing in took_part):
+            self.mender.served()
+        return took_part
 
     def check(self) -> None:
         """Look after the stages while there is nothing to compute."""
@@ -48,19 +53,26 @@ class Supervisor:
     def _recover(self, cause: CoordinatorError) -> TookPart:
         if not self.mender.policy.max_attempts and not self.mender.policy.replan:
             raise cause
-        started_s, num_stages = time.monotonic(), self._cluster.num_stages
+        started_s = time.monotonic()
         try:
             epoch = self.mender.mend(cause)
         except (StageLost, LaunchError) as error:
             return self._give_up(error)
         num_running = self._engine.start_over(epoch)
-        if self._cluster.num_stages != num_stages:
-            self._engine.resize(self._cluster.kv_budgets)
-            for tell in self.on_replanned:
-                tell()
+        self._tell_of_changes()
         going_on = f"; {num_running} {'answer goes' if num_running == 1 else 'answers go'} on" if num_running else ""
         self.mender.on_event(f"all stages serve again after {time.monotonic() - started_s:.1f} s{going_on}")
         return []
+
+    def _tell_of_changes(self) -> None:
+        """However many attempts lie between, some of which may have failed after the plan had changed."""
+        plan, kv_budgets = self._cluster.plan, self._cluster.kv_budgets
+        if kv_budgets != self._kv_budgets:
+            self._engine.resize(kv_budgets)
+        if (plan, kv_budgets) != (self._plan, self._kv_budgets):
+            self._plan, self._kv_budgets = plan, kv_budgets
+            for tell in self.on_replanned:
+                tell()
 
     def _give_up(self, cause: CoordinatorError) -> TookPart:
         """The requests fail, the coordinator stays: the next request tries again."""

@@ -33,7 +33,7 @@ class InProcessPipeline:
         self.steps: list[Step] = []
         self._outcomes: deque[Outcome] = deque()
 
-    def submit(self, step: Step, hidden: torch.Tensor) -> None:
+    def submit(self, step: Step, hidden: torch.Tensor, _limit_s: object = None) -> None:
         self.steps.append(step)
         started_at_s, timings = time.monotonic(), []
         message: Step | StepFailed = step
@@ -53,7 +53,7 @@ class InProcessPipeline:
             message = Step(step.epoch, step.step_id, step.updates, step.spans, tuple(timings))
         self._outcomes.append(Outcome(message, None if failed else hidden, started_at_s, time.monotonic()))
 
-    def collect(self, epoch: int, _patience_s: float | None = None) -> Outcome:
+    def collect(self, epoch: int, _limit_s: object = None) -> Outcome:
         outcome = self._outcomes.popleft()
         assert outcome.message.epoch == epoch
         return outcome

@@ -58,12 +58,12 @@ class HashPipeline:
         self._kv_budget_tokens = kv_budget_tokens
         self._in_flight: deque[tuple[Step, list[int]]] = deque()
 
-    def submit(self, step: Step, hidden: torch.Tensor) -> None:
+    def submit(self, step: Step, hidden: torch.Tensor, _limit_s: object = None) -> None:
         self.steps.append(step)
         self._in_flight.append((step, [int(i) for i in hidden[:, 0].tolist()]))
         self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
 
-    def collect(self, epoch: int, _patience_s: float | None = None) -> Outcome:
+    def collect(self, epoch: int, _limit_s: object = None) -> Outcome:
         step, ids = self._in_flight.popleft()
         assert step.epoch == epoch
         self._update(step)

@@ -14,6 +14,7 @@ from coordinator.errors import DumpError, GenerationError
 from coordinator.planning import plan_for
 from coordinator.prompts import check_prompt
 from coordinator.scheduler import SchedulerSettings
+from coordinator.timing import EndsShare, StageShare, StepTiming
 from glm.config import load_config
 from protocol.client import Delta, Finished, TokenPrompt
 from protocol.records import with_changes
@@ -28,7 +29,7 @@ def chat_model(tmp_path: Path) -> ChatModel:
     """Over no pipeline at all."""
     write_checkpoint(tmp_path, CAUSAL)
     config = dataclasses.replace(load_config(tmp_path), name="/models/" + "deep/" * 100)
-    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]), kv_budgets=(1000,))
     engine: Any = SimpleNamespace(cancel=lambda _: None, settings=SchedulerSettings(1000))
     return ChatModel(cluster, engine, config, tmp_path, None)
 
@@ -50,6 +51,20 @@ def test_a_description_fits_its_message_however_long_the_models_name_is(chat_mod
     assert encode(described)
     assert described.model_name.startswith("/models/deep/")
     assert described.max_context == min(1000, chat_model.config.max_context)
+
+
+def test_a_recovery_that_brings_the_same_stages_back_leaves_what_they_cost(chat_model: ChatModel) -> None:
+    """Every recovery makes the plan anew; only another one makes the sums of an answer begin again."""
+    engine: Any = chat_model.engine
+    engine.new_sequence_id, engine.add = lambda: 1, lambda _: None
+    answer, plan = chat_model.begin(TokenPrompt((5, 9))), chat_model.cluster.plan
+    timing = StepTiming(0.0, 2.0, (StageShare(1.0, 0.5, 7),), EndsShare(0.0, 0.0, 0.0, 0.0))
+    answer.account(timing)
+    answer.follow(dataclasses.replace(plan))
+    answer.account(timing)
+    assert answer.close()[1].stats.stages[0].compute_s == 2.0
+    answer.follow(dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], host="lab3"),)))
+    assert answer.close()[1].stats.stages[0].compute_s == 0.0
 
 
 def test_a_dump_that_cannot_be_written_says_so(
@@ -75,7 +90,7 @@ def test_answers_that_are_read_in_turns_lose_nothing(shared_dir: Path) -> None:
     golden = GoldenSet(shared_dir, "chatglm2")
     row = next(row for row in golden.rows() if row.case == "short")
     engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
-    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]), kv_budgets=(1000,))
     model = ChatModel(cluster, engine, config, golden.checkpoint_dir, None)
     sampling = with_changes(model.describe().defaults, greedy=True, max_new_tokens=7)
     streams = [model.stream(TokenPrompt(tuple(row.token_ids)), sampling) for _ in range(2)]
@@ -97,7 +112,7 @@ def test_an_answer_counts_the_scores_that_were_no_numbers(shared_dir: Path) -> N
     golden = GoldenSet(shared_dir, "chatglm2")
     engine, _, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
     engine.head = SimpleNamespace(forward=lambda hidden: torch.full((len(hidden), config.vocab_size), torch.nan))  # type: ignore[assignment]
-    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]), kv_budgets=(1000,))
     model = ChatModel(cluster, engine, config, golden.checkpoint_dir, None)
     finished = model.generate([5, 6, 7], max_new_tokens=4)
     assert set(finished.token_ids) == {model.defaults.guard_id}

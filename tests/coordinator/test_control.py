@@ -1,5 +1,6 @@
 """The control plane against scripted workers: who may join, deadlines, silence, garbage."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +192,36 @@ def test_what_cannot_be_sent_or_shown_does_not_end_the_plane(plane, worker) -> N
     future = plane.begin("stage-1", Release(0, 1))
     worker.say(Released(worker.hear(Release).request_id, 1, 0))
     assert future.result(5)[0].epoch == 1
+
+
+def test_requests_for_nobody_and_for_too_long_are_not_kept(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """An absent worker's request is a loss at once; what ran into its deadline is not asked of its next process."""
+    with pytest.raises(StageLost, match="stage-1 is not there"):
+        plane.request("stage-1", Release(0, 1), 5)
+    worker.join("stage-1")
+    with pytest.raises(StageLost, match="did not answer"):
+        plane.request("stage-1", Release(0, 1), 0.1)
+    assert plane._requests == {}
+
+
+def test_what_is_asked_while_a_worker_comes_again_is_not_lost(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Between the look at what was begun and the worker's admission nothing can be begun: it would reach nobody."""
+    admit, begun = plane._admit, threading.Event()
+    asking: list[threading.Thread] = []
+
+    def slowly(sender, join):  # type: ignore[no-untyped-def]
+        if asking or "stage-1" not in plane.roster.workers:
+            return admit(sender, join)
+        asking.append(threading.Thread(target=lambda: (plane.begin("stage-1", Release(0, 1)), begun.set())))
+        asking[0].start()
+        assert not begun.wait(0.3)
+        return admit(sender, join)
+
+    monkeypatch.setattr(plane, "_admit", slowly)
+    worker.join("stage-1")
+    worker.join("stage-1")
+    asking[0].join()
+    worker.hear(Release)
 
 
 def test_a_silent_worker_is_lost(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]

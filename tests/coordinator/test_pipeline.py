@@ -10,6 +10,7 @@ import torch
 import zmq
 
 from coordinator.errors import StageLost, StepStuck
+from coordinator.first_step import send_first_step, stuck_hop
 from coordinator.pipeline import Pipeline
 from coordinator.timing import EndsClock, step_timing
 from protocol.data import Span, StageTiming, Step, StepFailed
@@ -97,8 +98,48 @@ def test_waiting_ends_when_a_stage_is_gone(chain: Chain) -> None:
 def test_waiting_ends_when_patience_does(chain: Chain) -> None:
     """All stages are well, but nothing comes back: after that time the step counts as stuck."""
     with pytest.raises(StepStuck, match="no stage answered for"):
-        chain.pipeline.collect(epoch=1, patience_s=0.15)
+        chain.pipeline.collect(epoch=1, limit_s=lambda: 0.15)
     assert chain.checks == 2
+
+
+def test_a_first_stage_that_cannot_be_reached_takes_no_step_for_ever(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens there: sending is given up as waiting for an answer is, the stages' health being watched."""
+    chain.pipeline.connect(f"ipc://{tmp_path}/nobody")
+    with pytest.raises(StepStuck, match="the first stage took no step for"):
+        chain.pipeline.submit(a_step(1), torch.zeros(2, 3), lambda: 0.15)
+    assert chain.checks == 2
+    monkeypatch.setattr("coordinator.first_step.FIRST_STEP_S", 0.15)
+    with pytest.raises(StepStuck, match=r"did not come back within .*between this host and stage 1"):
+        send_first_step(chain.pipeline, 1, 3, lambda: "between this host and stage 1")
+
+
+def test_the_first_step_of_an_epoch_comes_back_or_names_its_hop(chain: Chain) -> None:
+    """It has no sequence and no token; where it got lost follows from how many steps each stage has done."""
+
+    def check() -> None:
+        send(chain.push, *decode(receive(chain.pull)))
+
+    chain.pipeline._check = check
+    send_first_step(chain.pipeline, 1, 3, lambda: "nowhere")
+    names, endpoints = ("stage 1", "stage 2"), ("tcp://a", "tcp://b", "tcp://c")
+    assert stuck_hop((0, 0), names, endpoints).startswith("between this host and stage 1: can tcp://a be")
+    assert stuck_hop((1, 0), names, endpoints).startswith("between stage 1 and stage 2: can tcp://b be")
+    assert stuck_hop((1, 1), names, endpoints).startswith("between stage 2 and this host: can tcp://c be")
+
+
+def test_a_process_that_stands_still_is_no_slow_step(chain: Chain) -> None:
+    """What passes between two looks beyond the time of a poll is neither waited nor what a step took."""
+    chain.pipeline.submit(a_step(1), torch.zeros(2, 3))
+
+    def stand_still() -> None:
+        time.sleep(0.5)
+        send(chain.push, *decode(receive(chain.pull)))
+
+    chain.pipeline._check = stand_still
+    outcome = chain.pipeline.collect(epoch=1, limit_s=lambda: 0.4)
+    assert outcome.arrived_at_s - outcome.submitted_at_s > outcome.took_s + 0.3
 
 
 def test_a_flood_of_garbage_prolongs_no_waiting(chain: Chain) -> None:
@@ -114,12 +155,12 @@ def test_a_flood_of_garbage_prolongs_no_waiting(chain: Chain) -> None:
     chain.pipeline._check = check
     chain.push.send_multipart(next(flood))
     with pytest.raises(StepStuck, match="no stage answered for"):
-        chain.pipeline.collect(epoch=1, patience_s=0.15)
+        chain.pipeline.collect(epoch=1, limit_s=lambda: 0.15)
     assert chain.checks >= 2
     chain.broken = StageLost("stage 1 is gone")
     chain.pipeline._check = chain.check
     with pytest.raises(StageLost):
-        chain.pipeline.collect(epoch=1, patience_s=60)
+        chain.pipeline.collect(epoch=1, limit_s=lambda: 60.0)
 
 
 def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:

@@ -2,10 +2,11 @@
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.errors import LaunchError, ReplanError, StageLost, WorkerAbsent, WorkerDied
+from coordinator.errors import LaunchError, ReplanError, StageLost, StepStuck, WorkerAbsent, WorkerDied
 from coordinator.mending import Mender
 from coordinator.recovery import LEAST_PATIENCE_S, Patience, Recovery, RecoveryPolicy
 from coordinator.scheduler import SchedulerSettings
@@ -19,35 +20,70 @@ GREEDY = SamplingParams(greedy=True)
 def test_delays_double_up_to_a_cap_and_attempts_end() -> None:
     """At once, then 0.5 s, 1 s, 2 s, ..., never beyond the most; None when the attempts are used up."""
     recovery = Recovery(RecoveryPolicy(max_attempts=6, most_delay_s=3.0))
-    delays = [recovery.next_delay_s(StageLost("x"), 0.0) for _ in range(7)]
+    delays = [recovery.next_delay_s(StageLost("x")) for _ in range(7)]
     assert delays == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0, None]
 
 
 def test_only_listed_causes_are_tried_again() -> None:
     """A worker that died may come back; one that cannot load its layers will not be able to next time."""
     recovery = Recovery(RecoveryPolicy())
-    assert recovery.next_delay_s(LaunchError("no memory for the layers"), 0.0) is None
-    assert recovery.next_delay_s(WorkerDied("x"), 0.0) == 0.0
+    assert recovery.next_delay_s(LaunchError("no memory for the layers")) is None
+    assert recovery.next_delay_s(WorkerDied("x")) == 0.0
 
 
 def test_attempts_are_forgotten_when_all_was_well_for_a_while() -> None:
-    """A stage that dies again soon goes on counting; one that dies after an hour has all attempts again."""
+    """A stage that dies again soon goes on counting; one that dies after an hour of service has all attempts again."""
     recovery = Recovery(RecoveryPolicy(max_attempts=2, settled_s=30.0))
     for now_s, delay_s in ((0.0, 0.0), (10.0, 0.5), (20.0, None)):
-        assert recovery.next_delay_s(StageLost("x"), now_s) == delay_s
+        assert recovery.next_delay_s(StageLost("x")) == delay_s
         recovery.recovered(now_s)
-    assert recovery.next_delay_s(StageLost("x"), 60.0) == 0.0
+        recovery.served(now_s + 5.0)
+    recovery.served(60.0)
+    assert recovery.next_delay_s(StageLost("x")) == 0.0
 
 
-def test_patience_follows_from_what_steps_took() -> None:
-    """No limit before anything is known; then ten times the slowest token so far, for each one."""
+def test_time_that_merely_passes_forgets_no_attempts() -> None:
+    """A step that sticks anew after each recovery is noticed long after it, and is not tried again for ever."""
+    recovery = Recovery(RecoveryPolicy(max_attempts=2, settled_s=30.0))
+    for now_s, delay_s in ((0.0, 0.0), (40.0, 0.5), (80.0, None)):
+        assert recovery.next_delay_s(StepStuck("x")) == delay_s
+        recovery.recovered(now_s)
+        recovery.served(now_s + 1.0)  # another sequence's outcome before the one that sticks
+
+
+def test_patience_follows_from_what_such_steps_took_lately() -> None:
+    """Ten times as long as the second slowest of the latest of its kind, at least 30 s, at most 15 minutes more."""
     patience = Patience()
-    assert patience.limit_s(5) is None
-    patience.observe(1, 0.1)
-    assert patience.limit_s(5) == LEAST_PATIENCE_S
-    patience.observe(256, 256 * 2.0)
-    patience.observe(1, 0.2)
-    assert patience.limit_s(8) == 160.0
+    assert patience.limit_s([]) == LEAST_PATIENCE_S
+    assert patience.limit_s([("decode", 1)]) == 900.0 and patience.limit_s([("prefill", 512)]) == 5120.0
+    for _ in range(20):
+        patience.observe("decode", 1, 0.1)
+        patience.observe("prefill", 256, 20.0)
+    assert patience.limit_s([("decode", 5)]) == LEAST_PATIENCE_S
+    assert patience.limit_s([("decode", 5), ("prefill", 256)]) == 200.0
+    assert patience.limit_s([("prefill", 512)]) == 400.0
+
+
+def test_patience_forgets_stalls() -> None:
+    """One step that was held up makes nobody wait longer; several do, until as many good ones have come since."""
+    patience = Patience()
+    for seconds in (4.0, 4.0, 400.0):
+        patience.observe("decode", 4, seconds)
+    assert patience.limit_s([("decode", 4)]) == 40.0
+    patience.observe("decode", 4, 400.0)
+    assert patience.limit_s([("decode", 4)]) == 400.0 + 900.0
+    for _ in range(20):
+        patience.observe("decode", 4, 4.0)
+    assert patience.limit_s([("decode", 4)]) == 40.0
+
+
+def test_small_steps_tell_little_of_large_ones() -> None:
+    """What every step costs is not multiplied by a large one's tokens, if there was one not much smaller."""
+    patience = Patience()
+    for _ in range(3):
+        patience.observe("prefill", 400, 8.0)
+        patience.observe("prefill", 2, 1.0)
+    assert patience.limit_s([("prefill", 512)]) == pytest.approx(80.0 * 512 / 400)
 
 
 class Losing:
@@ -63,7 +99,7 @@ class Losing:
         self.num_recovered = 0
         pipeline.collect = self.collect  # type: ignore[method-assign]
 
-    def collect(self, epoch: int, _patience_s: float | None = None):  # type: ignore[no-untyped-def]
+    def collect(self, epoch: int, _limit_s: object = None):  # type: ignore[no-untyped-def]
         if self._left == 0:
             self._left = None
             raise StageLost("stage 1 ended with signal SIGKILL while serving")
@@ -73,7 +109,7 @@ class Losing:
 
     def check(self) -> None: ...
 
-    kv_budgets, num_stages, epoch = (1000,), 1, 1
+    kv_budgets, num_stages, epoch, plan = (1000,), 1, 1, "a plan"
 
     def suspect(self) -> str:
         return "stage 1"
@@ -193,7 +229,7 @@ class Shrinking(Losing):
         return super().recover(is_stuck)
 
     def leave_out_lost(self, _choose: object) -> tuple[str, ...]:
-        self.kv_budgets, self.num_stages = (60,), 1
+        self.kv_budgets, self.num_stages, self.plan = (60,), 1, "another plan"
         return ("layers 3-4: from stage 2 to stage 1",)
 
 
@@ -217,3 +253,52 @@ def test_stages_that_are_left_go_on_by_themselves() -> None:
     while not engine.is_idle:
         supervisor.step()
     assert "the tightest stage has 60" in str(too_long.error)
+
+
+def test_what_changed_before_a_recovery_that_failed_is_told_by_the_one_that_works() -> None:
+    """The other plan's first recovery fails and is given up: the engine has the new budget when a later one works."""
+    engine, pipeline = hash_engine(SchedulerSettings(1000, max_steps_in_flight=3))
+    shrinking, seen = Shrinking(pipeline, [2], num_failing=1), list[int]()
+    policy = RecoveryPolicy(max_attempts=0, replan=True)
+    mender = Mender(shrinking, policy, choose=lambda *_: None, sleep=lambda _: None)  # type: ignore[arg-type, return-value]
+    supervisor = Supervisor(engine, shrinking, mender)
+    supervisor.on_replanned.append(lambda: seen.append(shrinking.num_stages))
+    leave_out = shrinking.leave_out_lost
+
+    def leave_out_once(choose: object) -> tuple[str, ...]:
+        if shrinking.num_stages == 1:
+            raise ReplanError("nobody is known to be lost")
+        return leave_out(choose)
+
+    shrinking.leave_out_lost = leave_out_once  # type: ignore[method-assign]
+    failed = request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert failed.error is not None and seen == []
+    mender.policy = mender._recovery.policy = RecoveryPolicy(max_attempts=1)
+    good = request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert good.new_ids == expected_ids([1, 2, 3], 12, GREEDY, is_repetitive=False)
+    assert seen == [1]
+    assert (engine.settings.kv_budget_tokens, engine.settings.max_steps_in_flight) == (60, 2)
+
+
+def test_a_stage_that_has_moved_is_told_of() -> None:
+    """A spare has taken it: there are as many stages with the same budgets, and whoever draws them hears of it."""
+    engine, pipeline = hash_engine(SchedulerSettings(1000))
+    losing, seen = Losing(pipeline, [2, 2]), list[str]()
+    recover = losing.recover
+
+    def recover_elsewhere(is_stuck: bool) -> int:
+        if losing.num_recovered == 0:
+            losing.plan = "a plan of other hosts"
+        return recover(is_stuck)
+
+    losing.recover = recover_elsewhere  # type: ignore[method-assign]
+    supervisor = Supervisor(engine, losing, Mender(losing, RecoveryPolicy(), sleep=lambda _: None))
+    supervisor.on_replanned.append(lambda: seen.append(losing.plan))
+    request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert losing.num_recovered == 2 and seen == ["a plan of other hosts"]

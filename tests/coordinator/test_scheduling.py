@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.engine import Engine
+from coordinator.pipeline import FIRST_STEP_ID
 from coordinator.scheduler import SchedulerSettings
 from coordinator.sequence import Sequence
 from glm.positions import PromptLayout
@@ -222,7 +223,7 @@ def test_a_failed_step_fails_its_sequences_only() -> None:
     good = request(engine, [1, 2], 30, greedy)
     engine.step()
     bad = request(engine, [3] * 12, 5, greedy)
-    pipeline.fails = {len(pipeline.steps) + 1 + at for at in range(2)}
+    pipeline.fails = {FIRST_STEP_ID + len(pipeline.steps) + at for at in range(2)}
     while not engine.is_idle:
         engine.step()
     pipeline.finish()

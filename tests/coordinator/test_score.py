@@ -104,7 +104,7 @@ def undivided(model: Model, token_ids: list[int], num_prompt: int) -> list[float
 def chat_model_over(model_dir: Path, ranges: list[tuple[int, int]]) -> ChatModel:
     """Stages of this process; no tokenizer."""
     engine, _, config = in_process_engine(model_dir, ranges)
-    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]))
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]), kv_budgets=(1000,))
     return ChatModel(cluster, engine, config, model_dir, None)
 
 
