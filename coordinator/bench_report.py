@@ -38,7 +38,7 @@ class Workload:
     def num_untimed_rounds(self) -> int:
         """At most: before the timed ones, and where several streams empty and fill the chain around readings."""
         readings = -(-self.num_new_tokens // self.rounds_a_reading)
-        return NUM_UNTIMED_STEPS + (0 if self.num_streams == 1 else 2 * readings + 2)
+        return NUM_UNTIMED_STEPS + 2 * readings + 2
 
     @property
     def tokens_per_stream(self) -> int:

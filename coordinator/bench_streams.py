@@ -72,7 +72,7 @@ class Streams(Closing):
 
     def decode(self, report: Reporter, readers: AbstractSequence[MemoryReader] = ()) -> Phase:
         """The workload's new tokens. What is read in between does not count, nor does emptying and filling the chain
-        around it, which several streams may have to."""
+        around it."""
         timings: list[StepTiming] = []
         wall_s, num_tokens, done = 0.0, 0, 0
         while done < self._workload.num_new_tokens:
@@ -97,8 +97,7 @@ class Streams(Closing):
             reader.read()
         self._engine.holds_answers = False
         self._engine.pacing.disturb()
-        if len(self._answers) > 1:
-            self.rounds(1)
+        self.rounds(1)
 
     def _num_tokens(self) -> int:
         return sum(len(a.sequence.token_ids) - a.sequence.num_prompt for a in self._answers)

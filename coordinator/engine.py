@@ -118,8 +118,7 @@ class Engine:
             rejected = self._admit()
             took_part: TookPart = []
             while not took_part:  # steps that carry updates only are nobody's
-                while len(self._chain) < self.settings.max_steps_in_flight and self._send_next():
-                    pass
+                self._fill()
                 if not len(self._chain):
                     rejected += self._reject_stuck()
                     break
@@ -181,6 +180,17 @@ class Engine:
             self._chain.updates.append(ForkSequence(reuse.source, sequence.kv_id, reuse.num_tokens))
         sequence.num_sent = sequence.num_cached = sequence.num_held = reuse.num_tokens
         sequence.num_reused = min(reuse.num_tokens, sequence.num_prompt)
+
+    def _fill(self) -> None:
+        """Send steps until as many are on their way as may be, or there is nothing to feed."""
+        while len(self._chain) < self.settings.max_steps_in_flight and self._send_next():
+            pass
+
+    def _fill_ahead(self) -> None:
+        """Send what new tokens allow before anything else is done with them: the stages need not wait for that."""
+        self._retire()
+        with contextlib.suppress(StageLost):  # said by the next step; what came of this one is not to be lost
+            self._fill()
 
     def _send_next(self) -> bool:
         """Send one more step if there is anything to feed: prompts and answers take turns."""
@@ -257,11 +267,12 @@ class Engine:
             self._fail(flight, outcome)
         elif flight.chunks:
             next_tokens(self.head, flight.chunks, outcome.hidden, flight.clock)
+        num_new = sum(len(chunk.sequence.token_ids) for chunk in flight.chunks) - num_before
+        self._fill_ahead()
         timing = step_timing(outcome, flight.clock)
         if flight.kind == "decode":
             self._learn(flight, timing)
         if self.observers:
-            num_new = sum(len(chunk.sequence.token_ids) for chunk in flight.chunks) - num_before
             kind = flight.kind or "updates"
             record = step_record(outcome, flight.spans, flight.clock, kind=kind, num_new_tokens=num_new)
             for observer in self.observers:
