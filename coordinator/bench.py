@@ -15,8 +15,6 @@ from coordinator.roofline import MemoryReader, Roofline, matmul_flops_per_s
 from coordinator.scheduler import HEADROOM_TOKENS
 from glm.config import ModelConfig
 
-STEPS_A_READING = 2
-"""Of a single stream: decode steps between two readings of memory."""
 SHORT_PROMPT = 8
 MOST_TRIAL_ROUNDS = 60
 """Rounds in which the engine may try how many steps to have in flight, before anything is timed."""

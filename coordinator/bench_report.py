@@ -15,7 +15,7 @@ from protocol.control import Pong
 
 NUM_UNTIMED_STEPS = 1
 """Rounds of decoding before the timed ones: the first step of a new size prepares what others reuse."""
-STEPS_A_READING = 2
+STEPS_A_READING = 4
 """Timed rounds of a single stream between two readings of memory."""
 ROUNDS_A_READING = 16
 """The same of several streams, where the chain is emptied for each reading and then filled again."""
@@ -36,7 +36,7 @@ class Workload:
 
     @property
     def num_untimed_rounds(self) -> int:
-        """At most: before the timed ones, and where several streams empty and fill the chain around readings."""
+        """At most: before the timed ones, and where the chain is emptied and filled around readings."""
         readings = -(-self.num_new_tokens // self.rounds_a_reading)
         return NUM_UNTIMED_STEPS + 2 * readings + 2
 

@@ -73,13 +73,13 @@ def test_one_stage_from_python_and_what_a_terminal_shows() -> None:
         assert chat_model.engine.is_idle
     assert list(dict.fromkeys(seen)) == ["warm-up", "what the machine can do at best", "prefill", "decode"]
     check_figures(json.loads(json.dumps(_as_dict(report))))
-    assert report.context == (41, 46)
+    assert report.context == (41, 52)
     stream = io.StringIO()
     show(report, stream)
     text = stream.getvalue()
     for part in (
         "random:tiny, bf16, 1 threads",
-        "context 41 to 46",
+        "context 41 to 52",
         "stage 1  cpu     1-4",
         "ends     cpu     ends",
     ):
@@ -110,7 +110,7 @@ def test_prompts_have_the_wanted_length_and_are_valid(shape: str) -> None:
         ("--shape tiny --model somewhere", "--shape tiny and --model somewhere are both given"),
         ("--shape tiny --streams 0", "--streams 0 must be 1 or more"),
         ("--shape tiny --precision int4 --cpu-precision bf16", "--precision int4 and --cpu-precision are both given"),
-        ("--shape tiny --prompt-tokens 2040", "need a context of 2107, random:tiny has 2048"),
+        ("--shape tiny --prompt-tokens 2040", "need a context of 2141, random:tiny has 2048"),
         ("--shape tiny --precision fp16", "fp16 does not compute on a CPU"),
         ("--shape chatglm-6b --prompt-tokens 2", "a prompt of this family has 3 at least"),
         ("--model random:huge", "there is no shape 'huge'"),

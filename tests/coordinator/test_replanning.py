@@ -49,6 +49,7 @@ def remaining(index: int, host: str, free_bytes: int, device: str = "cuda:0", he
         "",
         False,
         None,
+        None,
     )
     return Remaining(index, join, Pong(0, "serving", 1, 0.0, 0, 0, 0, held_bytes, held_bytes))
 
