@@ -138,7 +138,14 @@ class Pipeline:
 
     def _take(self, epoch: int) -> "tuple[Step | StepFailed, torch.Tensor | None, _Submitted, float] | None":
         """What arrived, if it is an outcome, and when."""
-        sender, frames = receive_from(self._pull) if self.is_guarded else ("", receive(self._pull))
+        sender = ""
+        try:
+            if self.is_guarded:
+                sender, frames = receive_from(self._pull, zmq.NOBLOCK)
+            else:
+                frames = receive(self._pull, zmq.NOBLOCK)
+        except zmq.Again:  # a guarded socket can be said to be ready and have nothing
+            return None
         if sender != self.last_public_key:
             return None
         arrived_at_s = time.monotonic()

@@ -51,7 +51,7 @@ def test_a_stopped_worker_is_replaced(launch: Launch, phase: Phase) -> None:
     found = re.match(r"stage 2 \(cpu of this host, layers 3-4, pid (\d+)\) has been silent for (\S+) s", launch.told[0])
     assert found is not None, launch.told[0]
     assert int(found[1]) == pid
-    assert SILENCE_LIMIT_S < float(found[2]) < 2 * SILENCE_LIMIT_S
+    assert float(found[2]) > SILENCE_LIMIT_S
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -115,7 +115,8 @@ def test_a_slow_stage_is_waited_for(launch: Launch, phase: Phase) -> None:
 
     def stall() -> None:
         os.kill(pids[2], signal.SIGSTOP)
-        threading.Timer(1.0, os.kill, (pids[2], signal.SIGCONT)).start()
+        time.sleep(1.0)  # here, and not on a timer's thread that may come late; others watch the stages meanwhile
+        os.kill(pids[2], signal.SIGCONT)
 
     launch.must_survive(phase, FOUR, stall)
     assert launch.told == []
