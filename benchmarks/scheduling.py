@@ -25,6 +25,7 @@ from coordinator.bench_streams import prompt_ids
 from coordinator.chat_model import ChatModel, launch
 from coordinator.pacing import Pacing
 from coordinator.plan_request import Option, PlanRequest
+from coordinator.roofline import MemoryReader
 from coordinator.timing import StepRecord
 from protocol.client import SamplingParams, TokenPrompt
 
@@ -147,7 +148,24 @@ def streams(bench: Bench, num_rounds: int, num_tokens: int) -> list[Figure]:
     say(f"{num_rounds} rounds of {len(settings)} settings")
     speeds = in_turns({name: lambda s=setting: run(*s) for name, setting in settings.items()}, num_rounds)  # type: ignore[misc]
     say(bench.reason)
-    return stream_figures(speeds, busy)
+    return [*stream_figures(speeds, busy), reading_over_one_core(num_rounds)]
+
+
+def reading_over_one_core(num_rounds: int) -> Figure:
+    """What memory gives to as many cores as there are stages, over what it gives to one: where weights set the pace,
+    no more steps can be made at once than that."""
+    readers, own_threads = (
+        {number: MemoryReader(torch.device("cpu")) for number in (1, NUM_STAGES)},
+        torch.get_num_threads(),
+    )
+    try:
+        for number in num_rounds * [*readers]:
+            torch.set_num_threads(number)
+            readers[number].read()
+    finally:
+        torch.set_num_threads(own_threads)
+    one, all_cores = (reader.bandwidth_bytes_per_s for reader in readers.values())
+    return Figure(f"memory read by {NUM_STAGES} cores over one", "ratio", (all_cores / one,))
 
 
 def stream_figures(speeds: dict[str, list[float]], busy: dict[int, list[list[float]]]) -> list[Figure]:
