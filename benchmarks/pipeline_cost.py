@@ -4,8 +4,8 @@
 
 The ChatGLM2-6B shape with random weights in int4, both ends too. The undivided model is computed in this process,
 without any of the programs; the cut one by workers, the coordinator in this process, as a chat has it. Both decode
-behind the same prompt with the same threads, and take turns token by token; the one whose turn it is not sleeps. A
-round's figure is the median of its tokens'.
+behind the same prompt with the same threads, and take turns of a few tokens; the one whose turn it is not sleeps. A
+round's figure is the median of its turns'.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from glm.precision import Precision
 from protocol.client import SamplingParams, TokenPrompt
 
 LEAST_SPEED = 0.97
+TURN_TOKENS = 4
+"""The last one of a turn is not overlapped with the step behind it, which would be made in the other one's turn."""
 GREEDY = SamplingParams(1.0, 0, 1.0, 0.0, 1.0, None, (), None, ignore_eos=True, greedy=True)
 
 
@@ -48,11 +50,12 @@ class Undivided:
         self._cache.truncate(0)
         self.last_id = self._next(self._prompt)
 
-    def token(self) -> float:
-        """Decode one; its seconds."""
+    def turn(self) -> float:
+        """Decode some; the seconds of one."""
         started_s = time.perf_counter()
-        self.last_id = self._next((self.last_id,))
-        return time.perf_counter() - started_s
+        for _ in range(TURN_TOKENS):
+            self.last_id = self._next((self.last_id,))
+        return (time.perf_counter() - started_s) / TURN_TOKENS
 
     def _next(self, ids: tuple[int, ...]) -> int:
         hidden = self._model.embedding.forward(torch.tensor(ids))
@@ -66,7 +69,7 @@ class Divided:
     def __init__(self, chat_model: ChatModel, prompt: tuple[int, ...]) -> None:
         self._chat_model = chat_model
         self._answer: Answer = chat_model.begin(TokenPrompt(prompt), GREEDY)
-        self._advance()
+        self._advance(1)
         self.records: list[StepRecord] = []
         chat_model.engine.observers.append(self.records.append)
 
@@ -75,11 +78,11 @@ class Divided:
         """The token decoded last."""
         return self._answer.sequence.new_ids[-1]
 
-    def token(self) -> float:
-        """Decode one; its seconds, text and bookkeeping included."""
+    def turn(self) -> float:
+        """Decode some; the seconds of one, text and bookkeeping included."""
         started_s = time.perf_counter()
-        self._advance()
-        return time.perf_counter() - started_s
+        self._advance(TURN_TOKENS)
+        return (time.perf_counter() - started_s) / TURN_TOKENS
 
     def parts_s(self) -> tuple[float, float, float]:
         """Median seconds of all stages computing, of the ends, and on the way, of the tokens decoded so far."""
@@ -89,18 +92,23 @@ class Divided:
         wires = [whole - inside for whole, inside in zip(under_way, stages, strict=True)]
         return statistics.median(stages), statistics.median(ends), statistics.median(wires)
 
-    def _advance(self) -> None:
-        """Step until there is one more id. Raises GenerationError."""
-        before = len(self._answer.sequence.new_ids)
-        while len(self._answer.sequence.new_ids) == before:
+    def _advance(self, num_tokens: int) -> None:
+        """Step until there are so many more ids, and nothing is on its way. Raises GenerationError."""
+        engine, sequence = self._chat_model.engine, self._answer.sequence
+        wanted = len(sequence.new_ids) + num_tokens
+        engine.holds_answers = False
+        while len(sequence.new_ids) < wanted:
+            if len(sequence.new_ids) == wanted - 1 and engine.load().steps_in_flight:
+                engine.holds_answers = True
             self._chat_model.step([self._answer])
-            if self._answer.sequence.error is not None:
-                raise self._answer.sequence.error
+            if sequence.error is not None:
+                raise sequence.error
+        engine.holds_answers = True
 
 
 def compare(undivided: Undivided, divided: Divided, num_tokens: int) -> tuple[float, float]:
     """Median seconds of a token, of either, in turns."""
-    taken = in_turns({"undivided": undivided.token, "divided": divided.token}, num_tokens)
+    taken = in_turns({"undivided": undivided.turn, "divided": divided.turn}, -(-num_tokens // TURN_TOKENS))
     return statistics.median(taken["undivided"]), statistics.median(taken["divided"])
 
 

@@ -25,7 +25,7 @@ def test_both_sides_decode_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> N
         divided = Divided(chat_model, prompt)
         for _ in range(4):
             assert undivided.last_id == divided.last_id
-            assert undivided.token() > 0 and divided.token() > 0
+            assert undivided.turn() > 0 and divided.turn() > 0
 
 
 def test_slower_over_workers_is_a_ratio_below_one() -> None:
