@@ -190,7 +190,9 @@ class Cluster(Closing):
         Raises:
             ReplanError: nobody is known to be lost, or the others cannot hold all layers; everything is as it was.
         """
+        self.plan = self._plan_as_seated()
         roster, ids, guarded = self._control.roster, self._launcher.worker_ids, self._launcher.data_endpoints
+        roster.await_own(JOIN_DEADLINE_S, lambda: {ids[dead.stage_index] for dead in self._launcher.dead()})
         joined, pongs = roster.joined(), roster.pongs()
         gone = self._lost() | self._could_not_load
         gone |= {index for index, stage in enumerate(self.plan.stages) if stage.host and ids[index] not in joined}

@@ -171,6 +171,13 @@ class Roster:
             if absent and time.monotonic() > give_up_at:
                 raise LaunchError(f"{absent} did not join within {deadline_s:.0f} s; look at its log lines above")
 
+    def await_own(self, deadline_s: float, dead: Callable[[], Collection[str]]) -> None:
+        """Block until all of this host's workers but the `dead` have joined: one just started again is not lost."""
+        give_up_at = time.monotonic() + deadline_s
+        while self.own - self.joined().keys() - set(dead()) and time.monotonic() < give_up_at:
+            with self.changed:
+                self.changed.wait(timeout=0.1)
+
     def await_others(self, await_s: float, needed: Mapping[str, Join], check: Callable[[], None]) -> None:
         """Block until other hosts' workers are in all seats: those that come back, or from `await_s` on, spares.
 

@@ -231,3 +231,21 @@ def test_the_smallest_spare_that_suffices_is_chosen() -> None:
     assert choose_spare(needed, [small, cpu]) is None
     assert choose_spare(spare("cpu", 64), [large, cpu]) is cpu
     assert choose_spare(None, [small]) is small and choose_spare(None, []) is None
+
+
+def test_a_worker_that_was_just_started_again_is_waited_for(keys: KeyDirectory) -> None:
+    """A dead one is not, nor one that does not join within the time there is."""
+    people = Roster(frozenset({"stage-1", "stage-2"}), None, print)
+    join = with_changes(Host(keys, "lab2").join(), worker_id="stage-1")
+    asked: list[int] = []
+
+    def dead() -> set[str]:
+        asked.append(1)
+        if len(asked) == 3:
+            people.admit_own(Sender(ROUTER, b"1", ""), join)
+        return {"stage-2"}
+
+    people.await_own(60.0, dead)
+    assert len(asked) == 4
+    people.await_own(0.0, set)
+    assert "stage-2" not in people.joined()
