@@ -21,7 +21,7 @@ def chat_model_over(model_dir: Path, keys: dict[str, Any], **settings: Any) -> C
     """Two stages of this process."""
     num_layers = write_checkpoint(model_dir, keys).num_layers
     engine, _, config = in_process_engine(model_dir, [(0, 1), (1, num_layers)], **settings)
-    cluster: Any = SimpleNamespace(plan=plan_for(None, num_layers, ["cpu"]))
+    cluster: Any = SimpleNamespace(plan=plan_for(None, num_layers, ["cpu"]), kv_budgets=())
     return ChatModel(cluster, engine, config, model_dir, None)
 
 
