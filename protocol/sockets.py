@@ -92,7 +92,12 @@ def connect(socket: Socket, endpoint: str) -> None:
 
 def send(socket: Socket, message: Message, tensors: Sequence[RawTensor] = (), flags: int = 0) -> None:
     """Encode and send; large tensor buffers are not copied and must not change afterwards. zmq.Again if full."""
-    *frames, last = encode(message, tensors)
+    send_frames(socket, encode(message, tensors), flags)
+
+
+def send_frames(socket: Socket, message: Sequence[bytes | memoryview], flags: int = 0) -> None:
+    """Send what `encode` or `encode_valid` made. zmq.Again if full."""
+    *frames, last = message
     for frame in frames:
         socket.send(frame, flags | zmq.SNDMORE, copy=False)
     socket.send(last, flags, copy=False)

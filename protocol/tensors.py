@@ -19,9 +19,10 @@ class RawTensor(Record, frozen=True):
     data: bytes | memoryview
 
     def __post_init__(self) -> None:
-        shape, actual = self.shape, self.num_bytes
-        num_bytes = prod(shape) * ITEM_SIZES.get(self.dtype, -1)
-        if num_bytes == actual <= MAX_STEP_BYTES and len(shape) <= MAX_TENSOR_RANK and min(shape, default=0) >= 0:
+        shape, data = self.shape, self.data
+        actual = len(data) if type(data) is bytes else memoryview(data).nbytes
+        is_right = prod(shape) * ITEM_SIZES.get(self.dtype, -1) == actual <= MAX_STEP_BYTES
+        if is_right and len(shape) <= MAX_TENSOR_RANK and (not shape or min(shape) >= 0):
             return
         expected = checked_num_bytes(self.dtype, shape)
         raise TensorError(f"{self.dtype} {list(shape)} takes {expected} bytes, the frame has {actual}")

@@ -23,13 +23,14 @@ _SMALL_BYTES = 1 << 16
 
 def to_raw(tensor: torch.Tensor) -> RawTensor:
     """A view of a CPU tensor's memory, or a copy of what is small, elsewhere or not contiguous. Do not write to it."""
-    if tensor.dtype not in _NAMES:
+    name = _NAMES.get(tensor.dtype)
+    if name is None:
         raise TensorError(f"a tensor of {tensor.dtype} cannot travel: convert it to one of {', '.join(_DTYPES)}")
     if not (tensor.is_cpu and tensor.is_contiguous()):
         tensor = tensor.detach().cpu().contiguous()
     num_bytes = tensor.nbytes
     data = ctypes.string_at(tensor.data_ptr(), num_bytes) if num_bytes <= _SMALL_BYTES else _bytes_of(tensor.detach())
-    return RawTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
+    return RawTensor(name, tuple(tensor.shape), data)
 
 
 def from_raw(raw: RawTensor, device: torch.device | str = "cpu") -> torch.Tensor:

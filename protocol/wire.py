@@ -102,6 +102,12 @@ def encode(message: Message, tensors: Sequence[RawTensor] = ()) -> list[Frame]:
     return [packed, *[tensor.data for tensor in tensors]]
 
 
+def encode_valid(message: Message, tensors: Sequence[RawTensor] = ()) -> list[Frame]:
+    """As `encode`, unchecked: for what was decoded here, with no more than its own process's fields of their own types
+    added."""
+    return [_pack(type(message).__name__, message, tensors), *[tensor.data for tensor in tensors]]
+
+
 def decode(frames: Sequence[Frame], plane: Plane | None = None) -> tuple[Message, tuple[RawTensor, ...]]:
     """The message in `frames` and its tensors, which refer to the frames' buffers.
 
@@ -207,7 +213,7 @@ def _attach(descriptors: Raw, buffers: Sequence[Frame]) -> tuple[RawTensor, ...]
         raise TensorError(f'"x" is not at most {MAX_TENSORS} pairs of dtype and dimensions: {_said(error)}') from None
     if len(described) != len(buffers):
         raise TensorError(f"{len(described)} tensors described, {len(buffers)} received")
-    return tuple(RawTensor(dtype, shape, buffer) for (dtype, shape), buffer in zip(described, buffers, strict=True))
+    return tuple([RawTensor(dtype, shape, buffers[at]) for at, (dtype, shape) in enumerate(described)])
 
 
 def _check_tensors(message: Message, tensors: Sequence[RawTensor]) -> None:

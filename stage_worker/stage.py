@@ -45,7 +45,8 @@ class Stage:
             StepError: no sequence has grown; those of the spans may be left truncated to their start_pos.
             AbandonedError: `abandoned` said so; the same holds.
         """
-        self.apply(step.updates)
+        if step.updates:
+            self.apply(step.updates)
         segments, sequences = self._open_spans(step.spans, hidden)
         outputs: list[torch.Tensor] = []
 

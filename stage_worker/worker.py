@@ -11,12 +11,12 @@ from protocol.control import Assign, Failed, Inspect, Inspected, Progress, Ready
 from protocol.data import DataMessage, StageTiming, Step, StepFailed
 from protocol.errors import EndpointError, ProtocolError, SecurityError
 from protocol.limits import MAX_INSPECTED_BYTES, clip_text
-from protocol.messages import Message, Plane
+from protocol.messages import Plane
 from protocol.records import with_changes
-from protocol.sockets import Socket, send
+from protocol.sockets import Socket, send_frames
 from protocol.tensors import RawTensor
 from protocol.torch_bridge import Landing, to_raw
-from protocol.wire import decode
+from protocol.wire import decode, encode, encode_valid
 from stage_worker.cli import OwnModel
 from stage_worker.control_link import Command, ControlLink, CoordinatorLost
 from stage_worker.data_plane import DataPlane
@@ -259,13 +259,14 @@ class Worker:
         )
         return failed, ()
 
-    def _forward(self, message: Message, tensors: tuple[RawTensor, ...]) -> None:
+    def _forward(self, message: Step | StepFailed, tensors: tuple[RawTensor, ...]) -> None:
         """Send to the next hop. Waits while that is busy or gone, but not for ever, nor if nobody wants the result."""
         assert self._data_out is not None
+        frames = encode_valid(message, tensors) if isinstance(message, Step) else encode(message)
         deadline_s = time.monotonic() + SEND_TIMEOUT_S
         while True:
             try:
-                send(self._data_out, message, tensors, zmq.NOBLOCK)
+                send_frames(self._data_out, frames, zmq.NOBLOCK)
                 return
             except zmq.Again:
                 self._data_out.poll(100, zmq.POLLOUT)

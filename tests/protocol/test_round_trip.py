@@ -14,7 +14,7 @@ from protocol.errors import MessageError
 from protocol.messages import MESSAGE_PLANES
 from protocol.records import Record
 from protocol.tensors import FLOAT_DTYPES, ITEM_SIZES, RawTensor
-from protocol.wire import decode, encode
+from protocol.wire import decode, encode, encode_valid
 
 TEXT = st.characters(exclude_categories=("Cs",))
 
@@ -77,6 +77,7 @@ def test_every_message_round_trips(cls: Any, data: st.DataObject) -> None:
     tensors = tensors_for(message)
     frames = encode(message, tensors)
     assert decode(frames, MESSAGE_PLANES[cls]) == (message, tensors)
+    assert encode_valid(decode(frames)[0], tensors) == frames
 
 
 @settings(max_examples=60, deadline=None)
