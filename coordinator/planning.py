@@ -318,7 +318,8 @@ def _device(wish: Option, devices: Sequence[str], faults: list[str], *, is_here:
     """The canonical device; None for one that is at fault. What another host has will be seen when it joins."""
     device = parse_device(wish.text)
     if device is None:
-        remedy = _did_you_mean(wish.text, devices)
+        is_any_gpu = wish.text.strip().lower() in ("gpu", "cuda", "nvidia")
+        remedy = "did you mean cuda:0?" if is_any_gpu else _did_you_mean(wish.text, devices)
         faults.append(f"{wish.origin}: device {wish.text!r} is unknown; {remedy}")
         return None
     if is_here and device not in devices:

@@ -110,8 +110,12 @@ class Roster:
         except SecurityError as error:
             return self._refuse(join, "token", str(error))
         if name is None:
-            text = "this token is wrong, used or too old: take the one that launch prints now"
-            return Refused(join.request_id, "token" if join.token else "unknown_key", text)
+            if join.token:
+                return self._refuse(
+                    join, "token", "its token is wrong, used or too old: take the one that launch prints now"
+                )
+            allow = f"glmpipe keys allow NAME_OF_ITS_HOST '{sender.key}'"
+            return self._refuse(join, "unknown_key", f"its host's key is not allowed; on the launching host: {allow}")
         join = with_changes(join, host=name, token=None)
         if not suits(join.glmpipe_version):
             return self._refuse(join, "version", _versions(f"worker {join.worker_id} of {name}", join))

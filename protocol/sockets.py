@@ -1,5 +1,7 @@
 """ZeroMQ sockets as the contract wants them: bounded queues and message sizes, and keys where other hosts can reach."""
 
+import errno
+import os
 from collections.abc import Sequence
 
 import zmq
@@ -13,6 +15,11 @@ from protocol.tensors import RawTensor
 from protocol.wire import encode
 
 Socket = zmq.Socket[bytes]
+_BIND_REMEDIES = {
+    errno.EADDRINUSE: "; another program has it: name another port, or end that one",
+    errno.EADDRNOTAVAIL: "; this host has no such address",
+    errno.ENODEV: "; this host has no such address",
+}
 
 CONTROL_QUEUE = 1000
 """Messages waiting for a peer on the control and client planes; one that falls so far behind is lost anyway."""
@@ -71,7 +78,9 @@ def bind(socket: Socket, endpoint: str) -> str:
     try:
         socket.bind(checked)
     except zmq.ZMQError as error:
-        raise EndpointError(f"cannot bind {checked}: {error.strerror}") from None
+        raise EndpointError(
+            f"cannot bind {checked}: {_words(error)}{_BIND_REMEDIES.get(error.errno or 0, '')}"
+        ) from None
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
@@ -87,7 +96,12 @@ def connect(socket: Socket, endpoint: str) -> None:
     try:
         socket.connect(checked)
     except zmq.ZMQError as error:
-        raise EndpointError(f"cannot connect {checked}: {error.strerror}") from None
+        raise EndpointError(f"cannot connect {checked}: {_words(error)}") from None
+
+
+def _words(error: zmq.ZMQError) -> str:
+    """The system's, without what pyzmq adds to them."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def send(socket: Socket, message: Message, tensors: Sequence[RawTensor] = (), flags: int = 0) -> None:

@@ -46,6 +46,8 @@ STUCK_AFTER_S = 5.0
 TAKEN_AFTER_S = 60.0
 """A main thread that has not looked for so long at what makes its work unwanted hangs: nothing will come of it."""
 _POLL_S = 1.0
+_MAY_MEND = ("no_seat", "unknown_key")
+"""Refusals that somebody may lift at the launching host: a worker of another host asks again."""
 _PAIR_ENDPOINT = "inproc://commands"
 _LOST = b"lost"
 ASK_AGAIN_S = 5.0
@@ -247,7 +249,7 @@ class ControlLink:
             case Refused() if message.code == "lost" and self._settings.keys is not None:
                 self._lose_coordinator("it has missed this worker")
                 self._reply(self._settings.join())
-            case Refused() if message.code == "no_seat" and self._settings.keys is not None:
+            case Refused() if message.code in _MAY_MEND and self._settings.keys is not None:
                 logger.warning("asking again every %g s: %s", ASK_AGAIN_S, message.text)
                 self._ask_again_s = ASK_AGAIN_S
             case Refused() if message.code == "revoked" and self._connection.take_new_key():

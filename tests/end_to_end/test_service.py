@@ -86,7 +86,7 @@ def stages_hold(chat_model: ChatModel) -> int:
     """Tokens in the KV caches of all stages, by a fresh health report, beside what is kept for requests to come."""
     time.sleep(1.5)
     kept = chat_model.engine.load().kept_tokens
-    return sum(pong.kv_tokens - kept for pong in chat_model.cluster._control.pongs().values())
+    return sum(pong.kv_tokens - kept for pong in chat_model.cluster._control.roster.pongs().values())
 
 
 def test_clients_at_once_get_what_each_gets_alone(new_peer: Callable[[], Peer]) -> None:
