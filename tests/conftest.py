@@ -1,6 +1,7 @@
 """Fixtures every test may use."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,11 @@ def context() -> "Iterator[zmq.Context[Socket]]":
     context: zmq.Context[Socket] = zmq.Context()
     yield context
     context.destroy(linger=0)
+
+
+@pytest.fixture
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the launches of a test have their private directories."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="g") as name:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
+        yield Path(name)

@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +24,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(path, {**CAUSAL, "padded_vocab_size": 1024})
     train_chatglm2(path)
     return path
-
-
-@pytest.fixture
-def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the launches of a test have their private directories."""
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="g") as name:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
-        yield Path(name)
 
 
 def read_terminal(terminal: int) -> str:

@@ -3,10 +3,8 @@
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +21,6 @@ from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 pytestmark = pytest.mark.slow
 
 QUESTION = ("--ids", "5,6,7", "--greedy", "--max-new-tokens", "3")
-
-
-@pytest.fixture
-def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the launches of a test have their private directories."""
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="g") as name:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
-        yield Path(name)
 
 
 def test_a_worker_killed_while_it_loads_is_started_again(tmp_path: Path) -> None:
