@@ -51,7 +51,7 @@ def test_a_stopped_worker_is_replaced(launch: Launch, phase: Phase) -> None:
     found = re.match(r"stage 2 \(cpu of this host, layers 3-4, pid (\d+)\) has been silent for (\S+) s", launch.told[0])
     assert found is not None, launch.told[0]
     assert int(found[1]) == pid
-    assert float(found[2]) > SILENCE_LIMIT_S
+    assert float(found[2]) >= SILENCE_LIMIT_S  # told with one decimal
     assert not Path(f"/proc/{pid}").exists()
 
 
