@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 a failure while running (for `compare`: different), 2 a re
 ended by signal N. Nothing heavy is imported before a command needs it.
 """
 
-import argparse
 import io
 import os
 import signal
@@ -29,6 +28,7 @@ from coordinator.commands.session import log_of
 from coordinator.errors import CoordinatorError
 from coordinator.log import JsonLog
 from coordinator.signals import leaving_on_signals
+from glm.command_line import Parser
 from protocol.version import VERSION
 
 DESCRIPTION = (
@@ -86,28 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="glmpipe",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="glmpipe", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"glmpipe {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        command.add_parser(
-            commands.add_parser(
-                name,
-                help=command.HELP,
-                description=f"{command.HELP[0].upper()}{command.HELP[1:]}.",
-                epilog=command.EXAMPLES,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
-        )
+        description = f"{command.HELP[0].upper()}{command.HELP[1:]}."
+        own = commands.add_parser(name, help=command.HELP, description=description, epilog=command.EXAMPLES)
+        own.neighbours = commands.choices
+        command.add_parser(own)
     commands.add_parser("worker", help=worker.HELP, add_help=False)
     return parser
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm.command_line import Parser
 from protocol.endpoints import checked_endpoint, is_local
 from protocol.errors import EndpointError, SecurityError
 from protocol.version import VERSION
@@ -67,12 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
     """Exits with code 2 and a usage message if the options cannot be."""
-    parser = argparse.ArgumentParser(
-        prog="glmpipe worker",
-        description="Serve one stage of a pipeline: join a coordinator, load what it assigns.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Serve one stage of a pipeline: join a coordinator, load what it assigns."
+    parser = Parser(prog="glmpipe worker", description=description, epilog=EXAMPLES)
     parser.add_argument("--join", required=True, metavar="ENDPOINT", type=_endpoint, help="the coordinator's endpoint")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")

@@ -29,14 +29,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """The command's own subcommands."""
     parser.add_argument("--keys", metavar="DIR", type=Path, help="where keys are (default ~/.config/glmpipe/keys)")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    new = actions.add_parser("new", help="make this host's key pair, print the public key", allow_abbrev=False)
+    new = actions.add_parser("new", help="make this host's key pair, print the public key")
     new.add_argument("--replace", action="store_true", help="although there is one; others must be told the new key")
-    actions.add_parser("show", help="print this host's public key", allow_abbrev=False)
-    actions.add_parser("list", help="print the hosts that may join, and their public keys", allow_abbrev=False)
-    allow = actions.add_parser("allow", help="let a host join", allow_abbrev=False)
+    actions.add_parser("show", help="print this host's public key")
+    actions.add_parser("list", help="print the hosts that may join, and their public keys")
+    allow = actions.add_parser("allow", help="let a host join")
     allow.add_argument("name", metavar="NAME", help="what plans call that host")
     allow.add_argument("key", metavar="PUBLIC_KEY", help="what `glmpipe keys show` prints there")
-    revoke = actions.add_parser("revoke", help="let a host join no more", allow_abbrev=False)
+    revoke = actions.add_parser("revoke", help="let a host join no more")
     revoke.add_argument("name", metavar="NAME|PUBLIC_KEY", help="a host, or one of its keys")
 
 

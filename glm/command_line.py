@@ -1,0 +1,114 @@
+"""How a command line is refused: what is wrong, what may have been meant, and one line of usage instead of a page."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NoReturn
+
+EXIT_USAGE = 2
+_TAKES_NO_VALUE = (0, "?", "*")
+_PLAINER = {
+    r"^argument (--[\w-]+)\S*: expected one argument$": r"\1 needs a value (one that begins with a dash: \1=VALUE)",
+    r"^argument (\S+): invalid int value: (.*)$": r"\1 \2 is not a whole number",
+    r"^argument (\S+): invalid float value: (.*)$": r"\1 \2 is not a number",
+    r"^the following arguments are required: (.*)$": r"\1 is missing",
+    r"^one of the arguments (.*) is required$": r"nothing was asked for; give one of \1",
+}
+"""What argparse says, in words for people."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose descriptions keep their line breaks, and which takes no abbreviations.
+
+    An unknown option or word is told by the parser of the subcommand it was given to, before anything that is missing.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+        self.neighbours: Mapping[str, argparse.ArgumentParser] = {}
+        """Other commands by their names: an option of theirs, given here, is told as theirs."""
+
+    def parse_known_args(  # type: ignore[override] # all that argparse calls
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As usual, but nothing is left unknown."""
+        words = list(sys.argv[1:] if args is None else args)
+        unknown = tuple(dict.fromkeys(self._unknown_options(words)))
+        if unknown:
+            told = ", ".join(f"{name}{self._meant(name)}" for name in unknown)
+            self.error(f"unknown option{'s' * (len(unknown) > 1)} {told}")
+        known, left = super().parse_known_args(words, namespace)
+        if left:
+            self.error(f"nothing can be done here with {' '.join(map(repr, left))}")
+        return known, left
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
+        for pattern, plain in _PLAINER.items():
+            message = re.sub(pattern, plain, message)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n{self._short_usage()}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        name = "/".join(action.option_strings) or action.metavar or action.dest
+        choices = tuple(map(str, action.choices))
+        raise argparse.ArgumentError(
+            None,
+            f"{str(name).lower()} {value!r} is unknown{_question(nearest(str(value), choices))}: {_any_of(choices)}",
+        )
+
+    def _unknown_options(self, words: Sequence[str]) -> Iterator[str]:
+        """Options among the words that this parser does not have; the words of its subcommands are left to these."""
+        known = self._option_string_actions
+        if not {"-h", "--help"}.isdisjoint(words):
+            return
+        for before, word in pairwise(["", *words]):
+            if before in known and known[before].nargs not in _TAKES_NO_VALUE:
+                continue
+            name = word.partition("=")[0]
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                return
+            if re.fullmatch(r"-[^\d. ]\S*", name) and name not in known and (name[1] == "-" or name[:2] not in known):
+                yield name
+
+    def _meant(self, name: str) -> str:
+        others = [command for command, parser in self.neighbours.items() if name in parser._option_string_actions]
+        if others and self.prog.split()[-1] not in others:
+            return f" (an option of {self.prog.split()[0]} {others[0]})"
+        return _question(nearest(name, [option for option in self._option_string_actions if option[:2] == "--"]))
+
+    def _short_usage(self) -> str:
+        words = [self.prog, "[OPTIONS]"]
+        for action in self._actions:
+            if not action.option_strings:
+                name = str(action.metavar or action.dest)
+                words.append(f"[{name}]" if action.nargs == "?" else name)
+        return f"usage: {' '.join(words)}    ({self.prog} --help says everything)"
+
+
+def nearest(word: str, names: Collection[str]) -> str | None:
+    """The name that was probably meant, if one is much like the word or is the only one that begins with it."""
+    by_letters = {_letters(name): name for name in names}
+    wanted = _letters(word)
+    beginning = [name for letters, name in by_letters.items() if letters.startswith(wanted)]
+    if wanted in by_letters or len(beginning) == 1:
+        return by_letters.get(wanted, beginning[0])
+    close = difflib.get_close_matches(wanted, by_letters, n=1)
+    return by_letters[close[0]] if close else None
+
+
+def _letters(name: str) -> str:
+    return name.lstrip("-").replace("_", "-").lower()
+
+
+def _question(name: str | None) -> str:
+    return "" if name is None else f" (did you mean {name}?)"
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return f"it is one of {', '.join(names)}"

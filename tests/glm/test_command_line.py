@@ -1,0 +1,84 @@
+"""Mistyped command lines: one line says what is wrong and what may have been meant, another how to see everything."""
+
+import pytest
+
+from coordinator.cli import main
+from glm.command_line import nearest
+from stage_worker.cli import parse_options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("cht", "glmpipe: command 'cht' is unknown (did you mean chat?): it is one of chat, generate, "),
+        ("", "glmpipe: COMMAND is missing"),
+        ("--vesrion", "glmpipe: unknown option --vesrion (did you mean --version?)"),
+        ("chat --lyers cpu=1-3", "glmpipe chat: unknown option --lyers (did you mean --layers?)"),
+        ("chat --layer=cpu=1-3", "glmpipe chat: unknown option --layer (did you mean --layers?)"),
+        ("chat --max_new_tokens 3", "glmpipe chat: unknown option --max_new_tokens (did you mean --max-new-tokens?)"),
+        ("chat -model x", "glmpipe chat: unknown option -model (did you mean --model?)"),
+        ("chat --prompt x", "glmpipe chat: unknown option --prompt (an option of glmpipe generate)"),
+        ("chat hello", "glmpipe chat: nothing can be done here with 'hello'"),
+        ("chat --connect --foo", "glmpipe chat: unknown option --foo"),
+        ("chat --threads two", "glmpipe chat: --threads 'two' is not a whole number"),
+        ("chat --top-p high", "glmpipe chat: --top-p 'high' is not a number"),
+        (
+            "generate --promt x --jsno",
+            "glmpipe generate: unknown options --promt (did you mean --prompt?), --jsno (did",
+        ),
+        (
+            "generate --prompt --json",
+            "glmpipe generate: --prompt needs a value (one that begins with a dash: --prompt=V",
+        ),
+        ("generate", "glmpipe generate: nothing was asked for; give one of --prompt "),
+        ("keys alow a b", "glmpipe keys: action 'alow' is unknown (did you mean allow?)"),
+        ("keys allow lab2", "glmpipe keys allow: PUBLIC_KEY is missing"),
+        ("keys --keys d allow --nme lab2", "glmpipe keys allow: unknown option --nme"),
+        ("bench --shape chatglm3", "glmpipe bench: --shape 'chatglm3' is unknown (did you mean chatglm-6b?)"),
+    ],
+)
+def test_a_mistake_is_told_by_the_command_it_was_made_in(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In two lines, with exit code 2; mistyped options before those that are missing because of it."""
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    fault, usage = err.splitlines()
+    assert fault.startswith(said)
+    command = said.partition(":")[0]
+    assert usage.startswith(f"usage: {command} [OPTIONS]")
+    assert usage.endswith(f"({command} --help says everything)")
+
+
+def test_a_worker_tells_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Another program, the same words."""
+    with pytest.raises(SystemExit):
+        parse_options(["--jion", "ipc:///tmp/x"])
+    assert capsys.readouterr().err.startswith("glmpipe worker: unknown option --jion (did you mean --join?)\nusage: ")
+
+
+def test_values_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """A negative number is a value, and whoever asks for help gets it, whatever else is wrong."""
+    assert main(["chat", "--temperature", "-1"]) == 2
+    assert "temperature is -1.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["chat", "--lyers", "x", "--help"])
+    assert caught.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--temp", "--temperature"),
+        ("--STATS", "--stats"),
+        ("-t", None),
+        ("--qqq", None),
+        ("--temprature", "--temperature"),
+    ],
+)
+def test_only_a_name_much_like_it_is_offered(word: str, meant: str | None) -> None:
+    """A guess that is far off would be worse than none."""
+    assert nearest(word, ["--temperature", "--top-k", "--stats", "--stop"]) == meant
