@@ -4,15 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: chat check test faults fuzz format clean
+.PHONY: chat lint check test faults fuzz format clean
 
 chat: $(STAMP)           ## a chat with the demo model, split over two stage workers
 	$(BIN)/glmpipe chat --layers cpu=1-3 --layers cpu=4-6
 
-check: $(STAMP)          ## lint, types and the fast tests
+lint: $(STAMP)           ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint              ## and the fast tests
 	$(BIN)/pytest -q -m "not slow"
 
 test: $(STAMP)           ## the whole suite
