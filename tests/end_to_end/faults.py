@@ -53,6 +53,7 @@ PREFILL = Phase("prefill", LONG, 6, 1.0, lambda answer: 0 < answer.sequence.num_
 DECODE = Phase("decode", SHORT, 24, 1.0, lambda answer: len(answer.sequence.new_ids) >= 3)
 SPECULATION = Phase("speculation", SHORT, 64, 0.1, lambda answer: answer.sequence.num_accepted > 0)
 """The small model's likeliest texts run in circles, so that drafts out of them are accepted."""
+PHASES = (PREFILL, DECODE, SPECULATION)
 
 
 @dataclass(slots=True)
@@ -77,6 +78,17 @@ class Launch:
                 os.kill(pid, number)
 
         return send
+
+    def misses(self, stage: int) -> bool:
+        """Whether it is known by now that this stage (from 0) has lost its worker."""
+        cluster = self.chat_model.cluster
+        return f"stage-{stage + 1}" in cluster._control.roster.lost() or any(
+            dead.stage_index == stage for dead in cluster._launcher.dead()
+        )
+
+    def silence_s(self, stage: int) -> float:
+        """For how long this stage (from 0) has been waited for."""
+        return self.chat_model.cluster._control.roster.workers[f"stage-{stage + 1}"].silent_s
 
     def wanted(self, phase: Phase, seeds: Seeds) -> list[tuple[int, ...]]:
         """What comes when nothing happens."""

@@ -2,35 +2,12 @@
 
 import re
 import signal
-import threading
-import time
-from collections.abc import Iterator
 
 import pytest
 
-from tests.end_to_end.faults import (
-    DECODE,
-    FOUR,
-    ONE_GREEDY,
-    ONE_SEEDED,
-    PREFILL,
-    SPECULATION,
-    Launch,
-    Phase,
-    disturbed_launch,
-    until,
-)
+from tests.end_to_end.faults import DECODE, FOUR, ONE_GREEDY, ONE_SEEDED, PHASES, Launch, Phase, until
 
 pytestmark = pytest.mark.slow
-
-PHASES = [PREFILL, DECODE, SPECULATION]
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    """One for all faults: each finds it as the recovery before left it."""
-    with disturbed_launch(tmp_path_factory.mktemp("launch")) as launch:
-        yield launch
 
 
 @pytest.mark.parametrize("is_one", [True, False], ids=["one", "four, greedy and seeded"])
@@ -60,7 +37,12 @@ def test_two_killed_at_once_change_no_token(launch: Launch, phase: Phase) -> Non
 
 def test_a_worker_that_is_told_to_end_is_replaced(launch: Launch) -> None:
     """SIGTERM, as a service manager or an administrator sends it: the worker says goodbye."""
-    launch.must_survive(DECODE, FOUR, launch.hit(signal.SIGTERM, 1))
+
+    def strike() -> None:
+        launch.hit(signal.SIGTERM, 1)()
+        until(lambda: launch.misses(1))  # it may take the answer's last step before it looks at its signals
+
+    launch.must_survive(DECODE, FOUR, strike)
     name = r"stage 2 \(cpu of this host, (layers 3-4, )?pid \d+\)"
     assert re.match(rf"{name} (left: SIGTERM|ended with exit code 0 while serving)", launch.told[0])
     assert "all stages serve again" in launch.told[-1]
@@ -79,20 +61,16 @@ def test_a_worker_killed_again_while_it_comes_back_is_tried_again(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The replacement dies, too, while it starts: another attempt brings it back."""
-    told = launch.told
+    launcher = launch.chat_model.cluster._launcher
+    restart, restarted = launcher.restart, list[int]()
 
-    def kill_the_next_one(text: str) -> None:
-        told.append(text)
-        if len(told) == 1:
-            threading.Thread(target=strike).start()
+    def start_and_kill_the_first(index: int) -> None:
+        restart(index)
+        restarted.append(index)
+        if len(restarted) == 1:
+            launcher._workers[index].signal(signal.SIGKILL)
 
-    def strike() -> None:
-        launcher = launch.chat_model.cluster._launcher
-        old = launcher._workers[1]._process.pid
-        while launcher._workers[1]._process.pid == old:
-            time.sleep(0.01)
-        launcher._workers[1].signal(signal.SIGKILL)
-
-    monkeypatch.setattr(launch.chat_model.supervisor.mender, "on_event", kill_the_next_one)
+    monkeypatch.setattr(launcher, "restart", start_and_kill_the_first)
     launch.must_survive(DECODE, ONE_GREEDY, launch.hit(signal.SIGKILL, 1))
-    assert any("attempt 2" in text for text in told)
+    assert restarted == [1, 1]
+    assert "attempt 1" in launch.told[0] and "attempt 2" in launch.told[1] and len(launch.told) == 3

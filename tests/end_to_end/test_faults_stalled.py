@@ -4,9 +4,7 @@ import contextlib
 import os
 import re
 import signal
-import threading
 import time
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from tests.end_to_end.faults import (
     DECODE,
     FOUR,
     ONE_GREEDY,
-    PREFILL,
-    SPECULATION,
+    PHASES,
     Launch,
     Phase,
     disturbed_launch,
@@ -33,19 +30,14 @@ from tests.end_to_end.faults import (
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = [PREFILL, DECODE, SPECULATION]
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    with disturbed_launch(tmp_path_factory.mktemp("launch")) as launch:
-        yield launch
+STALL_S = 1.0
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
-def test_a_stopped_worker_is_replaced(launch: Launch, phase: Phase) -> None:
+def test_a_stopped_worker_is_replaced(launch: Launch, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP is noticed by its silence within the limit, and the stopped process goes, too."""
     assert SILENCE_LIMIT_S < 3
+    monkeypatch.setattr("coordinator.roster.SILENCE_LIMIT_S", SILENCE_LIMIT_S)
     pid = launch.pids[1]
     launch.must_survive(phase, FOUR, launch.hit(signal.SIGSTOP, 1))
     found = re.match(r"stage 2 \(cpu of this host, layers 3-4, pid (\d+)\) has been silent for (\S+) s", launch.told[0])
@@ -55,18 +47,28 @@ def test_a_stopped_worker_is_replaced(launch: Launch, phase: Phase) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_worker_that_wakes_up_in_a_later_epoch_drops_what_it_had(launch: Launch) -> None:
+def test_a_worker_that_wakes_up_in_a_later_epoch_drops_what_it_had(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stage 3 is stopped with steps before it; stage 1 is replaced; stage 3 goes on and does none of those."""
-    pid = launch.pids[2]
+    pid, cluster = launch.pids[2], launch.chat_model.cluster
+    assign, epochs = cluster.assign, list[int]()
+
+    def assign_and_wake() -> None:
+        assign()
+        epochs.append(cluster.epoch)
+        os.kill(pid, signal.SIGCONT)
 
     def strike() -> None:
+        epochs.append(cluster.epoch)
+        monkeypatch.setattr(cluster, "assign", assign_and_wake)
         os.kill(pid, signal.SIGSTOP)
         launch.hit(signal.SIGKILL, 0)()
-        threading.Timer(1.0, os.kill, (pid, signal.SIGCONT)).start()
 
     launch.must_survive(DECODE, FOUR, strike)
     assert "stage 1 (cpu" in launch.told[0]
     assert launch.pids[2] == pid
+    assert epochs == [epochs[0], epochs[0] + 1]
 
 
 def test_frames_of_an_old_epoch_are_ignored_everywhere(launch: Launch) -> None:
@@ -98,11 +100,20 @@ def test_frames_of_an_old_epoch_are_ignored_everywhere(launch: Launch) -> None:
 
 def test_a_worker_that_answers_but_does_not_go_on_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that takes far longer than any before: the stage that it is at is named, replaced, and nothing changes."""
-    monkeypatch.setattr("coordinator.recovery.LEAST_PATIENCE_S", 2.0)
     marker = tmp_path / "marker"
     with disturbed_launch(tmp_path, "hangs-in-a-step", "stage-2", str(marker)) as launch:
         pids = launch.pids
-        launch.must_survive(DECODE, FOUR, marker.touch)
+
+        def strike() -> None:
+            marker.touch()
+            monkeypatch.setattr("coordinator.recovery.LEAST_PATIENCE_S", 3.0)  # for no step before or after that
+
+        def hear(text: str) -> None:
+            launch.told.append(text)
+            monkeypatch.undo()
+
+        launch.chat_model.supervisor.mender.on_event = hear
+        launch.must_survive(DECODE, FOUR, strike)
         name = rf"stage 2 \(cpu of this host, layers 3-4, pid {pids[1]}\)"
         assert re.match(rf"{name} seems to be stuck: no stage answered for \d+ s, far longer", launch.told[0])
         assert [old == new for old, new in zip(pids, launch.pids, strict=True)] == [True, False, True]
@@ -110,12 +121,13 @@ def test_a_worker_that_answers_but_does_not_go_on_is_replaced(tmp_path: Path, mo
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
 def test_a_slow_stage_is_waited_for(launch: Launch, phase: Phase) -> None:
-    """A stage that stalls for a second is not replaced; nobody is told anything."""
+    """A stage that stalls for less than the limit is not replaced; nobody is told anything."""
+    assert STALL_S < SILENCE_LIMIT_S
     pids = launch.pids
 
     def stall() -> None:
         os.kill(pids[2], signal.SIGSTOP)
-        time.sleep(1.0)  # here, and not on a timer's thread that may come late; others watch the stages meanwhile
+        until(lambda: launch.silence_s(2) > STALL_S)
         os.kill(pids[2], signal.SIGCONT)
 
     launch.must_survive(phase, FOUR, stall)
@@ -138,7 +150,14 @@ def test_a_clock_that_jumps_moves_no_deadline(launch: Launch, monkeypatch: pytes
 def test_a_workers_clock_may_jump(tmp_path: Path) -> None:
     """The same in a worker: it neither leaves nor falls silent."""
     with disturbed_launch(tmp_path, "clock-jumps", "stage-2", str(tmp_path / "marker")) as launch:
-        launch.must_survive(DECODE, FOUR, lambda: time.sleep(SILENCE_LIMIT_S))
+        pongs = launch.chat_model.cluster._control.roster.pongs
+
+        def be_asked_three_times() -> None:
+            for _ in range(3):
+                last = pongs()["stage-2"]
+                until(lambda last=last: pongs()["stage-2"] is not last)
+
+        launch.must_survive(DECODE, FOUR, be_asked_three_times)
         assert launch.told == []
 
 
