@@ -172,7 +172,13 @@ class ChatModel(Closing):
             max_context=max_model_len(self.config, self.engine.settings),
             plan_lines=describe_stages(self.cluster.plan),
             defaults=to_wire(self.defaults.sampling),
+            waits_for=self.waits_for(),
         )
+
+    def waits_for(self) -> str | None:
+        """What keeps the stages from serving, such as a worker that was lost; None while they serve."""
+        words = self.supervisor.waits_for()
+        return None if words is None else clip_text(words)
 
     def chat(
         self, query: str, history: AbstractSequence[Mapping[str, str]] = (), **sampling: Any

@@ -123,8 +123,8 @@ class RemoteBackend(Closing):
         self._request_ids = itertools.count(1)
         self._cancelled = threading.Event()
         self._description: Description | None = None
-        self.on_queued: Callable[[int], None] | None = None
-        """Told its place whenever a request waits for room at the launch; 1 is next."""
+        self.on_queued: Callable[[int, str | None], None] | None = None
+        """Told its place whenever a request waits for room at the launch, 1 is next; and what that itself waits for."""
         self._open: dict[int, list[TokenLogprob] | None] = {}
         self._heard_at_s = 0.0
 
@@ -245,7 +245,7 @@ class RemoteBackend(Closing):
                 self._send(Cancel(request_id))
             message = self._receive()
             if isinstance(message, Queued) and message.request_id == request_id and self.on_queued is not None:
-                self.on_queued(message.position)
+                self.on_queued(message.position, message.waits_for)
             if not isinstance(message, Delta | Finished | Error) or message.request_id != request_id:
                 continue
             if not was_cancelled:

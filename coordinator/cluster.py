@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 import zmq
 
+from coordinator.assigning import assignment
 from coordinator.closing import Closing
-from coordinator.cluster_settings import AWAIT_WORKER_S, ClusterSettings, Listening, ProgressSink, StageProgress
+from coordinator.cluster_settings import AWAIT_WORKER_S, ClusterSettings, Listening, ProgressSink
 from coordinator.control import ControlPlane
 from coordinator.door import Door, Seat, guarded_endpoints
-from coordinator.errors import LaunchError, ReplanError, StageLost, WorkerAbsent, WorkerDied
+from coordinator.errors import ReplanError, StageLost, WorkerAbsent
 from coordinator.first_step import send_first_step, stuck_hop
 from coordinator.launcher import Launcher, LogSink
+from coordinator.loading import Loading
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
 from coordinator.replanning import Remaining, Replanned, checked_hosts
@@ -23,7 +24,7 @@ from coordinator.reply import Reply, expect, inspected_whole
 from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
-from protocol.control import Assign, HostModel, Inspect, InspectedPart, Join, Ping, Pong, Progress, Ready
+from protocol.control import HostModel, Inspect, InspectedPart, Join, Ping, Pong, Progress, Ready
 from protocol.security import Gatekeeper
 from protocol.sockets import Socket
 
@@ -54,12 +55,13 @@ class Cluster(Closing):
         self.plan = plan
         self._on_note = on_note or (lambda _: None)
         self._note_due_s = 0.0
-        self._could_not_load: set[int] = set()
         self.ready: tuple[Ready, ...] = ()
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called about every 0.1 s by whoever waits here for stages that do not serve yet."""
+        self._is_up = False
         self._joins: tuple[Join, ...] = ()
-        self._assigned: list[Future[Reply]] = []
+        self._loading = Loading(self._name, on_progress)
         self._settings = settings
-        self._on_progress = on_progress
         self._await_worker_s = AWAIT_WORKER_S if listening is None else listening.await_worker_s
         self._patience_s = self._await_worker_s
         self._served: dict[str, Join] = {}
@@ -111,7 +113,12 @@ class Cluster(Closing):
         if default_kv_budget_tokens is not None:
             self._settings = replace(self._settings, default_kv_budget_tokens=default_kv_budget_tokens)
         ids = self._launcher.worker_ids
-        self._assigned = [self._control.begin(ids[index], self._assignment(index)) for index in range(len(ids))]
+        told = self.plan, self._settings
+        assignments = [
+            assignment(index, *told, budget, self._joins, self.pipeline) for index, budget in enumerate(self.kv_budgets)
+        ]
+        requests = [self._control.begin(worker_id, each) for worker_id, each in zip(ids, assignments, strict=True)]
+        self._loading.begin(requests, [stage.layer_end - stage.layer_start for stage in self.plan.stages])
 
     def load(self) -> tuple[Ready, ...]:
         """Wait for the workers, give each its layers if that was not done, wait until all serve.
@@ -120,18 +127,21 @@ class Cluster(Closing):
             LaunchError: a worker died, did not join in time, or cannot hold its layers. StageLost: one was lost at the
             end; StepStuck: nothing comes through from one to the next.
         """
-        if not self._assigned:
+        if not self._loading.has_begun:
             self.assign()
-        self.ready = self._wait_until_ready(self._assigned)
-        self._on_progress = None  # what is loaded again later, nobody watches
+        self.ready = self._loading.wait(self.check)
+        self._loading.on_progress = None  # what is loaded again later, nobody watches
         first = self._joins[0]
         self.pipeline.connect(first.data_endpoint, first.public_key if first.is_guarded else None)
         if self._settings.hidden_size is not None:
             send_first_step(self.pipeline, self.epoch, self._settings.hidden_size, self._stuck_hop)
+        self._is_up = True
         return self.ready
 
     def check(self) -> None:
         """Raises StageLost when a worker has died, left or fallen silent."""
+        if not self._is_up:
+            self.meanwhile()
         for dead in self._launcher.dead():
             raise StageLost(dead.describe("while serving"))
         for worker_id, what in self._control.roster.lost().items():
@@ -140,6 +150,17 @@ class Cluster(Closing):
     def awaited(self) -> str | None:
         """The workers of other hosts that are missing; None while all are there, or spares that can stand in."""
         return ", ".join(seat.text for seat in self._control.roster.missing(self._served)) or None
+
+    def waits_for(self) -> str:
+        """What stages that do not serve yet are waited for, in words."""
+        roster, ids = self._control.roster, self._launcher.worker_ids
+        if self._lost():
+            return f"{', '.join(map(self._name, sorted(self._lost())))} to be replaced"
+        if seats := roster.waiting_seats():
+            return f"a worker for {', '.join(seat.text for seat in seats)}"
+        if absent := [index for index, worker_id in enumerate(ids) if worker_id not in roster.joined()]:
+            return f"{', '.join(map(self._name, absent))} to start"
+        return self._loading.waits_for() or "the first step through all stages"
 
     def recover(self, is_stuck: bool) -> int:
         """Replace the lost workers, and assign all stages in a new epoch, which is returned.
@@ -150,6 +171,7 @@ class Cluster(Closing):
             StageLost: another worker was lost meanwhile. LaunchError: one cannot load its layers. WorkerAbsent: another
             host's did not come back, and no spare will do.
         """
+        self._is_up = False
         self._served |= dict(zip(self._launcher.worker_ids, self._joins, strict=False))
         self.replace_lost(is_stuck)
         self._await_others()
@@ -181,7 +203,7 @@ class Cluster(Closing):
             if self.plan.stages[index].host is None:  # another host's worker comes back by itself, or another one does
                 self._launcher.restart(index)
         self._joins = ()
-        self._could_not_load.clear()
+        self._loading.could_not.clear()
         self._note_due_s = 0.0
 
     def leave_out_lost(self, choose: Callable[[Plan, Sequence[Remaining]], Replanned]) -> tuple[str, ...]:
@@ -192,9 +214,9 @@ class Cluster(Closing):
         """
         self.plan = self._plan_as_seated()
         roster, ids, guarded = self._control.roster, self._launcher.worker_ids, self._launcher.data_endpoints
-        roster.await_own(JOIN_DEADLINE_S, lambda: {ids[dead.stage_index] for dead in self._launcher.dead()})
+        roster.await_own(JOIN_DEADLINE_S, self._dead_ids)
         joined, pongs = roster.joined(), roster.pongs()
-        gone = self._lost() | self._could_not_load
+        gone = self._lost() | self._loading.could_not
         gone |= {index for index, stage in enumerate(self.plan.stages) if stage.host and ids[index] not in joined}
         gone = gone or {index for index, worker_id in enumerate(ids) if worker_id not in joined}
         left = [index for index, worker_id in enumerate(ids) if index not in gone and worker_id in joined]
@@ -213,6 +235,10 @@ class Cluster(Closing):
         self.plan, self._joins = chosen.plan, ()
         self._settings = replace(self._settings, default_kv_budget_tokens=chosen.kv_tokens)
         return chosen.lines
+
+    def _dead_ids(self) -> set[str]:
+        self.meanwhile()
+        return {self._launcher.worker_ids[dead.stage_index] for dead in self._launcher.dead()}
 
     def _lost(self) -> set[int]:
         lost = {self._launcher.worker_ids.index(worker_id) for worker_id in self._control.roster.lost()}
@@ -327,6 +353,7 @@ class Cluster(Closing):
 
     def _check_joining(self) -> None:
         """While workers join: whether one of this host has died; now and then, for which other hosts we wait."""
+        self.meanwhile()
         self._launcher.check()
         waiting = self._control.roster.waiting_seats()
         if self._door is not None and waiting and time.monotonic() >= self._note_due_s:
@@ -334,66 +361,5 @@ class Cluster(Closing):
             for line in self._door.waiting_lines(waiting):
                 self._on_note(line)
 
-    def _assignment(self, index: int) -> Assign:
-        stage, settings = self.plan.stages[index], self._settings
-        is_last = index == len(self.plan.stages) - 1
-        previous = self.pipeline.keys.public if index == 0 else self._joins[index - 1].public_key
-        if is_last:
-            next_endpoint = self.pipeline.return_endpoint
-            next_key = self.pipeline.keys.public if self.pipeline.is_guarded else None
-        else:
-            following = self._joins[index + 1]
-            next_endpoint = following.data_endpoint
-            next_key = following.public_key if following.is_guarded else None
-        return Assign(
-            request_id=0,
-            epoch=settings.epoch,
-            stage_index=index,
-            num_stages=len(self.plan.stages),
-            model_path=str(settings.model_dir) if stage.host is None else settings.model_name,
-            model_revision=None if stage.host is None else settings.revision,
-            fingerprint=settings.fingerprint,
-            layer_start=stage.layer_start,
-            layer_end=stage.layer_end,
-            precision=stage.precision,
-            kv_budget_tokens=self.kv_budgets[index],
-            next_endpoint=next_endpoint,
-            next_public_key=next_key,
-            previous_public_key=previous,
-            activation_dtype=None,
-            record_hidden_states=settings.record_hidden_states,
-        )
-
-    def _wait_until_ready(self, futures: list[Future[Reply]]) -> tuple[Ready, ...]:
-        """Loading may take minutes; what ends the wait is a reply from all, a failure of one, or a lost worker."""
-        ready: dict[int, Ready] = {}
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
-            for index in sorted(futures.index(future) for future in done):
-                ready[index] = self._ready(index, futures[index])
-            try:
-                self.check()
-            except StageLost as error:
-                raise WorkerDied(str(error).replace("while serving", "while loading")) from None
-        return tuple(ready[index] for index in range(len(futures)))
-
-    def _ready(self, index: int, future: Future[Reply]) -> Ready:
-        try:
-            message, _ = expect(future.result(0), Ready, self._name(index))
-        except LaunchError:
-            self._could_not_load.add(index)
-            raise
-        assert isinstance(message, Ready)
-        stage = self.plan.stages[index]
-        num_layers = stage.layer_end - stage.layer_start
-        self._report(StageProgress(index, num_layers, num_layers, message.weight_bytes, message))
-        return message
-
     def _relay_progress(self, worker_id: str, progress: Progress) -> None:
-        index = self._launcher.worker_ids.index(worker_id)
-        self._report(StageProgress(index, progress.layers_done, progress.layers_total, progress.weight_bytes))
-
-    def _report(self, progress: StageProgress) -> None:
-        if self._on_progress is not None:
-            self._on_progress(progress)
+        self._loading.note(self._launcher.worker_ids.index(worker_id), progress)

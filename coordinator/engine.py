@@ -42,6 +42,7 @@ class Engine:
         self._step_cost = StepCost()
         self._last_kind: StepKind = "decode"
         self._sequence_ids = itertools.count(1)
+        self._is_suspended = False
 
     def new_sequence_id(self) -> int:
         """An id that no sequence of this engine had before."""
@@ -54,7 +55,7 @@ class Engine:
         self._waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Stop generating for it; the stages forget it before anything else they do."""
+        """Stop generating for it; the stages forget it before anything else they do, as they do in a new epoch."""
         if not sequence.is_finished:
             sequence.finish_reason = "cancelled"
         self._retire()
@@ -64,9 +65,17 @@ class Engine:
         self._chain.updates += map(DropSequence, self._kept.evict(self._kept.num_tokens))
         self._retire()
 
+    def suspend(self) -> None:
+        """The pipeline is lost: until `start_over` sequences may come and be cancelled, and stages are told nothing.
+
+        In a new epoch they have forgotten every sequence anyway.
+        """
+        self._is_suspended = True
+
     def start_over(self, epoch: int) -> int:
         """The pipeline is another one: all running sequences are fed again from their token ids; how many they are."""
         self._chain.start_over(epoch)
+        self._is_suspended = False
         self._kept = KeptPrefixes()
         running = [sequence for sequence in self._running if not sequence.is_finished]
         self._wait_again(running)
@@ -309,13 +318,13 @@ class Engine:
 
     def _retire(self) -> None:
         ended = [sequence for sequence in self._running if sequence.is_finished]
-        for sequence in ended:
+        for sequence in () if self._is_suspended else ended:
             self._leave(sequence)
         if ended:
             self.pacing.disturb()
         self._running = [sequence for sequence in self._running if not sequence.is_finished]
         self._waiting = [sequence for sequence in self._waiting if not sequence.is_finished]
-        if self.is_idle and self._chain.updates:
+        if self.is_idle and self._chain.updates and not self._is_suspended:
             with self._chain.doubted(), contextlib.suppress(StageLost):  # a lost stage has forgotten everything anyway
                 self._chain.flush()
 

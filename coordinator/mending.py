@@ -11,6 +11,7 @@ from coordinator.recovery import Recovery, RecoveryPolicy
 from coordinator.replanning import Remaining, Replanned
 
 Choose = Callable[[Plan, Sequence[Remaining]], Replanned]
+_SLICE_S = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -19,6 +20,8 @@ class Mendable(Protocol):
 
     plan: Plan
     """As it is now."""
+    meanwhile: Callable[[], None]
+    """To be called about every 0.1 s by whoever waits before the next attempt."""
 
     def join(self) -> object:
         """Wait until every stage has a worker. Raises WorkerDied or LaunchError."""
@@ -59,6 +62,9 @@ class Mendable(Protocol):
     def awaited(self) -> str | None:
         """Whose return alone could help; None: nobody's, as far as is known."""
 
+    def waits_for(self) -> str:
+        """What stages that do not serve yet are waited for, in words."""
+
 
 class Mender:
     """Every method either has all stages where they are wanted in the end, or raises what kept them from it.
@@ -74,14 +80,14 @@ class Mender:
         on_event: Callable[[str], None] = _log.warning,
         *,
         choose: Choose | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
     ) -> None:
         self.on_event = on_event
         self.policy = policy
         self._cluster = cluster
         self._recovery = Recovery(policy)
         self._choose = choose
-        self._sleep = sleep
+        self._sleep = sleep or self._pause
 
     def join(self) -> None:
         """Wait for the workers of a new cluster. One that was killed before it joined is started again.
@@ -138,6 +144,12 @@ class Mender:
         except ReplanError as error:
             raise type(cause)(f"{cause}\n--replan does not help: {error}") from None
         self.on_event("\n  ".join([f"{cause}\ngiven up; its layers go to the other stages:", *lines]))
+
+    def _pause(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        while (left_s := until_s - time.monotonic()) > 0:
+            self._cluster.meanwhile()
+            time.sleep(min(left_s, _SLICE_S))
 
     def _may_try_again(self, cause: CoordinatorError) -> bool:
         """Says so and waits as long as is due, if there is another attempt."""

@@ -38,10 +38,14 @@ def serve(
     """
     router = client_socket(chat_model.cluster.context, zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    before = chat_model.cluster.meanwhile
     try:
         bind(router, endpoint)
-        Service(chat_model, router, requests).run(should_stop)
+        service = Service(chat_model, router, requests)
+        chat_model.cluster.meanwhile = service.listen
+        service.run(should_stop)
     finally:
+        chat_model.cluster.meanwhile = before
         router.close()
 
 
@@ -61,7 +65,7 @@ class Service:
         """Take in requests, walk the chain, send what became final; see `serve`."""
         try:
             while not should_stop():
-                self._take_in()
+                self._take_in(_IDLE_POLL_MS if not self._answers else 0)
                 self._pay()
                 if self._answers:
                     self._step()
@@ -72,11 +76,17 @@ class Service:
                 self._fail(identity, request_id, error)
             raise
 
-    def _take_in(self) -> None:
+    def listen(self) -> None:
+        """While stages are brought back nothing is computed, but requests are queued, cancelled and told of that."""
+        self._take_in(0)
+        self._pay()
+        self._tell_positions()
+
+    def _take_in(self, poll_ms: int) -> None:
         """What clients said, but only so much of it in one turn: a flood holds up nobody's answer."""
         num_messages = num_bytes = 0
         while num_messages < _TURN_MESSAGES and num_bytes < _TURN_BYTES:
-            if not self._router.poll(0 if self._answers or num_messages else _IDLE_POLL_MS):
+            if not self._router.poll(0 if num_messages else poll_ms):
                 return
             num_bytes += self._receive()
             num_messages += 1
@@ -135,10 +145,12 @@ class Service:
         self._send(identity, message)
 
     def _step(self) -> None:
+        epoch = self._chat_model.cluster.epoch
         owners = {id(answer): identity for (identity, _), answer in self._answers.items()}
         for answer, delta in self._chat_model.step(list(self._answers.values())):
             self._send(owners[id(answer)], delta)
-        self._tell_positions()
+        if self._chat_model.cluster.epoch == epoch:  # behind a recovery it takes a step to tell who waits
+            self._tell_positions()
         for (identity, _), answer in list(self._answers.items()):
             if answer.sequence.is_finished:
                 self._finish(identity, answer)
@@ -152,7 +164,7 @@ class Service:
             if position:
                 positions[sequence.sequence_id] = position
                 if position != self._positions.get(sequence.sequence_id):
-                    self._send(identity, client.Queued(request_id, position))
+                    self._send(identity, client.Queued(request_id, position, self._chat_model.waits_for()))
         self._positions = positions
 
     def _finish(self, identity: bytes, answer: Answer) -> None:

@@ -19,6 +19,7 @@ class Supervisor:
         self._engine = engine
         self._cluster = cluster
         self._given_up: CoordinatorError | None = None
+        self._lost_at_s: float | None = None
         self._plan, self._kv_budgets = cluster.plan, cluster.kv_budgets
         """What the engine, and whoever listens, were told last."""
         self.on_replanned: list[Callable[[], None]] = []
@@ -50,15 +51,27 @@ class Supervisor:
         except StageLost as lost:
             self._recover(lost)
 
+    def waits_for(self) -> str | None:
+        """What keeps the stages from serving, in words, and how long already; None while they serve."""
+        if self._lost_at_s is None:
+            return None
+        since = f"for {time.monotonic() - self._lost_at_s:.0f} s already"
+        if self._given_up is not None:
+            return f"stages that could not be brought back, {since}: {self._given_up}"
+        return f"{self._cluster.waits_for()}, {since}"
+
     def _recover(self, cause: CoordinatorError) -> TookPart:
+        self._engine.suspend()
         if not self.mender.policy.max_attempts and not self.mender.policy.replan:
             raise cause
         started_s = time.monotonic()
+        self._lost_at_s = self._lost_at_s or started_s
         try:
             epoch = self.mender.mend(cause)
         except (StageLost, LaunchError) as error:
             return self._give_up(error)
         num_running = self._engine.start_over(epoch)
+        self._lost_at_s = None
         self._tell_of_changes()
         going_on = f"; {num_running} {'answer goes' if num_running == 1 else 'answers go'} on" if num_running else ""
         self.mender.on_event(f"all stages serve again after {time.monotonic() - started_s:.1f} s{going_on}")

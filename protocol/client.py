@@ -98,10 +98,14 @@ class TokenLogprob(Record, frozen=True):
 
 
 class Queued(Record, frozen=True):
-    """The request waits for room in the KV caches (or for a free place); `position` 1 is next."""
+    """The request waits for room in the KV caches (or for a free place); `position` 1 is next.
+
+    `waits_for`: what keeps the launch from serving anybody, in words, such as a worker that was lost; None otherwise.
+    """
 
     request_id: Id
     position: PositiveCount
+    waits_for: Text | None
 
 
 class Delta(Record, frozen=True):
@@ -179,7 +183,7 @@ class Describe(Record, frozen=True):
 
 
 class Description(Record, frozen=True):
-    """Answer to Describe."""
+    """Answer to Describe. `waits_for`: what keeps the launch from serving, and since when; None while it serves."""
 
     request_id: Id
     model_name: Name
@@ -187,6 +191,7 @@ class Description(Record, frozen=True):
     max_context: PositiveCount
     plan_lines: Annotated[tuple[Text, ...], Meta(max_length=MAX_STAGES + 64)]
     defaults: SamplingParams
+    waits_for: Text | None
 
 
 ClientMessage = Generate | Queued | Delta | Finished | Error | Cancel | Describe | Description

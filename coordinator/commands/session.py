@@ -149,8 +149,16 @@ def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = l
     from coordinator.client import connect
 
     with connect(options.connect or None) as backend:
-        backend.on_queued = lambda position: say(f"waiting for room at the launch, place {position} in its queue")
+        waits_for = backend.describe().waits_for
+        if waits_for is not None:
+            say(f"the launch does not serve at the moment, it waits for {waits_for}")
+        backend.on_queued = _say_queued
         yield backend
+
+
+def _say_queued(position: int, waits_for: str | None) -> None:
+    why = "for room at the launch" if waits_for is None else f"as the launch itself waits for {waits_for}"
+    say(f"waiting {why}; place {position} in its queue")
 
 
 def _traces(options: argparse.Namespace, plan: Plan, stack: ExitStack, log: Log) -> list[TraceFile]:

@@ -27,7 +27,7 @@ class FakeBatch:
         self._choice = random.Random(5)
 
     def describe(self) -> Description:
-        return Description(0, "fake-model", "chatglm2", 100, (), DEFAULTS)
+        return Description(0, "fake-model", "chatglm2", 100, (), DEFAULTS, None)
 
     def submit(self, request: Request) -> list[int]:
         assert isinstance(request.prompt, ChatPrompt)

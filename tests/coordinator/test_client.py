@@ -64,7 +64,7 @@ class FakeLaunch:
             message, _ = decode(frames, Plane.CLIENT)
             self.received.append(message)
             if isinstance(message, Describe):
-                described = Description(message.request_id, "model", "chatglm2", 100, ("plan",), DEFAULTS)
+                described = Description(message.request_id, "model", "chatglm2", 100, ("plan",), DEFAULTS, None)
                 replies: list[ClientMessage] | None = [described]
             else:
                 replies = self._script(message)

@@ -43,6 +43,7 @@ class Model:
         self.cancelled: list[Any] = []
         self.engine = SimpleNamespace(cancel=self.cancelled.append, queue_position=lambda _: 0)
         self.supervisor = SimpleNamespace(check=lambda: None)
+        self.cluster = SimpleNamespace(epoch=1)
 
     def begin(self, _prompt: object, _sampling: object, request_id: int, **_: object) -> Any:
         return SimpleNamespace(request_id=request_id, sequence=SimpleNamespace(is_finished=False, error=None))
