@@ -1,7 +1,7 @@
 """A GLM model that runs in stage workers, for use from Python: `with launch(model, plan) as chat_model: ...`."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,6 +61,7 @@ def launch(
     steps_in_flight: int | None = None,
     recovery: RecoveryPolicy = DEFAULT_RECOVERY,
     listening: Listening | None = None,
+    on_started: Callable[[Cluster], None] = lambda _: None,
 ) -> "ChatModel":
     """Start the workers of a plan and load a model into them.
 
@@ -71,9 +72,9 @@ def launch(
         on_progress, on_log: receive load progress, and the workers' log lines. recovery: how often to restart those.
         on_note: receives what the memory of each device is going to hold, before anything loads.
         check_memory: refuse a plan that does not fit.
-        speculate: guess tokens that the text has had before, and verify several in one step.
-        reuse: keep what ended requests cached, for those that begin alike.
+        speculate: guess tokens, and verify several in one step. reuse: keep what ended requests cached.
         listening: where workers of the other hosts in the plan join, and the keys that let them in.
+        on_started: is given the cluster while its workers start, before it loads.
         steps_in_flight: how many decode steps the sequences are dealt out to; None finds the fastest number.
 
     Raises:
@@ -92,6 +93,7 @@ def launch(
     settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision, hidden_size=config.hidden_size)
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
     try:
+        on_started(cluster)
         choose = Replanner(config, most_kv_tokens, refuse=check_memory)
         mender = Mender(cluster, recovery, on_note or (lambda _: None), choose=choose)
         embedding, head = bring_up(cluster, mender, checkpoint, config, on_note, refuse=check_memory)

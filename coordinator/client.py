@@ -20,6 +20,7 @@ from coordinator.runtime_dir import find_running
 from glm.logprobs import TokenLogprob
 from protocol import sockets
 from protocol.client import (
+    NOT_SERVING,
     Cancel,
     ClientMessage,
     Delta,
@@ -45,11 +46,21 @@ CANCEL_DEADLINE_S = 60.0
 """How long a cancelled answer may go on before it is given up."""
 SILENCE_DEADLINE_S = 3600.0
 """How long a launch may compute without a word: a long prompt on a slow machine takes minutes."""
+WAITING_NOTE_S = 10.0
+"""How often it is said what a launch waits for that still loads."""
+_ASK_AGAIN_S = 0.5
 _POLL_MS = 100
 
 
-def connect(endpoint: str | None = None, *, deadline_s: float = CONNECT_DEADLINE_S) -> "RemoteBackend":
+def connect(
+    endpoint: str | None = None,
+    *,
+    deadline_s: float = CONNECT_DEADLINE_S,
+    on_waiting: Callable[[str], None] = lambda _: None,
+) -> "RemoteBackend":
     """Connect to the launch at `endpoint`, or to the newest one of this user.
+
+    One that is still loading is waited for as long as it says so; `on_waiting` hears now and then what that waits for.
 
     Raises:
         ConnectError: there is none, or it does not answer within the deadline.
@@ -58,7 +69,7 @@ def connect(endpoint: str | None = None, *, deadline_s: float = CONNECT_DEADLINE
     endpoint = _newest_launch() if endpoint is None else _full_endpoint(endpoint)
     backend = RemoteBackend(endpoint)
     try:
-        backend.greet(deadline_s)
+        backend.greet(deadline_s, on_waiting)
     except BaseException:
         backend.close()
         raise
@@ -128,17 +139,25 @@ class RemoteBackend(Closing):
         self._open: dict[int, list[TokenLogprob] | None] = {}
         self._heard_at_s = 0.0
 
-    def greet(self, deadline_s: float) -> None:
-        """Connect and learn what the launch is. Raises ConnectError when it does not say so in time."""
+    def greet(self, deadline_s: float, on_waiting: Callable[[str], None] = lambda _: None) -> None:
+        """Connect and learn what the launch is. Raises ConnectError when it has said nothing for `deadline_s`."""
         sockets.connect(self._socket, self.endpoint)
         request_id = next(self._request_ids)
         self._send(Describe(request_id))
         until_s = time.monotonic() + deadline_s
+        told_at_s = -math.inf
         while time.monotonic() < until_s:
             message = self._receive()
             if isinstance(message, Description) and message.request_id == request_id:
                 self._description = message
                 return
+            if isinstance(message, Error) and (message.request_id, message.code) == (request_id, NOT_SERVING):
+                if time.monotonic() >= told_at_s + WAITING_NOTE_S:
+                    told_at_s = time.monotonic()
+                    on_waiting(message.text)
+                time.sleep(_ASK_AGAIN_S)
+                until_s = time.monotonic() + deadline_s
+                self._send(Describe(request_id))
         raise ConnectError(
             f"nobody answered at {self.endpoint} within {deadline_s:g} s: the launch has ended, is of another glmpipe "
             "release, or is busy with a long prompt (then try again later)"

@@ -160,7 +160,7 @@ class Cluster(Closing):
             return f"a worker for {', '.join(seat.text for seat in seats)}"
         if absent := [index for index, worker_id in enumerate(ids) if worker_id not in roster.joined()]:
             return f"{', '.join(map(self._name, absent))} to start"
-        return self._loading.waits_for() or "the first step through all stages"
+        return self._loading.waits_for() or "both ends of the model, and a first step through all stages"
 
     def recover(self, is_stuck: bool) -> int:
         """Replace the lost workers, and assign all stages in a new epoch, which is returned.

@@ -61,7 +61,7 @@ class Loading:
 
     def waits_for(self) -> str | None:
         """The stages that are not ready yet, and how far they are, in words; None when all are."""
-        waiting = [index for index in range(len(self._num_layers)) if index not in self._ready]
+        waiting = [index for index, request in enumerate(self._requests) if not request.done()]
         parts = [f"{self._name(i)} ({self._done.get(i, 0)} of {self._num_layers[i]} layers)" for i in waiting]
         return f"{', '.join(parts)} to load" if parts else None
 

@@ -9,6 +9,7 @@ import zmq
 from coordinator.answer import Answer
 from coordinator.chat_model import ChatModel
 from coordinator.errors import CoordinatorError, GenerationError
+from coordinator.reception import Reception
 from coordinator.request_log import RequestLog
 from glm.errors import GlmError
 from protocol import client
@@ -16,7 +17,7 @@ from protocol.errors import ProtocolError
 from protocol.limits import clip_text
 from protocol.messages import Message, Plane
 from protocol.records import with_changes
-from protocol.sockets import Socket, bind, client_socket
+from protocol.sockets import Socket
 from protocol.wire import decode, encode
 
 _IDLE_POLL_MS = 200
@@ -36,17 +37,22 @@ def serve(
     Raises:
         StageLost: the pipeline is broken; every waiting client has been told.
     """
-    router = client_socket(chat_model.cluster.context, zmq.ROUTER)
-    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    with Reception() as reception:
+        reception.open(endpoint)
+        serve_at(chat_model, reception, should_stop, requests)
+
+
+def serve_at(
+    chat_model: ChatModel, reception: Reception, should_stop: Callable[[], bool], requests: RequestLog | None = None
+) -> None:
+    """As `serve`, for the clients of a reception that is open already."""
+    service = Service(chat_model, reception.hand_over(), requests)
     before = chat_model.cluster.meanwhile
+    chat_model.cluster.meanwhile = service.listen
     try:
-        bind(router, endpoint)
-        service = Service(chat_model, router, requests)
-        chat_model.cluster.meanwhile = service.listen
         service.run(should_stop)
     finally:
         chat_model.cluster.meanwhile = before
-        router.close()
 
 
 class Service:

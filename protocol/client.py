@@ -25,6 +25,8 @@ from protocol.limits import (
 )
 from protocol.records import Record, Variant
 
+NOT_SERVING = "NotServing"
+"""The code of an Error that answers whatever is asked of a launch that is still loading; it may be asked again."""
 FinishReason = Literal["stop", "length", "stop_string", "context_full", "cancelled"]
 
 

@@ -12,6 +12,7 @@ from coordinator.errors import PlanError, UsageError
 from coordinator.log import JsonLog, Log
 
 if TYPE_CHECKING:
+    from coordinator.cluster import Cluster
     from coordinator.watch_view import WatchView
 
 HELP = "start the stages of a plan, stay in front and serve `--connect` programs"
@@ -77,14 +78,21 @@ def run(options: argparse.Namespace) -> int:
         if options.watch:
             raise UsageError("--watch draws on stderr, where --log-json writes objects; drop one of them")
         log.take_over_logging()
-    with launched(options, show_logs=True) as chat_model, watched(options, chat_model) as panel:
-        from coordinator.request_log import RequestLog
-        from coordinator.runtime_dir import CLIENT_SOCKET
-        from coordinator.service import serve
+    from coordinator.reception import Reception
+    from coordinator.request_log import RequestLog
+    from coordinator.runtime_dir import CLIENT_SOCKET
+    from coordinator.service import serve_at
 
-        endpoint = chat_model.cluster.runtime_dir.endpoint(CLIENT_SOCKET)
-        requests = RequestLog(log, with_text=options.log_prompts)
-        serve(chat_model, endpoint, _announcing(endpoint, log, panel), requests)
+    with Reception() as reception:
+
+        def receive(cluster: Cluster) -> None:
+            reception.open(cluster.runtime_dir.endpoint(CLIENT_SOCKET), cluster.waits_for)
+
+        opened = launched(options, show_logs=True, on_started=receive)
+        with opened as chat_model, watched(options, chat_model) as panel:
+            endpoint = chat_model.cluster.runtime_dir.endpoint(CLIENT_SOCKET)
+            requests = RequestLog(log, with_text=options.log_prompts)
+            serve_at(chat_model, reception, _announcing(endpoint, log, panel), requests)
     return 0
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.chat_model import ChatModel
+    from coordinator.cluster import Cluster
     from coordinator.cluster_settings import Listening
     from coordinator.conversation import ChatBackend
     from coordinator.plan import Plan
@@ -45,6 +46,7 @@ def launched(
     show_logs: bool = False,
     record_hidden_states: bool = False,
     check: Callable[[ModelConfig], None] = lambda _: None,
+    on_started: Callable[[Cluster], None] = lambda _: None,
 ) -> Iterator[ChatModel]:
     """Launch the model that the options name where they say, telling stderr where each part goes and how far it is.
 
@@ -74,9 +76,8 @@ def launched(
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
     check_hosts(plan, listening)
     log.say(*describe(plan, verbose=options.verbose), event="plan")
-    log.say(
-        *(f"note: {note}" for note in notes(request, plan)), *_cache_notes(resolve_model(model, revision), config, plan)
-    )
+    cache_notes = _cache_notes(resolve_model(model, revision), config, plan)
+    log.say(*(f"note: {note}" for note in notes(request, plan)), *cache_notes)
     with ExitStack() as stack:
         observers = _traces(options, plan, stack, log)
         with load_view(plan, log=log) as view:
@@ -88,15 +89,15 @@ def launched(
                 on_log=view.log if show_logs or options.verbose else _only_warnings(view.log),
                 on_note=view.log,
                 record_hidden_states=record_hidden_states,
-                check_memory=not options.no_memory_check,
                 **_scheduling(options),
                 listening=listening,
+                on_started=on_started,
             )
             stack.enter_context(chat_model)
             chat_model.supervisor.mender.on_event = lambda text: _say_pipeline(log, chat_model, text)
             chat_model.engine.observers += observers
-        log.say(*_kernel_lines(chat_model))
-        log.say(context_line(chat_model.cluster.plan, config.max_context, chat_model.cluster.kv_budgets))
+        context = context_line(chat_model.cluster.plan, config.max_context, chat_model.cluster.kv_budgets)
+        log.say(*_kernel_lines(chat_model), context)
         yield chat_model
 
 
@@ -131,6 +132,7 @@ def _scheduling(options: argparse.Namespace) -> dict[str, Any]:
     from coordinator.recovery import RecoveryPolicy
 
     return {
+        "check_memory": not options.no_memory_check,
         "speculate": not options.no_speculation,
         "reuse": not options.no_prefix_reuse,
         "steps_in_flight": options.steps_in_flight,
@@ -148,7 +150,10 @@ def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = l
     refuse_with_connect(options)
     from coordinator.client import connect
 
-    with connect(options.connect or None) as backend:
+    def say_waiting(waits_for: str) -> None:
+        say(f"the launch is not ready yet, it waits for {waits_for}")
+
+    with connect(options.connect or None, on_waiting=say_waiting) as backend:
         waits_for = backend.describe().waits_for
         if waits_for is not None:
             say(f"the launch does not serve at the moment, it waits for {waits_for}")
