@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from coordinator.batch_prompts import BatchDefaults, BatchLine, read_prompts
 from coordinator.batch_results import ResultFile, answer, failure
 from coordinator.batch_view import Totals
+from coordinator.conversation import WANTED, Wanted, wanted_of
 from coordinator.errors import CoordinatorError, GenerationError, PromptFileError
 from coordinator.signals import signals_deferred
 from glm.errors import GlmError
@@ -152,11 +153,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a file of prompts asks for; `largest_id` is the largest token id, with its line's number."""
+    """What a file of prompts asks for; `largest_id` is the largest token id, with its line's number.
+
+    `wanted` is what the model must be able to be asked with.
+    """
 
     num_answers: int
     num_missing: int
     largest_id: tuple[int, int] | None
+    wanted: Wanted = "chat"
 
 
 def survey(prompts: Path, defaults: BatchDefaults, results: ResultFile) -> Survey:
@@ -170,19 +175,21 @@ def survey(prompts: Path, defaults: BatchDefaults, results: ResultFile) -> Surve
     lines_of_ids: dict[str | int, int] = {}
     num_answers = num_missing = 0
     largest: tuple[int, int] | None = None
+    wanted: set[Wanted] = {"token ids"}
     for line in read_prompts(prompts, defaults, faults.add):
         if line.id is not None and lines_of_ids.setdefault(line.id, line.number) != line.number:
             faults.add(f"line {line.number}: the id {line.id!r} is that of line {lines_of_ids[line.id]}, too")
         num_answers += line.num_answers
         if not faults.num_all:
             num_missing += len(results.missing(line))
+        wanted.add(wanted_of(line.prompt))
         ids = getattr(line.prompt, "token_ids", ())
         if ids and (largest is None or max(ids) > largest[1]):
             largest = (line.number, max(ids))
     if faults.num_all:
         raise PromptFileError(prompts, faults.told, faults.num_all)
     results.refuse_strangers()
-    return Survey(num_answers, num_missing, largest)
+    return Survey(num_answers, num_missing, largest, max(wanted, key=WANTED.index))
 
 
 class _Faults:

@@ -19,6 +19,7 @@ from coordinator.launcher import LogSink
 from coordinator.limits import default_kv_tokens, limits_of, max_step_tokens
 from coordinator.memory import NoteSink
 from coordinator.mending import Mender
+from coordinator.model_text import ModelText, read_model_text
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
 from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
@@ -27,16 +28,15 @@ from coordinator.replanning import Replanner
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
+from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
-from glm.errors import TokenizerError
-from glm.generation import generation_defaults
 from glm.hub import resolve_description, resolve_model
 from glm.logprobs import TokenLogprob
-from glm.model_source import made_for, open_checkpoint
+from glm.model_source import check_weights, made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.sampling import Sampler, SamplingParams
-from glm.tokenizer import Tokenizer, load_tokenizer
+from glm.tokenizer import Tokenizer
 from protocol import client
 from protocol.limits import MAX_NAME, clip_text
 from protocol.records import with_changes
@@ -51,6 +51,7 @@ def launch(
     *,
     revision: str | None = None,
     chat_format: str | None = None,
+    text: ModelText | None = None,
     on_progress: ProgressSink | None = None,
     on_log: LogSink | None = None,
     on_note: NoteSink | None = None,
@@ -69,6 +70,7 @@ def launch(
         model: a directory, hub id or `random:SHAPE`; None is the demo model that comes with glmpipe.
         plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
         chat_format: overrides the chat format found from the model's files.
+        text: the model's tokenizer and defaults, where the caller has read them already and takes them as they are.
         on_progress, on_log: receive load progress, and the workers' log lines. recovery: how often to restart those.
         on_note: receives what the memory of each device is going to hold, before anything loads.
         check_memory: refuse a plan that does not fit.
@@ -80,17 +82,16 @@ def launch(
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
     """
-    name_elsewhere = _name_elsewhere(model)
     model = demo_model_dir() if model is None else model
     description = resolve_description(model, revision)
     config = load_config(description)
     checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
     check_hosts(checked_plan, listening)
-    model_dir = resolve_model(model, revision)
-    checkpoint = open_checkpoint(model_dir)
+    text = text or _whole_text(description, config, chat_format)
+    checkpoint = _whole_weights(resolve_model(model, revision), config)
     most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
-    told = (model_dir, checkpoint.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
-    settings = ClusterSettings(*told, model_name=name_elsewhere, revision=revision, hidden_size=config.hidden_size)
+    told = (checkpoint.model_dir, checkpoint.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
+    settings = ClusterSettings(*told, _name_elsewhere(model), revision, config.hidden_size)
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
     try:
         on_started(cluster)
@@ -101,16 +102,26 @@ def launch(
         scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
         engine = Engine(embedding, head, cluster.pipeline, scheduling)
         engine.start_over(cluster.epoch)
-        return ChatModel(cluster, engine, config, model_dir, chat_format, mender)
+        return ChatModel(cluster, engine, config, checkpoint.model_dir, text, mender)
     except BaseException:
         cluster.close()
         raise
 
 
-def _name_elsewhere(model: str | Path | None) -> str:
+def _whole_text(model_dir: Path, config: ModelConfig, chat_format: str | None) -> ModelText:
+    text = read_model_text(model_dir, config, chat_format)
+    text.check_files()
+    return text
+
+
+def _whole_weights(model_dir: Path, config: ModelConfig) -> ModelSource:
+    checkpoint = open_checkpoint(model_dir)
+    check_weights(checkpoint, config)
+    return checkpoint
+
+
+def _name_elsewhere(model: str | Path) -> str:
     """What other hosts find the model by: the demo model comes along, a directory is looked for in the same place."""
-    if model is None:
-        return ""
     if Path(model).expanduser().is_dir():
         path = Path(model).expanduser().absolute()
         return "" if path == demo_model_dir() else str(path)
@@ -136,7 +147,7 @@ class ChatModel(Closing):
         engine: Engine,
         config: ModelConfig,
         model_dir: Path,
-        chat_format: str | None,
+        text: ModelText | None = None,
         mender: Mender | None = None,
     ) -> None:
         self.cluster = cluster
@@ -144,13 +155,8 @@ class ChatModel(Closing):
         self.supervisor = Supervisor(engine, cluster, mender or Mender(cluster, DEFAULT_RECOVERY))
         self.config = config
         self.model_dir = model_dir
-        self._no_tokenizer: TokenizerError | None = None
-        self._tokenizer: Tokenizer | None = None
-        try:
-            self._tokenizer = load_tokenizer(model_dir, config, chat_format)
-        except TokenizerError as error:
-            self._no_tokenizer = error
-        self.defaults = generation_defaults(config, model_dir, self._tokenizer)
+        self._text = text or read_model_text(model_dir, config)
+        self.defaults = self._text.defaults
         self._cancelled = threading.Event()
 
     @property
@@ -160,10 +166,7 @@ class ChatModel(Closing):
         Raises:
             TokenizerError: the model directory has none, and what that means.
         """
-        if self._tokenizer is None:
-            assert self._no_tokenizer is not None
-            raise self._no_tokenizer
-        return self._tokenizer
+        return self._text.tokenizer
 
     def describe(self) -> client.Description:
         """What runs here: model, family, context, where each part went, sampling defaults."""
@@ -281,7 +284,7 @@ class ChatModel(Closing):
             sequence,
             self.cluster.plan,
             request_id=request_id,
-            tokenizer=self._tokenizer,
+            tokenizer=self._text.found,
             config=self.config,
             stop=params.stop,
             end_ids=() if params.ignore_eos else self.defaults.end_ids,

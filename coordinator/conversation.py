@@ -2,11 +2,21 @@
 
 import json
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 from protocol.client import ChatPrompt, ChatTurn, Delta, Description, Finished, SamplingParams, TextPrompt, TokenPrompt
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
+Wanted = Literal["token ids", "text", "chat"]
+WANTED: tuple[Wanted, ...] = ("token ids", "text", "chat")
+"""What a model can be asked with; each takes more of its files than the one before: none, tokenizer, chat format."""
+
+
+def wanted_of(prompt: Prompt) -> Wanted:
+    """What this prompt takes."""
+    if isinstance(prompt, ChatPrompt):
+        return "chat"
+    return "text" if isinstance(prompt, TextPrompt) else "token ids"
 
 
 class ChatBackend(Protocol):

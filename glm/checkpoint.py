@@ -7,7 +7,7 @@ read and unmapped after, so that a process never holds much more than what it ke
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -87,22 +87,34 @@ class Checkpoint:
             TensorShapeError: it has another shape.
             ShardError: its shard turns out to be damaged.
         """
+        for shard, names in self._by_shard(shapes).items():
+            for name, tensor in _read_shard(shard, names):
+                _check_shape(shard, name, tensor.shape, shapes[name])
+                yield name, tensor
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Look for the wanted names, and in the headers of safetensors for their shapes, without reading tensors.
+
+        Raises as `read` does.
+        """
+        for shard, names in self._by_shard(shapes).items():
+            if shard.suffix == ".safetensors":
+                with _reading(shard), _mapped_safetensors(shard) as file:
+                    present = set(file.keys())
+                    for name in names:
+                        shape = file.get_slice(_present(name, present, shard)).get_shape()
+                        _check_shape(shard, name, shape, shapes[name])
+
+    def _by_shard(self, names: Iterable[str]) -> dict[Path, list[str]]:
         by_shard: dict[Path, list[str]] = {}
-        for name in shapes:
+        for name in names:
             if name not in self.shard_of:
                 raise MissingTensorError(
                     f"{self.model_dir}: tensor {name} is in no shard; the download is incomplete or config.json "
                     "belongs to another model"
                 )
             by_shard.setdefault(self.shard_of[name], []).append(name)
-        for shard, names in by_shard.items():
-            for name, tensor in _read_shard(shard, names):
-                if tuple(tensor.shape) != shapes[name]:
-                    raise TensorShapeError(
-                        f"{shard}: tensor {name} has shape {list(tensor.shape)}, config.json implies "
-                        f"{list(shapes[name])}"
-                    )
-                yield name, tensor
+        return by_shard
 
     def fingerprint(self) -> str:
         """A short word that tells models apart: config, shard names and sizes, and samples of every shard.
@@ -137,7 +149,11 @@ def _find_shards(model_dir: Path) -> dict[str, Path]:
     names = ", ".join(name for layout in _LAYOUTS for name in layout)
     strays = sorted(p.name for p in model_dir.glob("*-of-*") if p.suffix in (".safetensors", ".bin"))
     hint = f"; {strays[0]} is there but its index is not: download the index" if strays else ""
-    raise CheckpointError(f"{model_dir} has no weights: expected one of {names}{hint}")
+    remedy = hint or (
+        f": complete the download (in a clone `git lfs pull`; else `hf download ORG/NAME --local-dir {model_dir}`), or "
+        "name the directory that has them"
+    )
+    raise CheckpointError(f"{model_dir} has no weights: none of {names} is there{remedy}")
 
 
 def _read_index(index: Path) -> dict[str, Path]:
@@ -248,6 +264,11 @@ def _read_shard(shard: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.
             tensors = _mapped_bin(shard)
             for name in names:
                 yield name, tensors[_present(name, tensors, shard)].detach()
+
+
+def _check_shape(shard: Path, name: str, shape: Sequence[int], wanted: tuple[int, ...]) -> None:
+    if tuple(shape) != wanted:
+        raise TensorShapeError(f"{shard}: tensor {name} has shape {list(shape)}, config.json implies {list(wanted)}")
 
 
 def _present(name: str, names: Collection[str], shard: Path) -> str:

@@ -16,6 +16,7 @@
     ├── CacheGapError             a segment starts beyond the cached tokens
     ├── SegmentError              segments that cannot be computed together, or cut a prompt that must stay whole
     ├── TokenizerError            tokenizer files are missing or broken
+    │   └── NoTokenizerError      there are none, so that the model can only be given token ids
     ├── ChatFormatError           a conversation that the model's chat format has no place for
     └── SamplingError             sampling params with impossible values
 
@@ -90,6 +91,10 @@ class SegmentError(GlmError):
 
 class TokenizerError(GlmError):
     """Tokenizer files are missing or broken."""
+
+
+class NoTokenizerError(TokenizerError):
+    """The model directory has no tokenizer file: the model can only be given token ids."""
 
 
 class ChatFormatError(GlmError):

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm.checkpoint import Checkpoint, ModelSource
-from glm.config import load_config
+from glm.config import ModelConfig, load_config
 from glm.converted import ConvertedCheckpoint, is_converted, read_manifest
+from glm.ends import stored_lm_head
+from glm.layout import all_units
 from glm.random_checkpoint import RandomCheckpoint
 from glm.shapes import random_shape
+from glm.weights import wanted_shapes
 
 
 def open_checkpoint(model_dir: Path) -> ModelSource:
@@ -19,6 +22,23 @@ def open_checkpoint(model_dir: Path) -> ModelSource:
     if random_shape(model_dir) is not None:
         return RandomCheckpoint(model_dir)
     return ConvertedCheckpoint(model_dir) if is_converted(model_dir) else Checkpoint(model_dir)
+
+
+def check_weights(source: ModelSource, config: ModelConfig) -> None:
+    """Look for everything that the model needs, as far as headers and an index tell, before anything is loaded.
+
+    A converted model's files were looked for when it was opened.
+
+    Raises:
+        CheckpointError: or the subclass that says what is missing or has another shape.
+    """
+    if not isinstance(source, Checkpoint):
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
+    for unit in (*all_units(config)[:-1], stored_lm_head(source, config)):
+        for part in unit.sources.values():
+            shapes |= wanted_shapes(source, part, config)
+    source.check(shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from glm.config import ModelConfig
 from glm.decoding import DecodingRules, Piece, decode
 from glm.dialect import Dialect, detect_dialect, is_tiktoken_file, read_tokenizer_config
-from glm.errors import TokenizerError
+from glm.errors import NoTokenizerError, TokenizerError
 from glm.lfs import is_lfs_pointer, lfs_complaint
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ def load_tokenizer(model_dir: Path, config: ModelConfig, chat_format: str | None
     `chat_format` overrides what `detect_dialect` would find.
 
     Raises:
-        TokenizerError: the directory has no tokenizer files (the model can still be given token ids), they are
-            truncated, Git-LFS pointers, or do not fit the model.
+        NoTokenizerError: the directory has no tokenizer files; the model can still be given token ids.
+        TokenizerError: they are truncated, Git-LFS pointers, or do not fit the model.
     """
     dialect = detect_dialect(config, model_dir, chat_format)
     path, loader = _find_tokenizer_file(model_dir, dialect)
@@ -174,7 +174,7 @@ def _find_tokenizer_file(
         if (model_dir / name).is_file():
             return model_dir / name, loader
     names = " or ".join(name for name, _ in candidates)
-    raise TokenizerError(
+    raise NoTokenizerError(
         f"{model_dir} has no {names}, so text cannot be turned into token ids: "
         "copy the file from where the model was published, or give token ids instead of text"
     )

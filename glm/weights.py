@@ -62,12 +62,13 @@ def read_parts(checkpoint: ModelSource, unit: Unit, config: ModelConfig) -> Mapp
     sources = unit.sources
     shapes: dict[str, tuple[int, ...]] = {}
     for source in sources.values():
-        shapes |= _stored_shapes(checkpoint, source, config)
+        shapes |= wanted_shapes(checkpoint, source, config)
     tensors = dict(checkpoint.read(shapes))
     return {part: _assemble(source, tensors, config) for part, source in sources.items()}
 
 
-def _stored_shapes(checkpoint: TensorSource, source: Source, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def wanted_shapes(checkpoint: TensorSource, source: Source, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape by name of the tensors that a part is made of, with its scales where it was published quantised."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in source.shapes.items():
         if f"{name}_scale" not in checkpoint:

@@ -74,7 +74,9 @@ def run(options: argparse.Namespace) -> int:
     request = _request(options, kv_tokens(workload))
     torch.set_num_threads(request.num_threads or usable_cores())
     with (
-        launched(options, request, check=lambda config: check_workload(workload, config)) as chat_model,
+        launched(
+            options, request, check=lambda config: check_workload(workload, config), wanted="token ids"
+        ) as chat_model,
         watched(options, chat_model) as panel,
         progress_on(sys.stderr, panel) as report,
     ):

@@ -36,7 +36,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Open the backend and hand over to the REPL."""
     check_sampling(options)
-    with opened(options) as backend:
+    with opened(options, "chat") as backend:
         from coordinator.chat import run_chat
 
         return run_chat(backend, chosen_sampling(options, backend.describe().defaults), show_stats=options.stats)

@@ -31,7 +31,11 @@ def run(options: argparse.Namespace) -> int:
     """Launch, feed the prompt, write the file."""
     prompt = read_prompt(options)
     check_writable(options.out, "--out")
-    with launched(options, record_hidden_states=True, check=lambda config: check_ids(prompt, config)) as chat_model:
+    from coordinator.conversation import wanted_of
+
+    with launched(
+        options, record_hidden_states=True, check=lambda config: check_ids(prompt, config), wanted=wanted_of(prompt)
+    ) as chat_model:
         from coordinator.dump import dump
 
         tensors = dump(chat_model, chat_model.prompt_ids(prompt), options.out)

@@ -78,8 +78,10 @@ def run(options: argparse.Namespace) -> int:
     check_sampling(options)
     if options.prompts is not None:
         return generate_file.run_file(options)
+    from coordinator.conversation import wanted_of
+
     prompt = read_prompt(options)
-    with opened(options, lambda config: check_ids(prompt, config)) as backend:
+    with opened(options, wanted_of(prompt), lambda config: check_ids(prompt, config)) as backend:
         sampling = chosen_sampling(options, backend.describe().defaults)
         if options.n == 1 and options.logprobs is None:
             _conclude(_streamed(backend, prompt, sampling, options), options)

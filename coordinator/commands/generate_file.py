@@ -55,7 +55,7 @@ def run_file(options: argparse.Namespace) -> int:
         if not found.num_missing:
             say(f"{_answers(found.num_answers)} in {options.out} already: nothing is left to do")
             return 0
-        with opened(options, lambda config: _check_ids(found, options, config)) as opened_backend:
+        with opened(options, found.wanted, lambda config: _check_ids(found, options, config)) as opened_backend:
             backend, num_sequences = batch_backend(options, opened_backend)
             with _panel(options, opened_backend) as panel, _shown(options, found, panel) as view:
                 jobs = missing_jobs(options.prompts, defaults, results)

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     text = _read(options.text)
     if options.tokens is not None:
         check_writable(options.tokens, "--tokens")
-    with launched(options, check=lambda config: _check(options, config)) as chat_model:
+    with launched(options, check=lambda config: _check(options, config), wanted="text") as chat_model:
         window, stride = _sizes(options, chat_model)
         started_at_s = time.monotonic()
         score = _score(chat_model, text, window, stride, options.tokens)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from coordinator.chat_model import ChatModel
     from coordinator.cluster import Cluster
     from coordinator.cluster_settings import Listening
-    from coordinator.conversation import ChatBackend
+    from coordinator.conversation import ChatBackend, Wanted
+    from coordinator.model_text import ModelText
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
     from coordinator.trace import TraceFile
@@ -46,21 +47,72 @@ def launched(
     show_logs: bool = False,
     record_hidden_states: bool = False,
     check: Callable[[ModelConfig], None] = lambda _: None,
+    wanted: Wanted | None = None,
     on_started: Callable[[Cluster], None] = lambda _: None,
 ) -> Iterator[ChatModel]:
     """Launch the model that the options name where they say, telling stderr where each part goes and how far it is.
 
     `request` replaces what the placement options ask for. The plan is checked before anything loads, and so is what
-    `check` raises for. Nothing is left when the block ends. With `show_logs` all lines of the workers go to stderr;
-    otherwise only warnings do, and the last lines in an error if there is one.
+    `check` raises for. `wanted` is what is going to be asked with; None is whatever the model can be asked with.
+    Nothing is left when the block ends. With `show_logs` all lines of the workers go to stderr; otherwise only
+    warnings do, and the last lines in an error if there is one.
     """
     request = plan_request(options) if request is None else request
     check_scheduling(options)
     choose_cache(options)
     listening = _listening(options)
     log = log_of(options)
-    from coordinator.chat_model import check_hosts, launch
-    from coordinator.limits import context_line, limits_of
+    from coordinator.chat_model import launch
+    from coordinator.limits import context_line
+
+    chosen = _choose(options, request, listening, log, check, wanted)
+    plan = chosen.plan
+    with ExitStack() as stack:
+        observers = _traces(options, plan, stack, log)
+        with load_view(plan, log=log) as view:
+            chat_model = launch(
+                chosen.model,
+                plan,
+                revision=chosen.revision,
+                text=chosen.text,
+                on_progress=view.update,
+                on_log=view.log if show_logs or options.verbose else _only_warnings(view.log),
+                on_note=view.log,
+                record_hidden_states=record_hidden_states,
+                **_scheduling(options),
+                listening=listening,
+                on_started=on_started,
+            )
+            stack.enter_context(chat_model)
+            chat_model.supervisor.mender.on_event = lambda text: _say_pipeline(log, chat_model, text)
+            chat_model.engine.observers += observers
+        log.say(*_kernel_lines(chat_model))
+        log.say(context_line(chat_model.cluster.plan, chosen.config.max_context, chat_model.cluster.kv_budgets))
+        yield chat_model
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What is going to be launched; all of it has been checked, as far as that is possible without loading."""
+
+    model: str | Path
+    revision: str | None
+    config: ModelConfig
+    plan: Plan
+    text: ModelText
+
+
+def _choose(
+    options: argparse.Namespace,
+    request: PlanRequest,
+    listening: Listening | None,
+    log: Log,
+    check: Callable[[ModelConfig], None],
+    wanted: Wanted | None,
+) -> _Chosen:
+    """Find the model, check all that can be, say the plan; the weights of a hub's model are fetched last."""
+    from coordinator.chat_model import check_hosts
+    from coordinator.limits import limits_of
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
     from glm.config import load_config
@@ -75,30 +127,25 @@ def launched(
     check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
     check_hosts(plan, listening)
+    text, doubts = _model_text(description, config, wanted)
     log.say(*describe(plan, verbose=options.verbose), event="plan")
-    cache_notes = _cache_notes(resolve_model(model, revision), config, plan)
-    log.say(*(f"note: {note}" for note in notes(request, plan)), *cache_notes)
-    with ExitStack() as stack:
-        observers = _traces(options, plan, stack, log)
-        with load_view(plan, log=log) as view:
-            chat_model = launch(
-                model,
-                plan,
-                revision=revision,
-                on_progress=view.update,
-                on_log=view.log if show_logs or options.verbose else _only_warnings(view.log),
-                on_note=view.log,
-                record_hidden_states=record_hidden_states,
-                **_scheduling(options),
-                listening=listening,
-                on_started=on_started,
-            )
-            stack.enter_context(chat_model)
-            chat_model.supervisor.mender.on_event = lambda text: _say_pipeline(log, chat_model, text)
-            chat_model.engine.observers += observers
-        context = context_line(chat_model.cluster.plan, config.max_context, chat_model.cluster.kv_budgets)
-        log.say(*_kernel_lines(chat_model), context)
-        yield chat_model
+    log.say(
+        *(f"note: {note}" for note in (*notes(request, plan), *doubts)),
+        *_cache_notes(resolve_model(model, revision), config, plan),
+    )
+    return _Chosen(model, revision, config, plan, text)
+
+
+def _model_text(model_dir: Path, config: ModelConfig, wanted: Wanted | None) -> tuple[ModelText, tuple[str, ...]]:
+    """The model's tokenizer and chat format, before its weights are fetched or loaded, and what to note about them."""
+    from coordinator.model_text import read_model_text
+
+    text = read_model_text(model_dir, config)
+    if wanted is not None:
+        text.check(wanted)
+        return text, ()
+    doubt = text.check_files()
+    return text, () if doubt is None else (doubt,)
 
 
 def log_of(options: argparse.Namespace) -> Log:
@@ -141,10 +188,12 @@ def _scheduling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(options: argparse.Namespace, check: Callable[[ModelConfig], None] = lambda _: None) -> Iterator[ChatBackend]:
+def opened(
+    options: argparse.Namespace, wanted: Wanted, check: Callable[[ModelConfig], None] = lambda _: None
+) -> Iterator[ChatBackend]:
     """The running launch that `--connect` means, or a model launched for this command, if `check` raises nothing."""
     if options.connect is None:
-        with launched(options, check=check) as chat_model:
+        with launched(options, check=check, wanted=wanted) as chat_model:
             yield chat_model
         return
     refuse_with_connect(options)

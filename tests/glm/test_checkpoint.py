@@ -206,14 +206,15 @@ def test_an_unreadable_index_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_a_directory_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
-    """Nothing there; or shards whose index was forgotten."""
+    """And how to get it; or that the index of the shards was forgotten."""
     write_checkpoint(tmp_path, num_shards=2)
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors is there but its index is not"):
         Checkpoint(tmp_path)
     for shard in tmp_path.glob("*.safetensors"):
         shard.unlink()
-    with pytest.raises(CheckpointError, match=r"no weights: expected one of model.safetensors.index.json, .*\.bin$"):
+    said = r"no weights: none of model.safetensors.index.json, .*\.bin is there: .*`git lfs pull`.* --local-dir"
+    with pytest.raises(CheckpointError, match=said):
         Checkpoint(tmp_path)
 
 
