@@ -69,8 +69,7 @@ def launch(
     Args:
         model: a directory, hub id or `random:SHAPE`; None is the demo model that comes with glmpipe.
         plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
-        chat_format: overrides the chat format found from the model's files.
-        text: the model's tokenizer and defaults, where the caller has read them already and takes them as they are.
+        chat_format: overrides the one found from the model's files. text: what the caller has read of these already.
         on_progress, on_log: receive load progress, and the workers' log lines. recovery: how often to restart those.
         on_note: receives what the memory of each device is going to hold, before anything loads.
         check_memory: refuse a plan that does not fit.
