@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from hypothesis import HealthCheck, settings
 
 from protocol.sockets import Socket
 
@@ -16,6 +17,10 @@ os.environ["GLMPIPE_CACHE"] = "off"
 
 # Tiny models gain nothing from threads, and with one each, several worker processes keep out of each other's way.
 torch.set_num_threads(1)
+
+# How long an example takes says something of the machine, and nothing of the property.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -218,7 +218,7 @@ def terminal(tmp_path: Path) -> Iterator[pexpect.spawn]:
         cwd=str(ROOT),
         env=environment,
         encoding="utf-8",
-        timeout=30,
+        timeout=60,
         dimensions=(40, 100),
     )
     try:
@@ -229,24 +229,28 @@ def terminal(tmp_path: Path) -> Iterator[pexpect.spawn]:
 
 def test_on_a_terminal(terminal: pexpect.spawn, tmp_path: Path) -> None:
     """Greeting, a wide question, a new line by Alt-Enter, Ctrl-C on an answer and at the prompt, history, Ctrl-D."""
+
+    def at_the_prompt(keys: str) -> None:
+        terminal.expect(">")  # before that the terminal itself would act on some of them
+        terminal.send(keys)
+
     terminal.expect("fake-model")
-    terminal.expect(">")
-    terminal.send("你好\r")
+    at_the_prompt("你好\r")
     terminal.expect("1: 你好")
-    terminal.send("\x1b[A\r")  # up: the same question again
+    at_the_prompt("\x1b[A\r")  # up: the same question again
     terminal.expect("3: 你好")
-    terminal.send("one\x1b\rtwo\r")
+    at_the_prompt("one\x1b\rtwo\r")
     terminal.expect(r"5: one\r+\ntwo")
-    terminal.send('"""\rblock\r"""\r')
+    at_the_prompt('"""\rblock\r"""\r')
     terminal.expect("7: block")
-    terminal.send("count\r")
+    at_the_prompt("count\r")
     terminal.expect("n3 ")
     terminal.sendintr()
     terminal.expect("stopped")
-    terminal.send("half a line")
+    at_the_prompt("half a line")
     terminal.sendintr()
     terminal.expect("Ctrl-D or stop leaves")
-    terminal.send("\x04")
+    at_the_prompt("\x04")
     terminal.expect(pexpect.EOF)
     terminal.wait()
     assert terminal.exitstatus == 0

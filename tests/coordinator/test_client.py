@@ -148,7 +148,7 @@ def test_leaving_a_stream_cancels_it(launch: LaunchMaker) -> None:
         stream = backend.stream(PROMPT)
         next(stream)
         stream.close()
-        assert cancelled.wait(10)
+        assert cancelled.wait(60)
 
 
 def test_failures_are_told_apart(launch: LaunchMaker) -> None:
@@ -196,13 +196,20 @@ def test_what_the_launch_said_before_it_died_is_not_lost(launch: LaunchMaker) ->
 
 def test_deadlines(launch: LaunchMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch that never stops, and one that never says a word, are given up."""
-    with connect(launch(lambda _: []).endpoint) as backend:
+    cancels = threading.Event()
+
+    def script(message: ClientMessage) -> list[ClientMessage]:
+        if isinstance(message, Generate) and cancels.is_set():
+            backend.cancel()
+        return []
+
+    with connect(launch(script).endpoint) as backend:
         monkeypatch.setattr(client_module, "SILENCE_DEADLINE_S", 0.2)
         with pytest.raises(ConnectError, match=r"said nothing for 0\.2 s"):
             list(backend.stream(PROMPT))
         monkeypatch.setattr(client_module, "SILENCE_DEADLINE_S", 60.0)
         monkeypatch.setattr(client_module, "CANCEL_DEADLINE_S", 0.2)
-        threading.Timer(0.2, backend.cancel).start()
+        cancels.set()
         with pytest.raises(GenerationError, match=r"did not stop within 0\.2 s"):
             list(backend.stream(PROMPT))
 
@@ -293,7 +300,7 @@ def test_dropping_cancels_all_that_is_open(launch: LaunchMaker) -> None:
     with connect(running.endpoint) as backend:
         backend.submit(request(2))
         backend.drop()
-        assert cancelled.wait(10)
+        assert cancelled.wait(60)
         assert backend.poll().ended == ()
     assert running.received[3:] == [Cancel(2), Cancel(3)]
 

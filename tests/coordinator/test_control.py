@@ -33,6 +33,9 @@ from protocol.sockets import Socket, connect, control_socket
 from protocol.version import VERSION
 from protocol.wire import decode, encode
 
+DEADLINE_S = 60.0
+"""For whatever must happen sooner or later."""
+
 
 class ScriptedWorker:
     """A DEALER that says what the test tells it to."""
@@ -70,7 +73,7 @@ class ScriptedWorker:
 
     def hear(self, *wanted: type[Message]) -> Message:
         """The next message of one of these types."""
-        give_up_at = time.monotonic() + 10
+        give_up_at = time.monotonic() + DEADLINE_S
         while time.monotonic() < give_up_at:
             if self.dealer.poll(200):
                 message, _ = decode(self.dealer.recv_multipart())
@@ -113,7 +116,7 @@ def worker(new_worker: NewWorker) -> ScriptedWorker:
 def test_an_expected_worker_is_welcomed_once(plane, worker, new_worker) -> None:  # type: ignore[no-untyped-def]
     """The second worker with the same id, an unknown id and another version are refused with the reason."""
     assert isinstance(worker.join("stage-1"), Welcome)
-    assert set(plane.roster.wait_for_joins(5, lambda: None)) == {"stage-1"}
+    assert set(plane.roster.wait_for_joins(DEADLINE_S, lambda: None)) == {"stage-1"}
     other = new_worker()
     for refused in (other.join("stage-1"), other.join("stage-9")):
         assert isinstance(refused, Refused)
@@ -154,7 +157,7 @@ def test_no_worker_answers_for_another(plane, worker, new_worker) -> None:  # ty
     assert own.result(5)[0].epoch == 1  # so that the lie was read before
     assert not future.done()
     worker.say(Released(request.request_id, 1, 0))
-    assert future.result(5)[0].epoch == 1
+    assert future.result(DEADLINE_S)[0].epoch == 1
 
 
 def test_failures_carry_the_workers_words(plane, worker) -> None:  # type: ignore[no-untyped-def]
@@ -163,18 +166,19 @@ def test_failures_carry_the_workers_words(plane, worker) -> None:  # type: ignor
     future = plane.begin("stage-1", Release(0, 1))
     worker.say(Failed(worker.hear(Release).request_id, 1, "bad_model", "tensor x is missing"))
     with pytest.raises(LaunchError, match="stage 1: tensor x is missing"):
-        expect(future.result(5), Ready, "stage 1")
+        expect(future.result(DEADLINE_S), Ready, "stage 1")
     with pytest.raises(LaunchError, match="answered Released where Ready was due"):
         expect((Released(1, 1, 0), ()), Ready, "stage 1")
 
 
-def test_pings_are_sent_and_pongs_kept(plane, worker) -> None:  # type: ignore[no-untyped-def]
+def test_pings_are_sent_and_pongs_kept(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Heartbeats go out by themselves; the latest answer is the worker's health report; progress is relayed."""
+    monkeypatch.setattr(roster, "SILENCE_LIMIT_S", DEADLINE_S)
     worker.join("stage-1")
     ping = worker.hear(Ping)
     worker.say(Pong(ping.request_id, "serving", 1, 2.0, 3, 4, 1, 5, 6))
     worker.say(Progress(0, 1, 2, 3, 4))
-    give_up_at = time.monotonic() + 5
+    give_up_at = time.monotonic() + DEADLINE_S
     while not (plane.roster.pongs() and plane.heard) and time.monotonic() < give_up_at:
         time.sleep(0.01)
     assert plane.roster.pongs()["stage-1"].kv_tokens == 4
@@ -191,7 +195,7 @@ def test_what_cannot_be_sent_or_shown_does_not_end_the_plane(plane, worker) -> N
     worker.say(Progress(0, 1, 2, 3, 4))
     future = plane.begin("stage-1", Release(0, 1))
     worker.say(Released(worker.hear(Release).request_id, 1, 0))
-    assert future.result(5)[0].epoch == 1
+    assert future.result(DEADLINE_S)[0].epoch == 1
 
 
 def test_requests_for_nobody_and_for_too_long_are_not_kept(plane, worker) -> None:  # type: ignore[no-untyped-def]
@@ -228,7 +232,7 @@ def test_a_silent_worker_is_lost(plane, worker, monkeypatch) -> None:  # type: i
     """Silence beyond the limit is reported with its length; nobody waits for ever."""
     worker.join("stage-1")
     monkeypatch.setattr(roster, "LOADING_SILENCE_LIMIT_S", 0.05)
-    give_up_at = time.monotonic() + 10
+    give_up_at = time.monotonic() + DEADLINE_S
     while not plane.roster.lost() and time.monotonic() < give_up_at:
         time.sleep(0.05)
     assert "silent" in plane.roster.lost()["stage-1"]
@@ -238,11 +242,11 @@ def test_a_worker_counts_as_serving_from_its_ready_on(plane, worker, monkeypatch
     """Before its next heartbeat says so, the short limit for silence holds; loading again, the long one."""
     monkeypatch.setattr(control, "HEARTBEAT_INTERVAL_S", 2 * roster.SILENCE_LIMIT_S)
     worker.join("stage-1")
-    plane.roster.wait_for_joins(5, lambda: None)
+    plane.roster.wait_for_joins(DEADLINE_S, lambda: None)
     assign = Assign(0, 1, 0, 1, "", None, "", 0, 1, "fp32", 1, "ipc:///nowhere", None, None, None, False)
     future = plane.begin("stage-1", assign)
     worker.say(Ready(worker.hear(Assign).request_id, 1, 1, 1, 0.1, "torch"))
-    future.result(5)
+    future.result(DEADLINE_S)
     plane._count_silence(2 * roster.SILENCE_LIMIT_S)
     assert "silent" in plane.roster.lost()["stage-1"]
     plane.begin("stage-1", assign)
@@ -252,7 +256,7 @@ def test_a_worker_counts_as_serving_from_its_ready_on(plane, worker, monkeypatch
 def test_a_launch_that_was_stopped_does_not_blame_its_workers(plane, worker) -> None:  # type: ignore[no-untyped-def]
     """However long one wait took (the process was suspended), it counts as one heartbeat of silence."""
     worker.join("stage-1")
-    plane.roster.wait_for_joins(5, lambda: None)
+    plane.roster.wait_for_joins(DEADLINE_S, lambda: None)
     plane._count_silence(3600.0)
     assert not plane.roster.lost()
 
@@ -261,7 +265,7 @@ def test_a_worker_that_says_goodbye_is_lost_at_once(plane, worker) -> None:  # t
     """Leaving carries the reason."""
     worker.join("stage-1")
     worker.say(Leaving(0, "SIGTERM"))
-    give_up_at = time.monotonic() + 5
+    give_up_at = time.monotonic() + DEADLINE_S
     while not plane.roster.lost() and time.monotonic() < give_up_at:
         time.sleep(0.01)
     assert plane.roster.lost() == {"stage-1": "left: SIGTERM"}

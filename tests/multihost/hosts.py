@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from protocol.key_files import KeyDirectory
+
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0
 _numbers = itertools.count()
@@ -49,6 +51,11 @@ class Host:
         runtime.mkdir(mode=0o700, exist_ok=True)
         own = {"XDG_CONFIG_HOME": str(config), "XDG_RUNTIME_DIR": str(runtime), "GLMPIPE_CACHE": "off"}
         return {**os.environ, **own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    @property
+    def keys(self) -> KeyDirectory:
+        """Where `glmpipe` has them on this host."""
+        return KeyDirectory(self.directory / "config" / "glmpipe" / "keys")
 
     def command(self, *words: str) -> list[str]:
         return ["ip", "netns", "exec", self.namespace, sys.executable, *words]
@@ -146,7 +153,7 @@ class Host:
         for process in self._processes:
             process.kill()
             process.wait()
-        give_up_at_s = time.monotonic() + 10.0
+        give_up_at_s = time.monotonic() + DEADLINE_S
         while (left := self.pids()) and time.monotonic() < give_up_at_s:  # a killed launch's own workers leave
             time.sleep(0.05)
         for pid in left:
@@ -178,7 +185,7 @@ class Running:
 @contextmanager
 def hosts(directory: Path, num_hosts: int) -> Iterator[list[Host]]:
     """Namespaces 10.77.0.1, 10.77.0.2, ... that reach each other and nothing else."""
-    prefix = f"glm{os.getpid()}"
+    prefix = f"glm{os.getpid()}n{next(_numbers)}"
     switch = f"{prefix}s"
     made: list[Host] = []
     namespaces: list[str] = []

@@ -11,6 +11,8 @@ from tests.multihost.hosts import DEADLINE_S, Host, Running
 
 NAMES = ("lab2", "lab3", "lab4")
 LAYERS = ("1-2", "3-4", "5-6")
+NUM_NEW = 300
+"""Far more than there are after 20 of them when a fault, which takes some commands, has come about."""
 QUESTION = ("--prompt", "What is 2 + 3?", "--greedy")
 
 
@@ -31,12 +33,12 @@ def said(host: Host, *words: str) -> str:
 
 def let_in(launching: Host, name: str, host: Host) -> None:
     """Put a host's new key on the list."""
-    said(launching, "keys", "allow", name, said(host, "keys", "new").strip())
+    launching.keys.allowed.add(name, host.keys.make_own().public)
 
 
 def worker_options(host: Host, launching: Host, port: int = 7500) -> tuple[str, ...]:
     """What `glmpipe worker` on that host needs, with the launching host's key."""
-    key = said(launching, "keys", "show").strip()
+    key = launching.keys.own().public
     listen = f"tcp://{host.address}:{port}"
     return ("--join", f"tcp://{launching.address}:7410", "--key", key, "--listen", listen, "--threads", "1")
 
@@ -48,24 +50,31 @@ def start_worker(host: Host, launching: Host, *more: str) -> Running:
 
 def start_changed_worker(host: Host, launching: Host, change: str, port: int) -> Running:
     """The same in a Python that runs this statement first."""
-    program = f"{change}; import sys; from stage_worker.cli import main; sys.exit(main(sys.argv[1:]))"
-    return host.start_program(host.command("-P", "-c", program, *worker_options(host, launching, port)))
+    command = changed("stage_worker.cli", change)
+    return host.start_program(host.command(*command, *worker_options(host, launching, port)))
 
 
-def start_launch(host: Host, plan: str, *more: str) -> Running:
-    """`glmpipe launch` on that host."""
-    return host.start("launch", plan, "--listen", f"tcp://{host.address}", *more)
+def changed(program: str, change: str) -> tuple[str, ...]:
+    """What Python is to run: this statement, and then the program."""
+    return "-P", "-c", f"{change}; import sys; from {program} import main; sys.exit(main(sys.argv[1:]))"
+
+
+def start_launch(host: Host, plan: str, *more: str, change: str = "pass") -> Running:
+    """`glmpipe launch` on that host, in a Python that runs a statement first."""
+    command = changed("coordinator.cli", change)
+    return host.start_program(host.command(*command, "launch", plan, "--listen", f"tcp://{host.address}", *more))
 
 
 class Lab:
     """A launch that serves, with a worker on each of the hosts that the plan names."""
 
-    def __init__(self, hosts: list[Host], plan: str, *more: str) -> None:
+    def __init__(self, hosts: list[Host], plan: str, *more: str, change: str = "pass") -> None:
         self.launching, *self.hosts = hosts
-        said(self.launching, "keys", "new")
+        self._wanted: dict[tuple[int, int | None], list[tuple[int, ...]]] = {}
+        self.launching.keys.make_own()
         for name, host in zip(NAMES, self.hosts, strict=False):
             let_in(self.launching, name, host)
-        self.launch = start_launch(self.launching, plan, "--no-prefix-reuse", *more)
+        self.launch = start_launch(self.launching, plan, "--no-prefix-reuse", *more, change=change)
         self.workers = [start_worker(host, self.launching) for _, host in zip(NAMES, self.hosts, strict=False)]
         self.launch.wait_for("serving at")
 
@@ -74,14 +83,20 @@ class Lab:
         """Where clients connect; files are not of a network namespace."""
         return self.launch.log.partition("serving at ")[2].split()[0]
 
+    def wanted(self, num_answers: int, seed: int | None) -> list[tuple[int, ...]]:
+        """What comes when nothing happens."""
+        if (num_answers, seed) not in self._wanted:
+            self._wanted[num_answers, seed] = self.answers(num_answers, seed)
+        return self._wanted[num_answers, seed]
+
     def answers(
-        self, num_answers: int, seed: int | None, fault: Callable[[], None] | None = None, after: int = 60
+        self, num_answers: int, seed: int | None, fault: Callable[[], None] | None = None, after: int = 20
     ) -> list[tuple[int, ...]]:
-        """Answers of 150 tokens to the same questions as ever; the fault comes after so many tokens of all of them.
+        """Answers of NUM_NEW tokens to the same questions as ever; the fault comes after so many tokens of all of them.
 
         Each stage is seen to hold those of the last answer alone when it ends, and so to have forgotten all others.
         """
-        sampling = SamplingParams(1.0, 0, 1.0, 0.0, 1.0, seed, (), 150, True, seed is None)
+        sampling = SamplingParams(1.0, 0, 1.0, 0.0, 1.0, seed, (), NUM_NEW, True, seed is None)
         finished: dict[int, Finished] = {}
         num_tokens = 0
         give_up_at_s = time.monotonic() + DEADLINE_S

@@ -4,9 +4,11 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 
 import pytest
 
+from coordinator.roster import SILENCE_LIMIT_S
 from tests.multihost.hosts import Host, hosts, why_not
 from tests.multihost.lab import Lab, write_plan
 
@@ -14,7 +16,9 @@ REASON = why_not("tc", "ss")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 SHORT_S = 1.0
-LONG_S = 6.0
+LONG_S = 4.0
+SOONER = "import coordinator.recovery as r; r.LEAST_PATIENCE_S = 12.0"
+"""With a step that is stuck, that is."""
 Fault = Callable[[Host], AbstractContextManager[None]]
 
 
@@ -22,8 +26,9 @@ Fault = Callable[[Host], AbstractContextManager[None]]
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One for all faults, since each is to leave it as it was."""
     directory = tmp_path_factory.mktemp("lab")
+    more = ("--recovery-attempts", "50")
     with ExitStack() as stack:
-        yield Lab(stack.enter_context(hosts(directory, 4)), write_plan(directory), "--recovery-attempts", "50")
+        yield Lab(stack.enter_context(hosts(directory, 4)), write_plan(directory), *more, change=SOONER)
 
 
 def for_a_while(fault: Fault, host: Host, seconds: float) -> Callable[[], None]:
@@ -47,12 +52,18 @@ def until_lost(lab: Lab, fault: Fault, host: Host) -> Callable[[], None]:
     return begin
 
 
-def test_a_short_interruption_is_not_noticed(lab: Lab) -> None:
-    """A cable that is back within detection: the answers go on, nothing is lost, nobody is told anything."""
-    wanted = lab.answers(4, 7)
-    assert lab.answers(4, 7, for_a_while(Host.unplugged, lab.hosts[1], SHORT_S)) == wanted
-    assert "[pipeline]" not in lab.launch.log
-    lab.wait_for_connections()
+def test_a_short_interruption_is_not_noticed(tmp_path: Path) -> None:
+    """A cable that is back within detection: the answers go on, nothing is lost, nobody is told anything.
+
+    How soon TCP goes on after that, on a busy machine, is another matter: the launch has patience.
+    """
+    assert SHORT_S < SILENCE_LIMIT_S
+    with hosts(tmp_path, 4) as machines:
+        lab = Lab(machines, write_plan(tmp_path), change="import coordinator.roster as r; r.SILENCE_LIMIT_S = 60.0")
+        wanted = lab.wanted(4, 7)
+        assert lab.answers(4, 7, for_a_while(Host.unplugged, lab.hosts[1], SHORT_S)) == wanted
+        assert "[pipeline]" not in lab.launch.log
+        lab.wait_for_connections()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +73,7 @@ def test_a_short_interruption_is_not_noticed(lab: Lab) -> None:
 def test_a_lost_host_comes_back_by_itself(lab: Lab, fault: Fault, num_answers: int) -> None:
     """The stage counts as lost and is awaited; its worker joins again, weights in memory, and no token differs."""
     seed = None if num_answers == 1 else 7
-    wanted = lab.answers(num_answers, seed)
+    wanted = lab.wanted(num_answers, seed)
     events = lab.launch.log.count("all stages serve again")
     assert lab.answers(num_answers, seed, until_lost(lab, fault, lab.hosts[1])) == wanted
     assert re.search(r"stage 2 \(cpu of lab3, layers 3-4, pid \d+\) has been silent", lab.launch.log)
@@ -74,7 +85,7 @@ def test_a_lost_host_comes_back_by_itself(lab: Lab, fault: Fault, num_answers: i
 
 def test_a_dead_hop_between_two_stages_is_found_by_the_steps(lab: Lab) -> None:
     """All workers answer the launch, but hidden states do not get from one to the next: the step counts as stuck."""
-    wanted = lab.answers(1, None)
+    wanted = lab.wanted(1, None)
     assert lab.answers(1, None, until_lost(lab, lambda host: host.cut_off_from(lab.hosts[1]), lab.hosts[0])) == wanted
     assert "far longer than such steps took before" in lab.launch.log
     assert "these layers were still here" in lab.workers[1].log
@@ -94,7 +105,8 @@ def test_a_dead_cable_is_found_at_both_ends(lab: Lab) -> None:
 
 def test_a_coordinator_that_slept_goes_on(lab: Lab) -> None:
     """The launching host stands still for longer than it would wait for others: it listens before it judges."""
-    wanted = lab.answers(1, None)
+    assert LONG_S > SILENCE_LIMIT_S
+    wanted = lab.wanted(1, None)
     events = lab.launch.log.count("[pipeline]")
     assert lab.answers(1, None, for_a_while(Host.asleep, lab.launching, LONG_S)) == wanted
     assert lab.launch.log.count("[pipeline]") == events

@@ -15,7 +15,7 @@ def test_other_hosts_take_the_layers_of_one_that_is_gone(tmp_path: Path) -> None
     """Same tokens; the log says what went where; a worker that comes back after that is a spare one."""
     with hosts(tmp_path, 4) as machines:
         lab = Lab(machines, write_plan(tmp_path), "--await-worker", "2", "--replan")
-        wanted = lab.answers(4, 7)
+        wanted = lab.wanted(4, 7)
         assert lab.answers(4, 7, lab.workers[1].process.kill) == wanted
         lab.launch.wait_for("layers 3: from stage 2 (cpu of lab3, fp32) to stage 1 (cpu of lab2, fp32)")
         lab.launch.wait_for("layers 4: from stage 2 (cpu of lab3, fp32) to stage 2 (cpu of lab4, fp32)")

@@ -34,7 +34,7 @@ def test_a_worker_that_stays_away(lab: tuple[Lab, Host]) -> None:
     When nobody is left to stand in, its own return is enough.
     """
     launch, other = lab
-    wanted = launch.answers(4, 7)
+    wanted = launch.wanted(4, 7)
     with launch.hosts[1].asleep():
         assert_no_answer(launch, rf"stage 2 \(cpu of lab3\) did not come back within {AWAIT_S} s")
         assert_no_answer(launch, r"stage 2 \(cpu of lab3\) is still awaited")

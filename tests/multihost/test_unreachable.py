@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.multihost.hosts import hosts, why_not
-from tests.multihost.lab import NAMES, let_in, said, start_launch, start_worker, write_plan
+from tests.multihost.lab import NAMES, let_in, start_launch, start_worker, write_plan
 
 REASON = why_not("ss")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -15,10 +15,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=st
 def test_a_data_port_that_cannot_be_reached_is_named_and_tried_again(tmp_path: Path) -> None:
     """No request waits for it: the hop and its address are in the log, and when the way is free the launch serves."""
     with hosts(tmp_path, 4) as (launching, *others):
-        said(launching, "keys", "new")
+        launching.keys.make_own()
         for name, host in zip(NAMES, others, strict=True):
             let_in(launching, name, host)
-        launch = start_launch(launching, write_plan(tmp_path))
+        sooner = "import coordinator.first_step as f; f.FIRST_STEP_S = 10.0"
+        launch = start_launch(launching, write_plan(tmp_path), change=sooner)
         with others[0].cut_off_from(others[1]):
             for host in others:
                 start_worker(host, launching)
