@@ -118,7 +118,7 @@ class Cluster(Closing):
             assignment(index, *told, budget, self._joins, self.pipeline) for index, budget in enumerate(self.kv_budgets)
         ]
         requests = [self._control.begin(worker_id, each) for worker_id, each in zip(ids, assignments, strict=True)]
-        self._loading.begin(requests, [stage.layer_end - stage.layer_start for stage in self.plan.stages])
+        self._loading.begin(requests, self.plan.stages)
 
     def load(self) -> tuple[Ready, ...]:
         """Wait for the workers, give each its layers if that was not done, wait until all serve.
@@ -129,7 +129,7 @@ class Cluster(Closing):
         """
         if not self._loading.has_begun:
             self.assign()
-        self.ready = self._loading.wait(self.check)
+        self.ready = self._loading.wait(self._check_loading)
         self._loading.on_progress = None  # what is loaded again later, nobody watches
         first = self._joins[0]
         self.pipeline.connect(first.data_endpoint, first.public_key if first.is_guarded else None)
@@ -146,6 +146,15 @@ class Cluster(Closing):
             raise StageLost(dead.describe("while serving"))
         for worker_id, what in self._control.roster.lost().items():
             raise StageLost(f"{self._name(self._launcher.worker_ids.index(worker_id))} {what}")
+
+    def _check_loading(self, waited_s: float) -> None:
+        """As `check`, `waited_s` seconds after the last time; a worker that answers and does not load is lost, too."""
+        roster, ids = self._control.roster, self._launcher.worker_ids
+        pongs = roster.pongs()
+        by_stage = {index: pongs[worker_id] for index, worker_id in enumerate(ids) if worker_id in pongs}
+        for index, what in self._loading.stuck(waited_s, by_stage).items():
+            roster.give_up(ids[index], what)
+        self.check()
 
     def awaited(self) -> str | None:
         """The workers of other hosts that are missing; None while all are there, or spares that can stand in."""

@@ -1,12 +1,15 @@
 """The stages of a cluster while they load, side by side: how far each is, and which could not."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from coordinator.cluster_settings import ProgressSink, StageProgress
 from coordinator.errors import LaunchError, StageLost, WorkerDied
+from coordinator.plan import StagePlan
+from coordinator.recovery import LoadPatience
 from coordinator.reply import Reply, expect
-from protocol.control import Progress, Ready
+from protocol.control import Pong, Progress, Ready
 
 _POLL_S = 0.1
 
@@ -23,33 +26,36 @@ class Loading:
         """The stages that said that they cannot hold their layers."""
         self._name = name
         self._requests: Sequence[Future[Reply]] = ()
-        self._num_layers: Sequence[int] = ()
+        self._stages: Sequence[StagePlan] = ()
         self._done: dict[int, int] = {}
+        self._patience: dict[int, LoadPatience] = {}
         self._ready: dict[int, Ready] = {}
 
-    def begin(self, requests: Sequence[Future[Reply]], num_layers: Sequence[int]) -> None:
-        """All stages were assigned so many layers each; `requests` hold their answers."""
-        self._requests, self._num_layers = requests, num_layers
+    def begin(self, requests: Sequence[Future[Reply]], stages: Sequence[StagePlan]) -> None:
+        """All stages were assigned their layers; `requests` hold their answers."""
+        self._requests, self._stages = requests, stages
         self._done, self._ready = {}, {}
+        self._patience = {index: LoadPatience() for index in range(len(requests))}
 
     @property
     def has_begun(self) -> bool:
         """Whether there is anything to wait for."""
         return bool(self._requests)
 
-    def wait(self, check: Callable[[], None]) -> tuple[Ready, ...]:
-        """Block until all are ready; `check` is called every 0.1 s and may raise.
+    def wait(self, check: Callable[[float], None]) -> tuple[Ready, ...]:
+        """Block until all are ready; `check` is called every 0.1 s with the time waited, and may raise.
 
         Raises:
             LaunchError: one cannot hold its layers. WorkerDied: `check` raised StageLost.
         """
         pending = set(self._requests)
         while pending:
+            started_s = time.monotonic()
             done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             for index in sorted(self._requests.index(future) for future in done):
                 self._take(index, self._requests[index])
             try:
-                check()
+                check(min(_POLL_S, time.monotonic() - started_s))
             except StageLost as error:
                 raise WorkerDied(str(error).replace("while serving", "while loading")) from None
         return tuple(self._ready[index] for index in range(len(self._requests)))
@@ -59,10 +65,30 @@ class Loading:
         self._done[index] = progress.layers_done
         self._report(StageProgress(index, progress.layers_done, progress.layers_total, progress.weight_bytes))
 
+    def stuck(self, waited_s: float, pongs: Mapping[int, Pong]) -> dict[int, str]:
+        """The stages that answer but do not load any more, and what they have not done; time passes for all others.
+
+        `pongs` are the latest ones, by stage.
+        """
+        found = {}
+        for index, patience in self._patience.items():
+            if self._requests[index].done():
+                continue
+            pong = pongs.get(index)
+            num_bytes = () if pong is None else (pong.moved_bytes, pong.resident_bytes)
+            patience.wait(waited_s, self._done.get(index, 0), num_bytes)
+            if patience.idle_s > patience.limit_s:
+                layer = self._stages[index].layer_start + patience.num_layers + 1
+                found[index] = (
+                    f"hangs in layer {layer}: it answers, but has neither read nor done anything for "
+                    f"{patience.idle_s:.0f} s; look at the disk, or the network, that its host has the model on"
+                )
+        return found
+
     def waits_for(self) -> str | None:
         """The stages that are not ready yet, and how far they are, in words; None when all are."""
         waiting = [index for index, request in enumerate(self._requests) if not request.done()]
-        parts = [f"{self._name(i)} ({self._done.get(i, 0)} of {self._num_layers[i]} layers)" for i in waiting]
+        parts = [f"{self._name(i)} ({self._done.get(i, 0)} of {self._stages[i].num_layers} layers)" for i in waiting]
         return f"{', '.join(parts)} to load" if parts else None
 
     def _take(self, index: int, future: Future[Reply]) -> None:
@@ -73,7 +99,7 @@ class Loading:
             raise
         assert isinstance(message, Ready)
         self._ready[index] = message
-        num_layers = self._num_layers[index]
+        num_layers = self._stages[index].num_layers
         self._report(StageProgress(index, num_layers, num_layers, message.weight_bytes, message))
 
     def _report(self, progress: StageProgress) -> None:

@@ -38,6 +38,11 @@ class StagePlan:
     host: str | None = None
 
     @property
+    def num_layers(self) -> int:
+        """How many layers the stage holds."""
+        return self.layer_end - self.layer_start
+
+    @property
     def place(self) -> str:
         """The device as a user reads it: `cuda:0`, or `cuda:0 of lab2`."""
         return self.device if self.host is None else f"{self.device} of {self.host}"

@@ -35,6 +35,12 @@ MOST_EXTRA_S = 900.0
 """but no more than so much longer."""
 FIRST_PATIENCE_S, FIRST_TOKEN_S = 900.0, 10.0
 """The first of its kind may take so long, or so long for each token: weights are paged in, kernels are compiled."""
+LEAST_LOADING_S = 120.0
+"""A stage that loads may show no sign of life for so long, although its worker answers,"""
+LOADING_FACTOR = 5.0
+"""or so many times as long as its slowest layer took."""
+SIGN_BYTES = 2**20
+"""What is read, written, or held more or less: a worker that only answers pings stays far below it."""
 LATEST = 20
 """So many steps of a kind tell how long one takes."""
 SIMILAR = 4
@@ -63,6 +69,35 @@ class Patience:
         similar = [step for step in latest if SIMILAR * step[0] >= num_tokens] or latest
         took_s = sorted(seconds * max(1.0, num_tokens / max(1, tokens)) for tokens, seconds in similar)[-2:][0]
         return max(LEAST_PATIENCE_S, min(PATIENCE_FACTOR * took_s, took_s + MOST_EXTRA_S))
+
+
+class LoadPatience:
+    """Whether a stage still loads: it counts as stuck when nothing has happened for far longer than its layers took."""
+
+    def __init__(self) -> None:
+        self.num_layers = 0
+        self.idle_s = 0.0
+        """Time waited since the last sign: a layer, or as many bytes as a disk must move now and then."""
+        self._slowest_s = 0.0
+        self._of_layer_s = 0.0
+        self._num_bytes: tuple[int, ...] = ()
+
+    def wait(self, seconds: float, num_layers: int, num_bytes: tuple[int, ...]) -> None:
+        """So much time has passed; so many layers are done by now, and counters of what was moved stand there."""
+        self._of_layer_s += seconds
+        self.idle_s += seconds
+        if num_layers != self.num_layers:
+            self._slowest_s = max(self._slowest_s, self._of_layer_s)
+            self.num_layers, self._of_layer_s, self.idle_s = num_layers, 0.0, 0.0
+        moved = [abs(now - before) for now, before in zip(num_bytes, self._num_bytes, strict=False)]
+        if max(moved, default=SIGN_BYTES) >= SIGN_BYTES:
+            self._num_bytes = num_bytes
+            self.idle_s = 0.0 if moved else self.idle_s
+
+    @property
+    def limit_s(self) -> float:
+        """How long nothing may happen."""
+        return max(LEAST_LOADING_S, LOADING_FACTOR * self._slowest_s)
 
 
 class Recovery:

@@ -50,6 +50,8 @@ class Member:
     silent_s: float = 0.0
     pong: Pong | None = None
     left: str | None = None
+    hangs: str | None = None
+    """What it has not done for too long, although it answers."""
 
     @property
     def is_there(self) -> bool:
@@ -239,9 +241,17 @@ class Roster:
             for worker_id, worker in self.workers.items():
                 if worker.left is not None:
                     found[worker_id] = f"left: {worker.left}"
+                elif worker.hangs is not None:
+                    found[worker_id] = worker.hangs
                 elif worker.silent_s > (SILENCE_LIMIT_S if worker.is_serving else LOADING_SILENCE_LIMIT_S):
                     found[worker_id] = f"has been silent for {worker.silent_s:.1f} s"
         return found
+
+    def give_up(self, worker_id: str, what: str) -> None:
+        """It answers, but counts as lost: it has not done what it should have."""
+        with self.changed:
+            if worker_id in self.workers:
+                self.workers[worker_id].hangs = what
 
     def forget(self, worker_id: str) -> Sender | None:
         """Another worker may join under this id; nothing the old one says is heard any more. Where that one was."""

@@ -157,7 +157,11 @@ class Ping(Record, frozen=True):
 
 
 class Pong(Record, frozen=True):
-    """Answer to Ping. `busy_s`: seconds computing and `num_steps` done since Assign; `epoch` 0 while idle."""
+    """Answer to Ping. `busy_s`: seconds computing and `num_steps` done since Assign; `epoch` 0 while idle.
+
+    `num_taken`: steps that have arrived since Assign; one more than were done while one is computed. `moved_bytes`:
+    what the process has read and written while it loads, by which a slow disk is told from a dead one; otherwise 0.
+    """
 
     request_id: Id
     state: WorkerState
@@ -168,6 +172,8 @@ class Pong(Record, frozen=True):
     num_sequences: Count
     weight_bytes: Bytes
     resident_bytes: Bytes
+    num_taken: Total
+    moved_bytes: Bytes
 
 
 class Inspect(Record, frozen=True):

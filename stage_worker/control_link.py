@@ -96,12 +96,14 @@ class ControlLink:
         self,
         context: "zmq.Context[Socket]",
         settings: LinkSettings,
-        pong: Callable[[Status, int], Message],
+        pong: Callable[[Status, int, int], Message],
         on_lifeline_end: Callable[[], None],
         on_stuck: Callable[[int], None],
         wake_endpoint: str,
     ) -> None:
         self.status = Status()
+        self.num_taken = 0
+        """Steps that have arrived since the assignment, counted by the main thread."""
         self._settings = settings
         self._pong = pong
         self._on_lifeline_end = on_lifeline_end
@@ -243,7 +245,7 @@ class ControlLink:
             return False
         match message:
             case Ping(request_id):
-                self._reply(self._pong(self.status, request_id))
+                self._reply(self._pong(self.status, request_id, self.num_taken))  # in this order: never too few
             case Welcome():
                 self._on_welcome(message)
             case Refused() if message.code == "lost" and self._settings.keys is not None:

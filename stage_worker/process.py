@@ -99,7 +99,7 @@ def _serve(
             keys,
             options.server_key,
         ),
-        pong=lambda status, request_id: status.pong(request_id, device),
+        pong=lambda status, request_id, num_taken: status.pong(request_id, device, num_taken),
         on_lifeline_end=lambda: remove_private_dir(options.join),
         on_stuck=leave_stuck,
         wake_endpoint=data_plane.wake_endpoint,

@@ -4,7 +4,7 @@ import torch
 
 from protocol.control import Pong, WorkerState
 from protocol.records import Record
-from stage_worker.memory import resident_bytes
+from stage_worker.memory import moved_bytes, resident_bytes
 
 
 class Status(Record, frozen=True):
@@ -23,8 +23,8 @@ class Status(Record, frozen=True):
         busy_s, num_steps = self.busy_s + compute_s, self.num_steps + 1
         return Status(self.state, self.epoch, busy_s, num_steps, kv_tokens, num_sequences, self.weight_bytes)
 
-    def pong(self, request_id: int, device: torch.device) -> Pong:
-        """The answer to a Ping; resident memory is measured now."""
+    def pong(self, request_id: int, device: torch.device, num_taken: int = 0) -> Pong:
+        """The answer to a Ping, `num_taken` steps having arrived; memory, and what was moved, are measured now."""
         return Pong(
             request_id,
             self.state,
@@ -35,4 +35,6 @@ class Status(Record, frozen=True):
             self.num_sequences,
             self.weight_bytes,
             resident_bytes(device),
+            num_taken,
+            moved_bytes() if self.state == "loading" else 0,
         )

@@ -117,7 +117,7 @@ class Worker:
         else:
             report(0, assign.layer_end - assign.layer_start, 0)
             self._stage = load_stage(assign, self._device, report, self._model)
-        self._assign, self._last_step_id = assign, 0
+        self._assign, self._last_step_id, self._link.num_taken = assign, 0, 0
         self._announce(assign, self._stage, time.monotonic() - started_s)
 
     def _weights_for(self, assign: Assign) -> LayerStack | None:
@@ -209,6 +209,7 @@ class Worker:
                 logger.warning("dropped step %d: step %d was there before it", message.step_id, self._last_step_id)
                 return
             self._last_step_id = message.step_id
+            self._link.num_taken += 1
             self._do_step(self._assign, self._stage, message, tensors, received_at_s)
         except ProtocolError as error:
             logger.warning("dropped a data message: %s", error)

@@ -176,7 +176,7 @@ def test_pings_are_sent_and_pongs_kept(plane, worker, monkeypatch) -> None:  # t
     monkeypatch.setattr(roster, "SILENCE_LIMIT_S", DEADLINE_S)
     worker.join("stage-1")
     ping = worker.hear(Ping)
-    worker.say(Pong(ping.request_id, "serving", 1, 2.0, 3, 4, 1, 5, 6))
+    worker.say(Pong(ping.request_id, "serving", 1, 2.0, 3, 4, 1, 5, 6, 0, 0))
     worker.say(Progress(0, 1, 2, 3, 4))
     give_up_at = time.monotonic() + DEADLINE_S
     while not (plane.roster.pongs() and plane.heard) and time.monotonic() < give_up_at:

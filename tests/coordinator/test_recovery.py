@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coordinator.errors import LaunchError, ReplanError, StageLost, StepStuck, WorkerAbsent, WorkerDied
 from coordinator.mending import Mender
-from coordinator.recovery import LEAST_PATIENCE_S, Patience, Recovery, RecoveryPolicy
+from coordinator.recovery import LEAST_PATIENCE_S, SIGN_BYTES, LoadPatience, Patience, Recovery, RecoveryPolicy
 from coordinator.scheduler import SchedulerSettings
 from coordinator.supervisor import Supervisor
 from glm.sampling import SamplingParams
@@ -75,6 +75,25 @@ def test_patience_forgets_stalls() -> None:
     for _ in range(20):
         patience.observe("decode", 4, 4.0)
     assert patience.limit_s([("decode", 4)]) == 40.0
+
+
+def test_a_load_must_go_on() -> None:
+    """Two minutes without a layer or a megabyte, or five times the slowest layer, are too long."""
+    patience = LoadPatience()
+    patience.wait(100.0, 0, ())
+    patience.wait(100.0, 0, (10, 0))  # the first counts tell nothing yet
+    assert patience.idle_s == 200.0 > patience.limit_s == 120.0
+    patience.wait(10.0, 0, (10 + SIGN_BYTES, 0))
+    assert patience.idle_s == 0.0
+    for _ in range(9):
+        patience.wait(10.0, 0, (10 + SIGN_BYTES + 7000, 300))  # what answering pings reads
+    assert patience.idle_s == 90.0
+    patience.wait(10.0, 1, (10 + SIGN_BYTES, 0))
+    assert patience.idle_s == 0.0 and patience.limit_s == 5 * 310.0
+    patience.wait(1000.0, 1, (10 + SIGN_BYTES, -SIGN_BYTES))
+    assert patience.idle_s == 0.0 and patience.num_layers == 1
+    patience.wait(1551.0, 1, (10 + SIGN_BYTES, -SIGN_BYTES))
+    assert patience.idle_s > patience.limit_s
 
 
 def test_small_steps_tell_little_of_large_ones() -> None:

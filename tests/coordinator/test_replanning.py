@@ -51,7 +51,7 @@ def remaining(index: int, host: str, free_bytes: int, device: str = "cuda:0", he
         None,
         None,
     )
-    return Remaining(index, join, Pong(0, "serving", 1, 0.0, 0, 0, 0, held_bytes, held_bytes))
+    return Remaining(index, join, Pong(0, "serving", 1, 0.0, 0, 0, 0, held_bytes, held_bytes, 0, 0))
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.data())

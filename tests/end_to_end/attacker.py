@@ -128,7 +128,7 @@ def meant(plane: Plane, rng: Random) -> Iterator[list[Frame]]:
             join,
             with_changes(join, worker_id="somebody"),
             with_changes(join, worker_id="stage-2", glmpipe_version="0.0.1"),
-            Pong(0, "idle", 1, 0.0, 0, 0, 0, 0, 0),
+            Pong(0, "idle", 1, 0.0, 0, 0, 0, 0, 0, 0, 0),
             Ready(number, 1, 1, 1, 1.0, "torch"),
             Failed(number, 1, "internal", "no"),
             Leaving(0, "bye"),

@@ -85,6 +85,26 @@ def dies_while_loading(marker: Path) -> None:
     LayerStack.load = dying  # type: ignore[method-assign, assignment]
 
 
+def hangs_while_loading(marker: Path) -> None:
+    """Behind its first layer, if the marker is there, which goes first; it answers all the same."""
+    from glm.model import LayerStack
+
+    load = LayerStack.load
+
+    def hanging(*arguments: Any) -> Any:
+        *first, progress = arguments
+
+        def report(layers_done: int, *numbers: int) -> None:
+            progress(layers_done, *numbers)
+            if layers_done and marker.exists():
+                marker.unlink()
+                time.sleep(3600)
+
+        return load(*first, report)
+
+    LayerStack.load = hanging  # type: ignore[method-assign, assignment]
+
+
 def dies_once_marked(marker: Path) -> None:
     """Ends at once when somebody has made the marker: a device that is gone for good."""
     if marker.exists():
@@ -105,6 +125,7 @@ FAULTS = {
         no_memory_in_a_step,
         hangs_in_a_step,
         dies_while_loading,
+        hangs_while_loading,
         dies_once_marked,
         clock_jumps,
     )

@@ -42,6 +42,19 @@ def test_a_worker_killed_while_it_loads_is_started_again(tmp_path: Path) -> None
         assert "attempt 2 of 5" in launch.told[1] and "all stages serve again" in launch.told[2]
 
 
+def test_a_worker_that_hangs_in_a_load_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers all pings, but no layer follows the first one: it is named with that layer, and another one loads."""
+    monkeypatch.setattr("coordinator.recovery.LEAST_LOADING_S", 3.0)
+    marker, notes = tmp_path / "marker", list[str]()
+    marker.touch()
+    with disturbed_launch(tmp_path, "hangs-while-loading", "stage-2", str(marker), on_note=notes.append) as launch:
+        lost = next(note for note in notes if "hangs in layer" in note)
+        assert (
+            lost.startswith("stage 2 (cpu of this host, layers 3-4, pid ") and ") hangs in layer 4: it answers" in lost
+        )
+        launch.must_be_whole()
+
+
 def test_a_worker_killed_before_it_joins_is_started_again(tmp_path: Path, base: Path) -> None:
     """From outside, that is; one that ends by itself at that time would do so again."""
     notes: list[str] = []

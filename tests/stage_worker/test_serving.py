@@ -167,7 +167,7 @@ def test_garbage_is_dropped_and_serving_goes_on(chain: Chain) -> None:
     for frames in junk:
         coordinator.push_to(first).send_multipart(frames)
         coordinator.router.send_multipart([first.identity, *frames])
-    first.post(Pong(1, "idle", 0, 0.0, 0, 0, 0, 0, 0))
+    first.post(Pong(1, "idle", 0, 0.0, 0, 0, 0, 0, 0, 0, 0))
     coordinator.send_step(first, HIDDEN[:2], span(1, 0, 2), timings=())
     message, result = coordinator.collect()
     assert isinstance(message, Step)

@@ -1,0 +1,66 @@
+"""Stages that load, side by side: which of them hang, and how that is told."""
+
+from concurrent.futures import Future
+
+import pytest
+
+from coordinator.errors import LaunchError, StageLost, WorkerDied
+from coordinator.loading import Loading
+from coordinator.plan import StagePlan
+from coordinator.reply import Reply
+from protocol.control import Failed, Pong, Progress, Ready
+
+STAGES = (StagePlan("cpu", 0, 3, "fp32"), StagePlan("cpu", 3, 6, "fp32", host="lab3"))
+
+
+def pong(moved_bytes: int) -> Pong:
+    return Pong(0, "loading", 1, 0.0, 0, 0, 0, 0, 0, 0, moved_bytes)
+
+
+def begun() -> tuple[Loading, list["Future[Reply]"]]:
+    loading = Loading(lambda index: f"stage {index + 1}", None)
+    requests: list[Future[Reply]] = [Future() for _ in STAGES]
+    loading.begin(requests, STAGES)
+    return loading, requests
+
+
+def test_the_stage_that_hangs_is_named_with_its_layer() -> None:
+    """One reads on from a slow disk, the other only answers; one that is ready has all time of the world."""
+    loading, requests = begun()
+    loading.note(1, Progress(0, 1, 1, 3, 100))
+    for second in range(121):
+        assert loading.stuck(1.0, {0: pong(second * 2**20), 1: pong(second * 200)}) == {}
+    found = loading.stuck(1.0, {0: pong(2**30), 1: pong(2**14)})
+    assert list(found) == [1] and found[1].startswith("hangs in layer 5: it answers") and "for 121 s" in found[1]
+    requests[1].set_result((Ready(1, 1, 1, 1, 1.0, "torch"), ()))
+    assert loading.stuck(1.0, {}) == {}
+
+
+def test_what_is_waited_for_is_told_with_how_far_it_is() -> None:
+    """Those that are ready are not waited for."""
+    loading, requests = begun()
+    loading.note(0, Progress(0, 1, 2, 3, 100))
+    assert loading.waits_for() == "stage 1 (2 of 3 layers), stage 2 (0 of 3 layers) to load"
+    requests[0].set_result((Ready(1, 1, 1, 1, 1.0, "torch"), ()))
+    assert loading.waits_for() == "stage 2 (0 of 3 layers) to load"
+    requests[1].set_result((Ready(1, 1, 1, 1, 1.0, "torch"), ()))
+    assert loading.waits_for() is None
+    assert [ready.epoch for ready in loading.wait(lambda _: None)] == [1, 1]
+
+
+def test_a_wait_ends_with_what_went_wrong() -> None:
+    """A stage that cannot is remembered; a lost one is a worker that died while loading; waits are told in seconds."""
+    loading, requests = begun()
+    waits: list[float] = []
+
+    def lose(waited_s: float) -> None:
+        waits.append(waited_s)
+        raise StageLost("stage 2 ended with signal SIGKILL while serving")
+
+    with pytest.raises(WorkerDied, match="SIGKILL while loading"):
+        loading.wait(lose)
+    assert 0.0 <= waits[0] <= 0.1
+    requests[1].set_result((Failed(1, 1, "out_of_memory", "no memory"), ()))
+    with pytest.raises(LaunchError, match="stage 2: no memory"):
+        loading.wait(lambda _: None)
+    assert loading.could_not == {1}
