@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import cast
 
 import zmq
@@ -16,7 +15,7 @@ from coordinator.batch import Ended, Progress, Request
 from coordinator.closing import Closing
 from coordinator.conversation import Prompt
 from coordinator.errors import ConnectError, CoordinatorError, GenerationError, StageLost
-from coordinator.runtime_dir import find_running
+from coordinator.which_launch import endpoint_of
 from glm.logprobs import TokenLogprob
 from protocol import sockets
 from protocol.client import (
@@ -33,7 +32,6 @@ from protocol.client import (
     SamplingParams,
 )
 from protocol.client import TokenLogprob as WireLogprob
-from protocol.endpoints import checked_endpoint, ipc_path
 from protocol.errors import ProtocolError
 from protocol.limits import NO_CHANCE
 from protocol.messages import Plane
@@ -58,41 +56,21 @@ def connect(
     deadline_s: float = CONNECT_DEADLINE_S,
     on_waiting: Callable[[str], None] = lambda _: None,
 ) -> "RemoteBackend":
-    """Connect to the launch at `endpoint`, or to the newest one of this user.
+    """Connect to the launch that `endpoint` means, see `endpoint_of`.
 
     One that is still loading is waited for as long as it says so; `on_waiting` hears now and then what that waits for.
 
     Raises:
-        ConnectError: there is none, or it does not answer within the deadline.
+        ConnectError: there is none, or it does not answer within the deadline. UsageError: several could be meant.
         EndpointError: the endpoint is not one glmpipe uses.
     """
-    endpoint = _newest_launch() if endpoint is None else _full_endpoint(endpoint)
-    backend = RemoteBackend(endpoint)
+    backend = RemoteBackend(endpoint_of(endpoint))
     try:
         backend.greet(deadline_s, on_waiting)
     except BaseException:
         backend.close()
         raise
     return backend
-
-
-def _newest_launch() -> str:
-    running = find_running()
-    if not running:
-        raise ConnectError(
-            "no running `glmpipe launch` of this user was found: start one in another terminal, "
-            "or leave out --connect to run the model here"
-        )
-    return running[0].endpoint
-
-
-def _full_endpoint(endpoint: str) -> str:
-    """A socket file's path counts as well; a file that is not there is found out at once."""
-    endpoint = checked_endpoint(f"ipc://{endpoint}" if endpoint.startswith("/") else endpoint)
-    path = ipc_path(endpoint)
-    if path is not None and not Path(path).exists():
-        raise ConnectError(f"{path} does not exist: the launch has ended, or its endpoint is another one")
-    return endpoint
 
 
 def _as_exception(error: Error) -> CoordinatorError:

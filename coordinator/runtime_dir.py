@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.closing import Closing
@@ -37,10 +37,11 @@ _NAME = re.compile(r"glmpipe-([0-9]+)-[A-Za-z0-9_]+")
 
 @dataclass(frozen=True, slots=True)
 class RunningLaunch:
-    """A launch that serves clients right now."""
+    """A launch that answers clients, if only that it still loads; `since_s` is when it began, by the clock."""
 
     pid: int
     endpoint: str
+    since_s: float = field(default=0.0, compare=False)
 
 
 class RuntimeDir(Closing):
@@ -81,17 +82,20 @@ class RuntimeDir(Closing):
         os.close(self._lock)
 
 
-def find_running() -> tuple[RunningLaunch, ...]:
-    """The launches of this user that serve clients, newest first."""
-    found = []
+def find_running(*, everywhere: bool = False) -> tuple[RunningLaunch, ...]:
+    """The launches of this user that answer clients, newest first: those in the best place that has any, or all."""
+    found: list[RunningLaunch] = []
     for base in _bases():
+        here = []
         for path, pid in _launch_dirs(base):
             socket = path / CLIENT_SOCKET
             with contextlib.suppress(OSError):
                 if stat.S_ISSOCK(socket.lstat().st_mode) and _is_locked(path):
-                    found.append((path.stat().st_ctime, RunningLaunch(pid, f"ipc://{socket}")))
-    found.sort(key=lambda entry: entry[0], reverse=True)
-    return tuple(launch for _, launch in found)
+                    here.append(RunningLaunch(pid, f"ipc://{socket}", (path / "lock").stat().st_ctime))
+        found += sorted(here, key=lambda launch: launch.since_s, reverse=True)
+        if found and not everywhere:
+            break
+    return tuple(found)
 
 
 def remove_stale(base: Path) -> None:

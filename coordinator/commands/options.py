@@ -196,10 +196,10 @@ def add_connect_option(parser: argparse.ArgumentParser) -> None:
     """`--connect [ENDPOINT]`."""
     parser.add_argument(
         "--connect",
-        metavar="ENDPOINT",
+        metavar="ENDPOINT|PID",
         nargs="?",
         const="",
-        help="use a running `glmpipe launch` (the newest one if no endpoint is given)",
+        help="use a running `glmpipe launch`; which one, if several serve",
     )
 
 

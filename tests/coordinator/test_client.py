@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from coordinator import client as client_module
+from coordinator import which_launch
 from coordinator.batch import Request
 from coordinator.client import RemoteBackend, connect
 from coordinator.errors import ConnectError, GenerationError, StageLost
@@ -224,7 +225,7 @@ def test_a_request_too_large_fails_alone(launch: LaunchMaker) -> None:
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No launch, a socket file that is gone, one that nobody serves, and an endpoint that cannot be."""
-    monkeypatch.setattr(client_module, "find_running", lambda: ())
+    monkeypatch.setattr(which_launch, "find_running", lambda **_: ())
     with pytest.raises(ConnectError, match="no running `glmpipe launch`"):
         connect()
     with pytest.raises(ConnectError, match="does not exist"):
@@ -236,7 +237,7 @@ def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         connect("tcp://example.org:1")
 
 
-def test_the_newest_launch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_only_launch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an endpoint the runtime directories are looked through."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with RuntimeDir() as runtime_dir:
