@@ -1,7 +1,7 @@
 """`glmpipe`: the command line. Parses, dispatches, and turns every error for users into a line on stderr.
 
-Exit codes: 0 done, 1 a failure while running (for `compare`: different), 2 a request that cannot be meant, 128 + N
-ended by signal N. Nothing heavy is imported before a command needs it.
+Exit codes: 0 done, 1 something was tried and failed (for `compare`: different), 2 wrong use, nothing was tried, 128 + N
+ended by signal N (a chat that was left: 0). Nothing heavy is imported before a command needs it.
 """
 
 import io

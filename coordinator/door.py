@@ -149,7 +149,7 @@ class Door:
 def listen_endpoint(text: str) -> str:
     """`tcp://ADDR[:PORT]` with its port. Raises EndpointError for what other hosts cannot be told to come to."""
     has_port = re.search(r"[^:]:[0-9*]+$|\]:", text.removeprefix("tcp://")) is not None
-    endpoint = checked_own_address(text if has_port else f"{text}:{PORT}")
+    endpoint = checked_own_address(text if has_port else f"{text}:{PORT}") if text.startswith("tcp://") else ""
     if host_of(endpoint) is None or not 0 < _port(endpoint) < MAX_PORT:
         raise EndpointError(f"--listen {text}: other hosts need an address and a port, tcp://192.168.1.2:{PORT}")
     return endpoint

@@ -7,6 +7,7 @@ ProtocolError
 ├── TensorError     a descriptor beyond the limits, or a buffer that does not match it
 ├── EndpointError   an address that is malformed, or that nobody may bind or connect so
 └── SecurityError   a key that is malformed, missing, or in a file that others may read
+    └── KeyFileError    a file of keys that cannot be read or written
 """
 
 
@@ -41,3 +42,7 @@ class EndpointError(ProtocolError):
 
 class SecurityError(ProtocolError):
     """A key that is malformed, missing, or kept where others may read it; says what to do."""
+
+
+class KeyFileError(SecurityError):
+    """A file of keys cannot be read or written: permissions, a full disk."""

@@ -16,7 +16,7 @@ import threading
 import tomllib
 from pathlib import Path
 
-from protocol.errors import SecurityError
+from protocol.errors import KeyFileError, SecurityError
 from protocol.security import KeyPair, checked_key, new_key_pair
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -55,7 +55,7 @@ class KeyDirectory:
         Raises:
             SecurityError: there is none, it is malformed, or others may read it.
         """
-        if not self.own_path.exists():
+        if not _is_there(self.own_path):
             raise SecurityError(f"this host has no key ({self.own_path}): make one with `glmpipe keys new`")
         _check_private(self.path, 0o700)
         text = _read_private(self.own_path)
@@ -69,7 +69,7 @@ class KeyDirectory:
 
     def make_own(self, *, replace: bool = False) -> KeyPair:
         """Make and keep a key pair for this host. Raises SecurityError if there is one that is not to be replaced."""
-        if self.own_path.exists() and not replace:
+        if _is_there(self.own_path) and not replace:
             raise SecurityError(
                 f"this host has a key already ({self.own_path}); `glmpipe keys new --replace` makes another, which all "
                 "hosts that know the old one must then be told"
@@ -142,7 +142,10 @@ class AllowList:
         if keys:
             _write_private(path, "".join(f"{key}\n" for key in keys))
         else:
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise KeyFileError(f"{path} cannot be removed: {error.strerror}") from None
 
     def _files(self) -> list[Path]:
         try:
@@ -150,7 +153,7 @@ class AllowList:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise SecurityError(f"{self.path}: {error.strerror}") from None
+            raise KeyFileError(f"{self.path}: {error.strerror}") from None
 
     def _state(self) -> object:
         """Something that differs whenever the files do."""
@@ -176,12 +179,22 @@ class AllowList:
         return names
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error.strerror}") from None
+    return True
+
+
 def _check_private(path: Path, mode: int) -> None:
     """Raises SecurityError unless `path` is this user's own and nobody else has any access to it."""
     try:
         info = path.lstat()
     except OSError as error:
-        raise SecurityError(f"{path}: {error.strerror}") from None
+        raise KeyFileError(f"{path}: {error.strerror}") from None
     if stat.S_ISLNK(info.st_mode):
         raise SecurityError(f"{path} is a symbolic link: put the file itself there")
     if info.st_uid != os.geteuid():
@@ -199,7 +212,7 @@ def _read_private(path: Path) -> str:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise SecurityError(f"{path}: {error.strerror}") from None
+        raise KeyFileError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SecurityError(f"{path} is not UTF-8 text") from None
     if len(text) > MAX_FILE_BYTES:
@@ -223,4 +236,4 @@ def _write_private(path: Path, text: str) -> None:
             Path(temporary).unlink()
             raise
     except OSError as error:
-        raise SecurityError(f"{path} cannot be written: {error.strerror}") from None
+        raise KeyFileError(f"{path} cannot be written: {error.strerror}") from None

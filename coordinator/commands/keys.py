@@ -1,7 +1,16 @@
 """`glmpipe keys`: who may join from other hosts, and by which key this host is known there."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coordinator.commands.options import wrong_use
+from coordinator.commands.session import say
+
+if TYPE_CHECKING:
+    from protocol.key_files import KeyDirectory
 
 HELP = "make this host's key; say which other hosts may join"
 EXAMPLES = """\
@@ -44,20 +53,34 @@ def run(options: argparse.Namespace) -> int:
     """Do what the subcommand says."""
     from protocol.key_files import KeyDirectory
 
-    keys = KeyDirectory(options.keys)
+    with wrong_use():
+        _run(options, KeyDirectory(options.keys))
+    return 0
+
+
+def _run(options: argparse.Namespace, keys: KeyDirectory) -> None:
     match options.action:
         case "new":
             print(keys.make_own(replace=options.replace).public)
         case "show":
             print(keys.own().public)
         case "list":
-            width = max((len(name) for name in keys.allowed.names().values()), default=0)
-            for key, name in sorted(keys.allowed.names().items(), key=lambda entry: entry[::-1]):
-                print(f"{name:<{width}}  {key}")
+            _list(keys)
         case "allow":
             keys.allowed.add(options.name, options.key)
             print(f"{options.name} may join")
         case "revoke":
             for key in keys.allowed.remove(options.name):
                 print(f"revoked {key}")
-    return 0
+
+
+def _list(keys: KeyDirectory) -> None:
+    names = keys.allowed.names()
+    width = max((len(name) for name in names.values()), default=0)
+    for key, name in sorted(names.items(), key=lambda entry: entry[::-1]):
+        print(f"{name:<{width}}  {key}")
+    if not names:
+        say(
+            f"no other host may join ({keys.allowed.path} has no key): `glmpipe keys allow NAME 'PUBLIC KEY'` lets one "
+            "in, with the key that `glmpipe keys new` prints there"
+        )

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK
 from coordinator.plan_file import read_plan_file
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 from coordinator.recovery import DEFAULT_RECOVERY
+from protocol.errors import EndpointError, KeyFileError, SecurityError
 
 PLACEMENT = (
     *("layers", "stages", "gpu_precision", "cpu_precision", "embeddings", "final_layernorm", "lm_head"),
@@ -258,6 +261,17 @@ def plan_request(options: argparse.Namespace) -> PlanRequest:
         faults=tuple(faults),
         is_complete=not faults,
     )
+
+
+@contextmanager
+def wrong_use() -> Iterator[None]:
+    """Around what only looks at options: an address or a key that cannot be is a mistake of whoever wrote it."""
+    try:
+        yield
+    except KeyFileError:
+        raise
+    except (EndpointError, SecurityError) as error:
+        raise UsageError(str(error)) from None
 
 
 def check_scheduling(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from coordinator.commands.options import (
     plan_request,
     refuse_with_connect,
     sampling_overrides,
+    wrong_use,
 )
 from coordinator.errors import UsageError
 from coordinator.log import JsonLog, Log
@@ -159,7 +160,7 @@ def _say_pipeline(log: Log, chat_model: ChatModel, text: str) -> None:
 
 
 def _listening(options: argparse.Namespace) -> Listening | None:
-    """Where other hosts come in. Raises SecurityError without a key, so that nothing loads in vain."""
+    """Where other hosts come in. Raises UsageError without a key, so that nothing loads in vain."""
     if options.listen is None:
         for name, value in (("keys", options.keys), ("await-worker", options.await_worker)):
             if value is not None:
@@ -170,9 +171,11 @@ def _listening(options: argparse.Namespace) -> Listening | None:
     from protocol.key_files import KeyDirectory
 
     keys = KeyDirectory(options.keys)
-    keys.own()
     await_s = AWAIT_WORKER_S if options.await_worker is None else options.await_worker
-    return Listening(listen_endpoint(options.listen), keys, await_s)
+    with wrong_use():
+        endpoint = listen_endpoint(options.listen)
+        keys.own()
+    return Listening(endpoint, keys, await_s)
 
 
 def _scheduling(options: argparse.Namespace) -> dict[str, Any]:
@@ -198,11 +201,15 @@ def opened(
         return
     refuse_with_connect(options)
     from coordinator.client import connect
+    from coordinator.which_launch import endpoint_of
+
+    with wrong_use():
+        endpoint = endpoint_of(options.connect or None)
 
     def say_waiting(waits_for: str) -> None:
         say(f"the launch is not ready yet, it waits for {waits_for}")
 
-    with connect(options.connect or None, on_waiting=say_waiting) as backend:
+    with connect(endpoint, on_waiting=say_waiting) as backend:
         waits_for = backend.describe().waits_for
         if waits_for is not None:
             say(f"the launch does not serve at the moment, it waits for {waits_for}")

@@ -194,6 +194,13 @@ def test_sampling_options_that_contradict_are_refused() -> None:
         (["--ids", "5", "--connect", "--replan"], "drop --replan"),
         (["--ids", "5", "--await-worker", "3"], "--await-worker 3.0 is for other hosts; add --listen"),
         (["--ids", "5", "--layers", "lab2/cpu=1-6"], "stages of lab2 need a place to join: add --listen"),
+        (["--ids", "5", "--listen", "nonsense"], "--listen nonsense: other hosts need an address and a port"),
+        (["--ids", "5", "--listen", "tcp://lab2"], "lab2"),
+        (
+            ["--ids", "5", "--listen", "tcp://192.0.2.1", "--keys", "/nonexistent"],
+            "this host has no key (/nonexistent/",
+        ),
+        (["--ids", "5", "--connect", "nonsense"], "'nonsense' is no endpoint"),
         (["--ids", "5", "--watch"], "--watch is for many answers"),
         (["--prompts", __file__, "--out", "/tmp/x", "--watch"], "stderr is none here"),
     ],

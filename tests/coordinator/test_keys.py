@@ -24,19 +24,28 @@ def test_two_hosts_get_to_know_each_other(tmp_path: Path, capsys: pytest.Capture
     assert keys(launching, "revoke", "lab2") == 0
     assert capsys.readouterr().out == f"revoked {public}\n"
     assert keys(launching, "list") == 0
-    assert capsys.readouterr().out == ""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("no other host may join (") and "`glmpipe keys allow NAME 'PUBLIC KEY'`" in err
 
 
 def test_faults_are_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No key yet, one too many, a malformed one, an unknown host."""
+    """No key yet, one too many, a malformed one, an unknown host: wrong use, so that nothing was done."""
     for words, told in (
         (("show",), "glmpipe keys new"),
         (("allow", "lab2", "short"), "no public key"),
         (("revoke", "lab2"), "allowed are: none at all"),
     ):
-        assert keys(tmp_path, *words) == 1
+        assert keys(tmp_path, *words) == 2
         assert told in capsys.readouterr().err
     assert keys(tmp_path, "new") == 0
-    assert keys(tmp_path, "new") == 1
+    assert keys(tmp_path, "new") == 2
     assert "--replace" in capsys.readouterr().err
     assert keys(tmp_path, "new", "--replace") == 0
+
+
+def test_a_key_that_cannot_be_written_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was wrong with the words: the exit code is that of failures."""
+    (tmp_path / "file").touch()
+    assert keys(tmp_path / "file", "new") == 1
+    assert "cannot be written: " in capsys.readouterr().err
