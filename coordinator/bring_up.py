@@ -6,9 +6,11 @@ from coordinator.cluster import Cluster
 from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.mending import Mender
 from coordinator.plan import EndsPlan
+from coordinator.recovery import MemoryKills
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig
 from glm.ends import Embedding, Head, end_placement
+from glm.host_memory import num_oom_kills
 from glm.layer_cache import with_cache
 from glm.precision import Precision
 from glm.weights import Placement
@@ -23,7 +25,10 @@ def bring_up(
     *,
     refuse: bool,
 ) -> tuple[Embedding, Head]:
-    """Wait for the workers, look whether the plan fits, load all parts side by side. Workers killed meanwhile return.
+    """Wait for the workers, look whether the plan fits, load all parts side by side.
+
+    Workers killed meanwhile return,
+    but not those that were killed for want of memory.
 
     Raises:
         LaunchError: a worker cannot be had or cannot hold its layers; NotEnoughMemory if `refuse` and it does not fit.
@@ -31,9 +36,16 @@ def bring_up(
     """
     mender.join()
     plan, most_kv_tokens = cluster.plan, cluster.default_kv_budget_tokens
-    cluster.assign(fitting_kv_budget(plan, config, cluster.join(), most_kv_tokens, on_note, refuse=refuse))
+    kills, memory = MemoryKills(num_oom_kills), list[str]()
+
+    def note(line: str) -> None:
+        memory.append(line)
+        if on_note is not None:
+            on_note(line)
+
+    cluster.assign(fitting_kv_budget(plan, config, cluster.join(), most_kv_tokens, note, refuse=refuse))
     ends = _load_ends(checkpoint, config, plan.ends)  # while the workers load
-    mender.load()
+    mender.load(kills, memory)
     return ends
 
 

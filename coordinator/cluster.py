@@ -143,7 +143,7 @@ class Cluster(Closing):
         if not self._is_up:
             self.meanwhile()
         for dead in self._launcher.dead():
-            raise StageLost(dead.describe("while serving"))
+            raise StageLost(dead.describe("while serving"), by_sigkill=dead.by_sigkill)
         for worker_id, what in self._control.roster.lost().items():
             raise StageLost(f"{self._name(self._launcher.worker_ids.index(worker_id))} {what}")
 

@@ -81,11 +81,15 @@ class NotEnoughMemory(LaunchError):  # noqa: N818 - named for what is the matter
 
 
 class WorkerDied(LaunchError):  # noqa: N818 - named for what happened
-    """A worker's process ended before it served. `was_killed`: from outside, so that another one may live."""
+    """A worker's process ended before it served. `was_killed`: from outside, so that another one may live.
 
-    def __init__(self, text: str, *, was_killed: bool = False) -> None:
+    `by_sigkill`: by the signal with which a system kills when memory runs out.
+    """
+
+    def __init__(self, text: str, *, was_killed: bool = False, by_sigkill: bool = False) -> None:
         super().__init__(text)
         self.was_killed = was_killed
+        self.by_sigkill = by_sigkill
 
 
 class WorkerAbsent(LaunchError):  # noqa: N818 - named for what is the matter
@@ -93,7 +97,11 @@ class WorkerAbsent(LaunchError):  # noqa: N818 - named for what is the matter
 
 
 class StageLost(CoordinatorError):  # noqa: N818 - named for what happened, as the design does
-    """A worker that was serving died or fell silent."""
+    """A worker that was serving died or fell silent. `by_sigkill` as of `WorkerDied`."""
+
+    def __init__(self, text: str, *, by_sigkill: bool = False) -> None:
+        super().__init__(text)
+        self.by_sigkill = by_sigkill
 
 
 class StepStuck(StageLost):

@@ -58,6 +58,11 @@ class WorkerExit:
         """Whether a signal ended it, one that another process need not get."""
         return self.returncode < 0 and -self.returncode != signal.SIGILL
 
+    @property
+    def by_sigkill(self) -> bool:
+        """Whether it ended as a system ends processes when memory runs out."""
+        return -self.returncode == signal.SIGKILL
+
     def describe(self, when: str) -> str:
         """For an error's message; `when` is such as `before it joined`. Carries the worker's last lines."""
         remedy = _SIGNAL_REMEDIES.get(-self.returncode)

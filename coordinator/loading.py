@@ -57,7 +57,8 @@ class Loading:
             try:
                 check(min(_POLL_S, time.monotonic() - started_s))
             except StageLost as error:
-                raise WorkerDied(str(error).replace("while serving", "while loading")) from None
+                text = str(error).replace("while serving", "while loading")
+                raise WorkerDied(text, by_sigkill=error.by_sigkill) from None
         return tuple(self._ready[index] for index in range(len(self._requests)))
 
     def note(self, index: int, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from coordinator.errors import CoordinatorError, LaunchError, ReplanError, StageLost, StepStuck, WorkerDied
 from coordinator.plan import Plan
-from coordinator.recovery import Recovery, RecoveryPolicy
+from coordinator.recovery import MemoryKills, Recovery, RecoveryPolicy
 from coordinator.replanning import Remaining, Replanned
 
 Choose = Callable[[Plan, Sequence[Remaining]], Replanned]
@@ -103,21 +103,35 @@ class Mender:
                     raise
                 self._cluster.replace_lost(False)
 
-    def load(self) -> None:
-        """Wait until the stages of a new cluster serve. Raises LaunchError."""
+    def load(self, kills: MemoryKills, memory: Sequence[str] = ()) -> None:
+        """Wait until the stages of a new cluster serve. Raises LaunchError.
+
+        One that `kills` says was killed for want of memory is not started again; `memory` tells needs and haves.
+        """
+
+        def hopeless(cause: CoordinatorError) -> CoordinatorError | None:
+            return WorkerDied("\n".join([str(cause), *memory])) if kills.explain(cause) else None
+
         try:
             self._cluster.load()
         except (WorkerDied, StageLost) as lost:
-            epoch = self.mend(lost)
+            epoch = self.mend(lost, hopeless)
             self.on_event(f"all stages serve, in epoch {epoch}")
 
-    def mend(self, cause: CoordinatorError) -> int:
-        """Bring all stages up again after this; the new epoch. Raises the last cause when nothing is left to try."""
+    def mend(
+        self, cause: CoordinatorError, hopeless: Callable[[CoordinatorError], CoordinatorError | None] = lambda _: None
+    ) -> int:
+        """Bring all stages up again after this; the new epoch. Raises the last cause when nothing is left to try.
+
+        `hopeless` says of a cause that no attempt will mend, in better words; None of others.
+        """
         while True:
             is_stuck = isinstance(cause, StepStuck)
             if is_stuck:
                 cause = StepStuck(f"{self._cluster.suspect()} seems to be stuck: {cause}")
-            if not self._may_try_again(cause):
+            final = hopeless(cause)
+            if final is not None or not self._may_try_again(cause):
+                cause = final or cause
                 self._recovery.gave_up()
                 self._replan(cause)
                 is_stuck = False

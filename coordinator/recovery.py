@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from coordinator.errors import CoordinatorError, StageLost, WorkerDied
@@ -69,6 +69,28 @@ class Patience:
         similar = [step for step in latest if SIMILAR * step[0] >= num_tokens] or latest
         took_s = sorted(seconds * max(1.0, num_tokens / max(1, tokens)) for tokens, seconds in similar)[-2:][0]
         return max(LEAST_PATIENCE_S, min(PATIENCE_FACTOR * took_s, took_s + MOST_EXTRA_S))
+
+
+class MemoryKills:
+    """Whether workers of a launch that starts are killed for want of memory, which another attempt would not mend.
+
+    `count` says how many processes the system has killed for that so far, if it can. Where it has killed none, a
+    worker killed once may have been by somebody; one that is killed again was hardly.
+    """
+
+    def __init__(self, count: Callable[[], int | None]) -> None:
+        self._count = count
+        self._before = count()
+        self._num_seen = 0
+
+    def explain(self, cause: CoordinatorError) -> bool:
+        """Whether memory is the likely reason of this loss."""
+        if not isinstance(cause, WorkerDied) or not cause.by_sigkill:
+            return False
+        self._num_seen += 1
+        now = self._count()
+        is_counted = now is not None and self._before is not None and now > self._before
+        return is_counted or self._num_seen > 1
 
 
 class LoadPatience:

@@ -21,6 +21,11 @@ def host_memory(root: Path = _ROOT) -> tuple[int, int]:
     return total, available
 
 
+def num_oom_kills(root: Path = _ROOT) -> int | None:
+    """How many processes this system has killed for want of memory since it began; None where it does not say."""
+    return _pairs(root / "proc/vmstat").get("oom_kill")
+
+
 def _group_limits(root: Path) -> list[tuple[int, int]]:
     """(limit, what is left of it) of every control group with a limit that this process is in."""
     found = []

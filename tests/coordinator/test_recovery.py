@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from coordinator.errors import LaunchError, ReplanError, StageLost, StepStuck, WorkerAbsent, WorkerDied
 from coordinator.mending import Mender
-from coordinator.recovery import LEAST_PATIENCE_S, SIGN_BYTES, LoadPatience, Patience, Recovery, RecoveryPolicy
+from coordinator.recovery import (
+    LEAST_PATIENCE_S,
+    SIGN_BYTES,
+    LoadPatience,
+    MemoryKills,
+    Patience,
+    Recovery,
+    RecoveryPolicy,
+)
 from coordinator.scheduler import SchedulerSettings
 from coordinator.supervisor import Supervisor
 from glm.sampling import SamplingParams
@@ -235,6 +243,48 @@ def test_while_a_worker_is_awaited_requests_fail_at_once_and_its_return_is_enoug
     while not engine.is_idle:
         supervisor.step()
     assert good.new_ids == expected_ids([1, 2, 3], 12, GREEDY, is_repetitive=False)
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_attempts"), [([0, 1], 0), ([0, 0, 0], 1), ([None, None, None], 1)], ids=["told", "not", "unknown"]
+)
+def test_a_launch_does_not_go_on_starting_workers_that_memory_kills(
+    counts: list[int | None], num_attempts: int
+) -> None:
+    """Where the system has counted such a kill not once, elsewhere once more; it ends with needs, haves and remedy."""
+    text = "stage 1 (cpu of this host, pid 7) ended with signal SIGKILL while loading; the system has probably run out"
+
+    class Starving(Losing):
+        def load(self) -> None:
+            raise WorkerDied(text, by_sigkill=True)
+
+        def recover(self, _is_stuck: bool) -> int:
+            raise WorkerDied(text, by_sigkill=True)
+
+    _, pipeline = hash_engine(SchedulerSettings(1000))
+    told, memory = list[str](), ["memory of cpu: 9.0 GB needed, 8.0 GB available"]
+    mender = Mender(Starving(pipeline, []), RecoveryPolicy(), told.append, sleep=lambda _: None)  # type: ignore[arg-type]
+    with pytest.raises(WorkerDied) as raised:
+        mender.load(MemoryKills(iter(counts).__next__), memory)
+    assert str(raised.value) == f"{text}\n{memory[0]}"
+    assert len(told) == num_attempts
+
+
+def test_a_running_launch_brings_back_whoever_was_killed() -> None:
+    """Whatever for: readers wait, and the attempts are those that were asked for."""
+    engine, pipeline = hash_engine(SchedulerSettings(1000))
+
+    class Starving(Losing):
+        def recover(self, _is_stuck: bool) -> int:
+            raise WorkerDied("SIGKILL while loading", by_sigkill=True)
+
+    told = list[str]()
+    mender = Mender(Starving(pipeline, [1]), RecoveryPolicy(), told.append, sleep=lambda _: None)  # type: ignore[arg-type]
+    supervisor = Supervisor(engine, mender._cluster, mender)
+    request(engine, [1, 2, 3], 12, GREEDY)
+    while not engine.is_idle:
+        supervisor.step()
+    assert sum("starting it again" in line for line in told) == 5
 
 
 class Shrinking(Losing):

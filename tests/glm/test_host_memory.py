@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from glm.host_memory import host_memory
+from glm.host_memory import host_memory, num_oom_kills
 
 GB = 10**9
 STAT = "anon 5\ninactive_file 200000000\nactive_file 100000000\n"
@@ -29,6 +29,12 @@ def test_of_this_host() -> None:
     """Something, and not more than there is."""
     total, available = host_memory()
     assert 0 < available <= total
+
+
+def test_kills_for_want_of_memory_are_counted_where_the_system_says_so(tmp_path: Path) -> None:
+    """By the kernel, of all processes; a system that does not tell is not taken to have none."""
+    assert num_oom_kills(tmp_path) is None
+    assert num_oom_kills(make_root(tmp_path, {"proc/vmstat": "pgfault 12\noom_kill 3\n"})) == 3
 
 
 @pytest.mark.parametrize(
