@@ -35,6 +35,7 @@ from stage_worker.connection import Connection, News
 from stage_worker.data_plane import WAKE
 from stage_worker.log import logger
 from stage_worker.status import Status
+from stage_worker.waiting import WaitingNotes
 
 EXIT_ASKED = 0
 EXIT_INTERNAL = 1
@@ -120,6 +121,8 @@ class ControlLink:
         self._join_left_s = settings.join_timeout_s
         self._orphan_timeout_s: float | None = None
         self._silent_s = 0.0
+        has_key = settings.keys is not None
+        self._waiting = WaitingNotes(settings.endpoint, settings.join_timeout_s, has_key=has_key)
         self.commands = context.socket(zmq.PAIR)
         self._main = context.socket(zmq.PAIR)
         self._wake = data_socket(context, zmq.PUSH)
@@ -230,6 +233,7 @@ class ControlLink:
             self._reply(self._settings.join())
         elif news in (News.UNKNOWN_KEY, News.WRONG_SERVER):
             assert news is not None
+            self._waiting.answered()
             logger.warning("not let in at %s: %s", self._settings.endpoint, news.value)
             if news is News.UNKNOWN_KEY:
                 logger.warning("there: glmpipe keys allow NAME_OF_THIS_HOST '%s'", self._connection.public_key)
@@ -252,6 +256,7 @@ class ControlLink:
                 self._lose_coordinator("it has missed this worker")
                 self._reply(self._settings.join())
             case Refused() if message.code in _MAY_MEND and self._settings.keys is not None:
+                self._waiting.answered()
                 logger.warning("asking again every %g s: %s", ASK_AGAIN_S, message.text)
                 self._ask_again_s = ASK_AGAIN_S
             case Refused() if message.code == "revoked" and self._connection.take_new_key():
@@ -282,6 +287,7 @@ class ControlLink:
         logger.warning("lost %s: %s; keeping the weights for the next one", self._coordinator_id, what)
         self._coordinator_id = self._orphan_timeout_s = None
         self._silent_s = 0.0
+        self._waiting.answered()
         self._forget_stage()
 
     def _forget_stage(self) -> None:
@@ -344,6 +350,8 @@ class ControlLink:
                 self._ask_again_s = None
                 self._reply(self._settings.join())
         if self._orphan_timeout_s is None:
+            if self._settings.lifeline_fd is None:  # else its launcher knows what it waits for
+                self._waiting.wait(waited_s)
             if self._join_left_s is None:
                 return
             self._join_left_s -= waited_s
