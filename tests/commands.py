@@ -11,10 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
-def start(*arguments: str | Path, stderr: int = subprocess.PIPE) -> "Iterator[subprocess.Popen[str]]":
-    """The command in a process of its own, killed at the end of the block if it still runs."""
+def start(
+    *arguments: str | Path, stderr: int = subprocess.PIPE, change: str = "pass"
+) -> "Iterator[subprocess.Popen[str]]":
+    """The command in a process of its own, killed at the end of the block if it still runs.
+
+    `change` is a Python statement that runs there first.
+    """
+    program = f"{change}; import sys; from coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
     with subprocess.Popen(
-        [sys.executable, "-m", "coordinator.cli", *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -27,8 +33,8 @@ def start(*arguments: str | Path, stderr: int = subprocess.PIPE) -> "Iterator[su
             process.kill()
 
 
-def glmpipe(*arguments: str | Path) -> tuple[int, str, str]:
+def glmpipe(*arguments: str | Path, change: str = "pass") -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
-    with start(*arguments) as process:
-        out, err = process.communicate(timeout=120)
+    with start(*arguments, change=change) as process:
+        out, err = process.communicate(timeout=240)
     return process.returncode, out, err

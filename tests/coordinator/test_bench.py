@@ -27,6 +27,9 @@ PART_KEYS = {
     "kernel_path",
 }
 
+SMALL_MATRICES = "import coordinator.roofline as r; r._MATRIX_SIZE = 512"
+"""What the machine does at best with large ones takes it many seconds, and nobody asks here."""
+
 
 def check_figures(found: dict[str, Any]) -> None:
     """What must hold between the figures of any run."""
@@ -52,7 +55,7 @@ def check_figures(found: dict[str, Any]) -> None:
 def test_two_stages_of_random_weights_from_the_command_line() -> None:
     """JSON alone on stdout; progress and the plan on stderr; lm_head is held as chats hold it."""
     words = "bench --shape tiny --precision int4 --stages 2 --threads 1 --prompt-tokens 48 --new-tokens 8 --streams 3"
-    code, out, err = glmpipe(*words.split(), "--json")
+    code, out, err = glmpipe(*words.split(), "--json", change=SMALL_MATRICES)
     assert code == 0, err
     found = json.loads(out)
     check_figures(found)
@@ -64,8 +67,9 @@ def test_two_stages_of_random_weights_from_the_command_line() -> None:
 
 
 @pytest.mark.slow
-def test_one_stage_from_python_and_what_a_terminal_shows() -> None:
+def test_one_stage_from_python_and_what_a_terminal_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text says what ran at which precision with how many threads at which context, and draws every part."""
+    monkeypatch.setattr("coordinator.roofline._MATRIX_SIZE", 512)
     seen: list[str] = []
     plan = PlanRequest(num_threads=1, cpu_precision=Option("cpu_precision", "bf16"))
     with launch("random:tiny", plan) as chat_model:

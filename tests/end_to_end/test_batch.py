@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def test_a_file_is_answered_interrupted_and_finished(prompts: Path, tmp_path: Pa
     with start("generate", "--prompts", prompts, "--out", out, *SPLIT, "--max-num-seqs", "4") as process:
         while not out.exists() or out.read_bytes().count(b"\n") < 5:
             assert process.poll() is None
+            time.sleep(0.001)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "the same command does what is missing" in err
     assert "Traceback" not in err
@@ -82,7 +84,7 @@ def test_a_file_is_answered_interrupted_and_finished(prompts: Path, tmp_path: Pa
         endpoint = process.stdout.readline().split()[-1]
         code, _, err = glmpipe("generate", "--connect", endpoint, "--prompts", prompts, "--out", remote)
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
     assert code == 1, err
     assert texts(remote) == texts(out)
     for key in ("token_ids", "finish_reason", "prompt_digest", "prompt_tokens"):
