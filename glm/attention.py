@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from glm.config import ModelConfig
 from glm.errors import CacheGapError, SegmentError
-from glm.kernels.native import CacheView, NativeKernels
+from glm.kernels.native import CachedSequence, CacheView, NativeKernels
 from glm.kv_cache import SequenceCache
-from glm.positions import PromptLayout, token_positions, visible_keys
-from glm.rotary import RotaryTable, rotary_table
+from glm.positions import PromptLayout, token_position, token_positions, visible_keys
+from glm.rotary import Rotary, RotaryTable
 
 # Of one segment; of more, in prompts, torch's attention.
 _MOST_NATIVE_TOKENS = 64
+# Of all segments: their rotary tables are looked up, not computed.
+_FEW_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,14 @@ class Geometry:
         """Whether every token sees the keys up to its own and no others."""
         return all(segment.is_causal for segment in self.segments)
 
-    def caches(self, layer: int) -> list[CacheView]:
-        """Where each segment's keys and values of a layer of the range lie."""
-        return [_cache_view(segment, layer) for segment in self.segments]
+    def sequences(self, layer: int) -> list[CachedSequence]:
+        """Where each segment's keys and values lie, from a layer of the range on."""
+        return [_from_layer(segment, layer) for segment in self.segments]
+
+
+def _from_layer(segment: Segment, layer: int) -> CachedSequence:
+    cache = segment.cache
+    return CachedSequence(cache.places_from(layer), cache.capacity, segment.start_pos, segment.num_tokens)
 
 
 def _cache_view(segment: Segment, layer: int) -> CacheView:
@@ -57,7 +63,7 @@ def _cache_view(segment: Segment, layer: int) -> CacheView:
 
 def make_geometry(
     segments: Sequence[Segment],
-    config: ModelConfig,
+    rotary: Rotary,
     device: torch.device,
     kernels: NativeKernels | None = None,
 ) -> Geometry:
@@ -68,14 +74,21 @@ def make_geometry(
         SegmentError: a segment is empty, shares a cache with another, or cuts a prefix.
     """
     _check(segments)
-    positions = [token_positions(s.start_pos, s.num_tokens, s.layout) for s in segments]
     masks = [visible_keys(s.start_pos, s.num_tokens, s.layout) for s in segments]
     return Geometry(
         segments=tuple(segments),
-        rotary=rotary_table(torch.cat(positions, dim=1), config, device),
+        rotary=_rotary_table(segments, rotary),
         visible=tuple(None if mask is None else mask.to(device) for mask in masks),
         kernels=kernels,
     )
+
+
+def _rotary_table(segments: Sequence[Segment], rotary: Rotary) -> RotaryTable:
+    if rotary.looks_up and sum([s.num_tokens for s in segments]) <= _FEW_TOKENS:
+        places = [(at, s.layout) for s in segments for at in range(s.start_pos, s.start_pos + s.num_tokens)]
+        return rotary.rows([token_position(at, layout) for at, layout in places])
+    positions = [token_positions(s.start_pos, s.num_tokens, s.layout) for s in segments]
+    return rotary.table(torch.cat(positions, dim=1))
 
 
 def _check(segments: Sequence[Segment]) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from glm.attention import Geometry, attend
 from glm.config import ModelConfig
-from glm.kernels.layer import LayerShape, NativeLayer, NormWeights
+from glm.kernels.layer import LayerShape, NativeLayer, NativeStack, NormWeights
 from glm.kernels.native import NativeKernels, NativeWeight
 from glm.linear import NativeLinear
 from glm.norm import LayerNorm, RMSNorm
@@ -36,6 +36,7 @@ class Block(Protocol):
 
     num_bytes: int
     kernel_path: str
+    native: NativeStack | None
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         """[num_tokens, hidden_size] -> the same; `layer` counts from the start of the range."""
@@ -73,7 +74,7 @@ class _Layer(ABC):
     """What both kinds of block share: the call, in one go where the native kernels can."""
 
     linears: _Linears
-    native: NativeLayer | None
+    native: NativeStack | None
 
     @abstractmethod
     def open(self, hidden: torch.Tensor, rotary: RotaryTable) -> Opened:
@@ -85,13 +86,13 @@ class _Layer(ABC):
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
         if self.native is not None and len(hidden) <= self.native.most_tokens and geometry.is_causal:
-            return self.native(hidden, geometry.rotary.cos, geometry.rotary.sin, geometry.caches(layer))
+            return self.native(hidden, geometry.rotary.cos, geometry.rotary.sin, geometry.sequences(layer))
         residual, *attended = self.open(hidden, geometry.rotary)
         return self.close(residual, attend(geometry, layer, *attended))
 
     def _make_native(
         self, config: ModelConfig, placement: Placement, alpha: float, *norms: LayerNorm | RMSNorm | None
-    ) -> NativeLayer | None:
+    ) -> NativeStack | None:
         kernels = placement.attention_kernels
         linears = None if kernels is None else self.linears.native(kernels)
         if kernels is None or linears is None or linears[0].dtype != placement.dtype:
@@ -109,7 +110,7 @@ class _Layer(ABC):
             alpha,
             config.is_prefix_lm,
         )
-        return NativeLayer(kernels, linears, (weights[0], weights[1], weights[2], weights[3]), shape)
+        return NativeStack([NativeLayer(kernels, linears, (weights[0], weights[1], weights[2], weights[3]), shape)])
 
 
 class PrefixBlock(_Layer):

@@ -15,7 +15,7 @@ from glm.attention import Geometry, attend
 from glm.block import Block, Opened
 from glm.config import ModelConfig
 from glm.kernels.cuda.kernels import MOST_FUSED_TOKENS
-from glm.rotary import RotaryTable, rotary_table
+from glm.rotary import Rotary, RotaryTable
 from glm.weights import Placement
 
 Run = Callable[[], tuple[torch.Tensor, ...]]
@@ -75,7 +75,7 @@ class DecodeGraphs:
         def buffer(size: int) -> torch.Tensor:
             return torch.zeros(num_tokens, size, dtype=placement.dtype, device=placement.device)
 
-        table = rotary_table(torch.zeros(2, num_tokens, dtype=torch.int64), config, placement.device)
+        table = Rotary(config, placement.device).table(torch.zeros(2, num_tokens, dtype=torch.int64))
         recording = _Recording(buffer(config.hidden_size), table, buffer(config.num_heads * config.head_dim))
         first, last = self._blocks[0], self._blocks[-1]
         self._add_opening(recording, lambda: first.open(recording.hidden, recording.rotary))

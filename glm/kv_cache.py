@@ -1,5 +1,7 @@
 """The keys and values of one sequence in one range of layers; grows as the sequence grows."""
 
+from array import array
+
 import torch
 
 from glm.errors import CacheGapError
@@ -23,6 +25,7 @@ class SequenceCache:
         empty = torch.empty(num_kv_heads, 0, head_dim, dtype=dtype, device=device)
         self._keys = [empty] * num_layers
         self._values = [empty] * num_layers
+        self._places: array[int] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -48,7 +51,14 @@ class SequenceCache:
                 new = old.new_empty(self._shape[0], capacity, self._shape[1])
                 new[:, : self.length] = old[:, : self.length]
                 tensors[layer] = new
-        self.capacity = capacity
+        self.capacity, self._places = capacity, None
+
+    def places_from(self, layer: int) -> int:
+        """The address of the addresses of keys and values of this and each later layer; good until `reserve`."""
+        if self._places is None:
+            tensors = zip(self._keys, self._values, strict=True)
+            self._places = array("Q", [tensor.data_ptr() for pair in tensors for tensor in pair])
+        return self._places.buffer_info()[0] + 2 * layer * self._places.itemsize
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put [num_new, num_kv_heads, head_dim] behind the committed tokens (room must be reserved).

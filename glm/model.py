@@ -11,12 +11,16 @@ from glm.config import ModelConfig
 from glm.decode_graphs import DecodeGraphs, graphs_if_wanted
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import SegmentError
+from glm.kernels.layer import NativeStack
 from glm.kv_cache import SequenceCache
 from glm.layout import layer_unit
 from glm.positions import prompt_layout
 from glm.precision import Precision
+from glm.rotary import Rotary
 from glm.weights import Placement, place, read_parts
 
+MOST_AT_ONCE = 8
+"""Tokens that go through all layers in one native call, during which nothing can end it."""
 LoadProgress = Callable[[int, int, int], None]
 LayerObserver = Callable[[int, torch.Tensor], None]
 
@@ -38,6 +42,11 @@ class LayerStack:
         self.end = start + len(self.blocks)
         self.placement = placement
         self._graphs = graphs
+        self._rotary = Rotary(config, placement.device)
+        natives = [block.native for block in self.blocks if block.native is not None]
+        layers = [layer for native in natives for layer in native.layers]
+        self.native = NativeStack(layers) if len(layers) == len(self.blocks) > 0 else None
+        self._most_at_once = 0 if self.native is None else min(MOST_AT_ONCE, self.native.most_tokens)
 
     @classmethod
     def load(
@@ -106,7 +115,7 @@ class LayerStack:
 
         The new tokens' keys and values are appended to the segments' caches; if anything raises, the caches still
         hold what they held. `observer(layer, hidden)` sees what each layer (counted from 0 in the model) gives out.
-        `before_layer()` may raise in order to end a long step; a CUDA graph asks it once, for all layers.
+        `before_layer()` may raise in order to end a long step; one of a few tokens, which is short, asks it once.
 
         Raises:
             CacheGapError: a segment does not start where its cache ends.
@@ -121,13 +130,17 @@ class LayerStack:
         hidden = hidden.to(self.placement.device, self.placement.dtype)
         if not segments:
             return hidden
-        geometry = make_geometry(segments, self.config, self.placement.device, self.placement.attention_kernels)
+        geometry = make_geometry(segments, self._rotary, self.placement.device, self.placement.attention_kernels)
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
         if self._graphs is not None and observer is None and self._graphs.prepare(num_tokens):
             if before_layer is not None:
                 before_layer()
             hidden = self._graphs.forward(hidden, geometry)
+        elif observer is None and self.native is not None and num_tokens <= self._most_at_once and geometry.is_causal:
+            if before_layer is not None:
+                before_layer()
+            hidden = self.native(hidden, geometry.rotary.cos, geometry.rotary.sin, geometry.sequences(0))
         else:
             hidden = self._through_blocks(hidden, geometry, observer, before_layer)
         for segment in segments:

@@ -57,6 +57,15 @@ def token_positions(start_pos: int, num_tokens: int, layout: PromptLayout | None
     return torch.stack((position, (index - layout.context_length + 1).clamp_(min=0)))
 
 
+def token_position(at: int, layout: PromptLayout | None) -> tuple[int, int]:
+    """Position and block position of one token, as `token_positions` has them."""
+    if layout is None:
+        return at, 0
+    mask = layout.mask_position
+    position = at if mask is None or at < layout.context_length else mask
+    return position, max(0, at - layout.context_length + 1)
+
+
 def visible_keys(start_pos: int, num_tokens: int, layout: PromptLayout | None) -> torch.Tensor | None:
     """bool [num_tokens, start_pos + num_tokens], true where a query may look; None when it may look everywhere."""
     num_keys = start_pos + num_tokens

@@ -5,12 +5,15 @@ with i + quarter; its inverse frequencies are rounded to fp16 and then used exac
 first part of a head by the position and pair neighbours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from glm.config import ModelConfig
+
+_LEAST_POSITIONS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,40 @@ def _inverse_frequencies(width: int, base: float, is_prefix_lm: bool) -> torch.T
     return frequencies.to(torch.float16).to(torch.float32) if is_prefix_lm else frequencies
 
 
-def rotary_table(positions: torch.Tensor, config: ModelConfig, device: torch.device) -> RotaryTable:
-    """The table for token positions int64 [2, num_tokens] (see `positions.token_positions`)."""
-    rows = positions if config.position_encoding_2d else positions[:1]
-    angles = rows.to(torch.float32).t().unsqueeze(-1) * inverse_frequencies(config)
-    angles = angles.unsqueeze(1).contiguous()
-    return RotaryTable(angles.cos().to(device), angles.sin().to(device))
+class Rotary:
+    """The rotary tables of a model's tokens, for layers on one device."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._num_parts = 2 if config.position_encoding_2d else 1
+        self._frequencies = inverse_frequencies(config)
+        self._device = device
+        self.looks_up = device.type == "cpu"
+        # Of all positions up to some, [positions, 1, 1, pairs].
+        self._cos = self._sin = torch.empty(0, 1, 1, 0)
+        self._num_positions = 0
+
+    def table(self, positions: torch.Tensor) -> RotaryTable:
+        """The table for token positions int64 [2, num_tokens] (see `positions.token_positions`)."""
+        rows = positions[: self._num_parts].to(torch.float32).t()
+        angles = (rows.unsqueeze(-1) * self._frequencies).unsqueeze(1).contiguous()
+        return RotaryTable(angles.cos().to(self._device), angles.sin().to(self._device))
+
+    def rows(self, positions: Sequence[tuple[int, int]]) -> RotaryTable:
+        """The same, on the CPU, for few tokens' position and block position: looked up, which takes less time."""
+        num_parts = self._num_parts
+        wanted = [position for token in positions for position in token[:num_parts]]
+        if (last := max(wanted)) >= self._num_positions:
+            self._reach(last)
+        if len(wanted) == 1:
+            return RotaryTable(self._cos[last : last + 1], self._sin[last : last + 1])
+        rows, shape = torch.tensor(wanted), (len(positions), 1, num_parts, -1)
+        return RotaryTable(self._cos.index_select(0, rows).view(shape), self._sin.index_select(0, rows).view(shape))
+
+    def _reach(self, position: int) -> None:
+        self._num_positions = max(_LEAST_POSITIONS, 1 << position.bit_length())
+        rows = torch.arange(self._num_positions, dtype=torch.float32).unsqueeze(-1)
+        angles = (rows * self._frequencies)[:, None, None]
+        self._cos, self._sin = angles.cos(), angles.sin()
 
 
 def rotate_halves(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:

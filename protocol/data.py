@@ -97,7 +97,7 @@ class Step(Record, frozen=True):
     @property
     def num_tokens(self) -> int:
         """Rows of the tensor that travels with the step."""
-        return sum(span.num_tokens for span in self.spans)
+        return sum([span.num_tokens for span in self.spans])
 
     def with_timing(self, timing: StageTiming) -> "Step":
         """The step as it goes on from a stage."""

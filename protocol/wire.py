@@ -30,7 +30,8 @@ _PLACE = re.compile(r" - at `\$[\w.\[\]]{0,80}`$")
 
 Frame = bytes | memoryview
 
-_Dims = Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_TENSOR_DIM)], ...], Meta(max_length=MAX_TENSOR_RANK)]
+_Dim = Annotated[int, Meta(ge=0, le=MAX_TENSOR_DIM)]
+_Dims = Annotated[tuple[_Dim, ...], Meta(max_length=MAX_TENSOR_RANK)]
 _Descriptors = Annotated[tuple[tuple[str, _Dims], ...], Meta(max_length=MAX_TENSORS)]
 
 
@@ -42,6 +43,16 @@ class _Header(Struct, frozen=True, forbid_unknown_fields=True):
     t: str
     b: Raw
     x: Raw
+
+
+class _StepHeader(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The whole header of a Step, read at once: nearly all that ever arrives is one."""
+
+    p: str
+    v: int
+    t: str
+    b: Step
+    x: tuple[tuple[str, tuple[_Dim, _Dim]]]
 
 
 class _Opening(Struct):
@@ -63,6 +74,7 @@ class _Packed(Struct):
 
 _ENCODER = msgspec.msgpack.Encoder()
 _HEADERS = msgspec.msgpack.Decoder(_Header)
+_STEPS = msgspec.msgpack.Decoder(_StepHeader)
 _OPENINGS = msgspec.msgpack.Decoder(_Opening)
 _DESCRIPTORS: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Descriptors)
 
@@ -119,6 +131,8 @@ def decode(frames: Sequence[Frame], plane: Plane | None = None) -> tuple[Message
     if len(frames[0]) > limit:
         raise FrameError(f"a header of {len(frames[0])} bytes, at most {limit} are allowed")
     packed = bytes(frames[0])
+    if plane is Plane.DATA and len(frames) == 2 and (step := _read_step(packed, frames[1])) is not None:
+        return step
     header = _read_header(packed)
     kind = _kind(header.t, plane)
     if plane is None:
@@ -138,6 +152,20 @@ def _pack(name: str, message: Message, tensors: Sequence[RawTensor]) -> bytes:
     """The one way in which a valid message with these tensors is written."""
     descriptors = [(tensor.dtype, tensor.shape) for tensor in tensors]
     return _ENCODER.encode(_Packed(PROTOCOL_WORD, PROTOCOL_VERSION, name, message, descriptors))
+
+
+def _read_step(packed: bytes, buffer: Frame) -> tuple[Step, tuple[RawTensor]] | None:
+    """A valid Step, its header read in one go. For None, `decode` finds out what it is instead, or what is wrong."""
+    try:
+        header = _STEPS.decode(packed)
+        dtype, shape = header.x[0]
+        tensor = RawTensor(dtype, shape, buffer)
+    except Exception:
+        return None
+    is_step = header.p == PROTOCOL_WORD and header.v == PROTOCOL_VERSION and header.t == "Step"
+    if not is_step or shape[0] != header.b.num_tokens or dtype not in FLOAT_DTYPES:
+        return None
+    return (header.b, (tensor,)) if _ENCODER.encode(header) == packed else None
 
 
 def _read_header(packed: bytes) -> _Header:

@@ -129,10 +129,10 @@ class Stage:
         self, spans: Sequence[Span], hidden: torch.Tensor
     ) -> tuple[list[Segment], dict[int, StageSequence]]:
         """Check all spans, then truncate their sequences to where they start. New sequences are not yet kept."""
-        if hidden.shape[1] != self.layers.config.hidden_size:
-            size = self.layers.config.hidden_size
+        config = self.layers.config
+        if hidden.shape[1] != (size := config.hidden_size):
             raise StepError("bad_step", f"hidden states are {hidden.shape[1]} wide, this model's are {size}")
-        is_prefix_lm, growth = self.layers.config.is_prefix_lm, 0
+        is_prefix_lm, growth = config.is_prefix_lm, 0
         opened: list[tuple[Span, PromptLayout | None, StageSequence | None]] = []
         for span in spans:
             sequence = self._sequences.get(span.sequence_id)

@@ -228,8 +228,9 @@ class Worker:
         answer, result = self._answer(assign, stage, message, tensors)
         ended_s = time.monotonic()
         compute_s = ended_s - started_s
-        self._link.status = self._link.status.after_step(compute_s, stage.kv_tokens, stage.num_sequences)
-        timing = StageTiming(assign.stage_index, received_at_s, compute_s, ended_s, stage.kv_tokens)
+        kv_tokens = stage.kv_tokens
+        timing = StageTiming(assign.stage_index, received_at_s, compute_s, ended_s, kv_tokens)
+        self._link.status = self._link.status.after_step(compute_s, kv_tokens, stage.num_sequences)
         self._forward(answer.with_timing(timing), result)
 
     def _answer(
@@ -264,12 +265,13 @@ class Worker:
         """Send to the next hop. Waits while that is busy or gone, but not for ever, nor if nobody wants the result."""
         assert self._data_out is not None
         frames = encode_valid(message, tensors) if isinstance(message, Step) else encode(message)
-        deadline_s = time.monotonic() + SEND_TIMEOUT_S
+        deadline_s = None
         while True:
             try:
                 send_frames(self._data_out, frames, zmq.NOBLOCK)
                 return
             except zmq.Again:
+                deadline_s = deadline_s or time.monotonic() + SEND_TIMEOUT_S
                 self._data_out.poll(100, zmq.POLLOUT)
             if self._link.abandoned():
                 return

@@ -1,4 +1,4 @@
-"""A whole layer in one call of the native kernels, for a few tokens: nothing is left for Python to do."""
+"""Whole layers in one call of the native kernels, for a few tokens: nothing is left for Python to do."""
 
 import ctypes
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from glm.kernels.native import MOST_NATIVE_BF16_TOKENS, CacheView, NativeKernels, NativeWeight, WeightPointers
+from glm.kernels.native import MOST_NATIVE_BF16_TOKENS, CachedSequence, NativeKernels, NativeWeight, WeightPointers
 
 _MOST_INTEGER_TOKENS = 64
 
@@ -68,7 +68,7 @@ class NativeLayer:
     ) -> None:
         is_bf16 = linears[0].dtype == torch.bfloat16
         self.most_tokens = MOST_NATIVE_BF16_TOKENS if is_bf16 else _MOST_INTEGER_TOKENS
-        self._kernels = kernels
+        self.kernels = kernels
         self._held = (linears, norms)  # the memory behind the pointers
         sizes = (shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim)
         self._layer = _Layer(
@@ -78,15 +78,31 @@ class NativeLayer:
             *(shape.eps, shape.alpha, shape.is_prefix, is_bf16),
         )
 
-    def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: Sequence[CacheView]
-    ) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> the same; each token's key and value go into its cache, in this layer.
+    @property
+    def address(self) -> int:
+        """Of the structure that says it all; good as long as this object lives."""
+        return ctypes.addressof(self._layer)
 
-        `cos` and `sin` as in `rotary.RotaryTable`. `caches`: of each sequence, as in `NativeKernels.attend`. A token
-        gets what it would get alone, bit for bit.
+
+class NativeStack:
+    """Layers that follow one another, of one dtype and shape, in one call: behind each, Python's code and data are out
+    of the processor's caches, and taking them up again costs more than all that it has to do there."""
+
+    def __init__(self, layers: Sequence[NativeLayer]) -> None:
+        self.most_tokens = min(layer.most_tokens for layer in layers)
+        self._kernels = layers[0].kernels
+        self.layers = tuple(layers)
+        self._addresses = (ctypes.c_void_p * len(layers))(*[layer.address for layer in layers])
+
+    def __call__(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sequences: Sequence[CachedSequence]
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> the same; each token's key and value go into its sequence's caches.
+
+        `cos` and `sin` as in `rotary.RotaryTable`. The tokens of one sequence follow each other, see
+        `NativeKernels.attend`. A token gets what it would get alone, bit for bit.
         """
-        return self._kernels.layer(ctypes.addressof(self._layer), hidden, cos, sin, caches)
+        return self._kernels.layers(self._addresses, hidden, cos, sin, sequences)
 
 
 def _norm(norm: NormWeights | None) -> _Norm:

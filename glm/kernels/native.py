@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional
@@ -25,7 +25,7 @@ from glm.kernels.packed import BLOCK_ROWS, GROUP_COLUMNS, PackedWeight, packed_s
 from glm.quantization import QuantizedWeight
 
 # Raised, here and in native/kernels.cpp, with every change of a signature or a structure.
-_INTERFACE = 3
+_INTERFACE = 4
 # Best first.
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 # Beyond this, torch's bf16 matmul is the faster one: docs/measurements.md.
@@ -56,6 +56,12 @@ class _Cache(ctypes.Structure):
     )
 
 
+class _CachedSequence(ctypes.Structure):
+    """Mirrors `CachedSequence` in native/layer.cpp."""
+
+    _fields_ = (("places", ctypes.c_void_p), *[(name, ctypes.c_int64) for name in ("capacity", "length", "tokens")])
+
+
 class _Attention(ctypes.Structure):
     """Mirrors `Attention` in native/attention.h."""
 
@@ -78,6 +84,15 @@ class CacheView:
     values: torch.Tensor
     length: int
     num_new: int = 1
+
+
+class CachedSequence(NamedTuple):
+    """One sequence in a range of layers: see `kv_cache.SequenceCache.places_from`, and `CacheView` for the rest."""
+
+    places: int
+    capacity: int
+    length: int
+    num_new: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +125,10 @@ class NativeKernels:
             library.glm_rotate, pointer, size, size, size, size, pointer, pointer, size, flag, flag
         )
         self._attend = _function(library.glm_attend, pointer, flag, flag)
-        self._layer = _function(library.glm_layer, pointer, pointer, size, pointer, pointer, pointer, pointer, flag)
+        tables = (pointer, pointer)
+        self._layers = _function(
+            library.glm_layers, pointer, size, pointer, size, *tables, pointer, size, pointer, flag
+        )
 
     def pack(self, weight: QuantizedWeight) -> PackedWeight | None:
         """The weight in the layout of the kernels, in memory of its own; None for a kind that they do not know."""
@@ -225,16 +243,26 @@ class NativeKernels:
         call = _Attention(*pointers, *strides, *sizes, _caches(caches), out.data_ptr())
         self._attend(ctypes.addressof(call), query.dtype == torch.bfloat16, torch.get_num_threads())
 
-    def layer(
-        self, layer: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: Sequence[CacheView]
+    def layers(
+        self,
+        layers: ctypes.Array[ctypes.c_void_p],
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        sequences: Sequence[CachedSequence],
     ) -> torch.Tensor:
-        """`layer.NativeLayer`, whose structure lies at the address `layer`."""
-        assert len(hidden) == sum(cache.num_new for cache in caches)
+        """`layer.NativeStack`, the addresses of whose layers' structures are `layers`."""
+        num_tokens = len(hidden)
+        assert num_tokens == sum([sequence.num_new for sequence in sequences])
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
+        cached = (_CachedSequence * len(sequences))(*cast(Any, sequences))  # a tuple of its fields makes a structure
         tables = (cos.data_ptr(), sin.data_ptr())
         threads = torch.get_num_threads()
-        self._layer(layer, hidden.data_ptr(), len(hidden), *tables, _caches(caches), out.data_ptr(), threads)
+        self._layers(
+            *(layers, len(layers), hidden.data_ptr(), num_tokens, *tables),
+            *(cached, len(sequences), out.data_ptr(), threads),
+        )
         return out
 
     def read(self, memory: torch.Tensor) -> None:

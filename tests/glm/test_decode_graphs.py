@@ -40,6 +40,7 @@ def load(model_dir: Path, precision: Precision) -> tuple[LayerStack, LayerStack]
     for block in plain.blocks:
         assert isinstance(block, CausalBlock | PrefixBlock)
         block.native = None
+    plain.native = None
     graphs = DecodeGraphs(plain.blocks, config, plain.placement, record)
     return plain, LayerStack(plain.blocks, config, 0, plain.placement, graphs)
 

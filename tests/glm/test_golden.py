@@ -9,7 +9,7 @@ import torch
 from glm.attention import Segment
 from glm.checkpoint import Checkpoint
 from glm.config import load_config
-from glm.model import Model
+from glm.model import LayerStack, Model
 from glm.positions import PromptLayout, prompt_layout, token_positions, visible_keys
 from glm.precision import Precision
 from tests.golden import CHUNKED_SETS, PREFIX_SETS, SETS, GoldenCase, GoldenSet
@@ -29,9 +29,9 @@ def layout_of(model: Model, row: GoldenCase) -> tuple[Model, PromptLayout | None
     config = model.config
     if row.case.startswith("optional_1d"):
         config = replace(config, position_encoding_2d=False)
-        model.layers.config = config
         for block in model.layers.blocks:
             block.config = config
+        model.layers = LayerStack(model.layers.blocks, config, model.layers.start, model.layers.placement)
     layout = prompt_layout(row.token_ids, config)
     if row.case == "mask_and_gmask_model_positions":
         layout = PromptLayout(layout.context_length, row.token_ids.index(config.gmask_id))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from glm.config import parse_config
 from glm.errors import ConfigError
-from glm.positions import PromptLayout, prompt_layout, token_positions, visible_keys
-from glm.rotary import inverse_frequencies, rotary_table, rotate_halves, rotate_neighbours
+from glm.positions import PromptLayout, prompt_layout, token_position, token_positions, visible_keys
+from glm.rotary import Rotary, inverse_frequencies, rotate_halves, rotate_neighbours
 from tests.tiny_checkpoints import CAUSAL, NATIVE, PREFIX
 
 BOS, MASK, GMASK = PREFIX["bos_token_id"], PREFIX["mask_token_id"], PREFIX["gmask_token_id"]
@@ -68,13 +68,27 @@ def test_prefix_frequencies_are_rounded_to_fp16() -> None:
     assert not torch.equal(causal, causal.half().float())
 
 
+@pytest.mark.parametrize("keys", [PREFIX, PREFIX | {"position_encoding_2d": False}, CAUSAL, NATIVE])
+@pytest.mark.parametrize("layout", [None, PromptLayout(4, 2), PromptLayout(4, None)])
+def test_rows_looked_up_are_rows_computed(keys: dict[str, object], layout: PromptLayout | None) -> None:
+    """Bit for bit, of one token, of several in a row, of several here and there, near and far."""
+    rotary = Rotary(parse_config(keys), torch.device("cpu"))
+    for places in ([0], [5], [2047], [2048], [3, 4, 5], [9000, 1, 9000, 4100], list(range(16))):
+        computed = torch.cat([token_positions(at, 1, layout) for at in places], dim=1)
+        wanted = rotary.table(computed)
+        found = rotary.rows([token_position(at, layout) for at in places])
+        assert found.cos.shape == wanted.cos.shape
+        assert torch.equal(found.cos, wanted.cos)
+        assert torch.equal(found.sin, wanted.sin)
+
+
 @pytest.mark.parametrize("keys", [PREFIX, CAUSAL, NATIVE])
 def test_rotation_keeps_lengths_and_depends_on_distance(keys: dict[str, object]) -> None:
     """What makes it a rotary embedding: norms stay, scores depend on how far apart the tokens are."""
     config = parse_config(keys)
     rotate = rotate_halves if config.is_prefix_lm else rotate_neighbours
     x = torch.randn(1, 1, config.head_dim, generator=torch.Generator().manual_seed(0)).expand(6, 1, -1)
-    table = rotary_table(torch.arange(6).expand(2, 6), config, torch.device("cpu"))
+    table = Rotary(config, torch.device("cpu")).table(torch.arange(6).expand(2, 6))
     rotated = rotate(x, table)[:, 0]
     torch.testing.assert_close(rotated.norm(dim=-1), x[:, 0].norm(dim=-1))
     scores = rotated @ rotated.t()

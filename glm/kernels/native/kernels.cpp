@@ -159,7 +159,7 @@ void multiply(const Weight &w, const void *x, int64_t num_tokens, void *out, int
 }
 
 // Tells libraries apart from those of other sources that Python might find.
-EXPORTED int glm_interface() { return 3; }
+EXPORTED int glm_interface() { return 4; }
 
 // Whether this processor and system have every instruction that this library was compiled for.
 EXPORTED int glm_supported() {

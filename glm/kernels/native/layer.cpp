@@ -1,4 +1,6 @@
-// A whole layer for a few tokens of some sequences: nothing but arithmetic from one end to the other.
+// Whole layers for a few tokens of some sequences: nothing but arithmetic from one end to the other.
+#include <vector>
+
 #include "attention.h"
 #include "export.h"
 
@@ -14,6 +16,12 @@ struct Layer {
     int64_t hidden_size, heads, kv_heads, head_dim, parts, pairs;
     float eps, alpha;
     int32_t is_prefix, is_bf16;
+};
+
+// Mirrored by native.py: a sequence in a range of layers.
+struct CachedSequence {
+    void *const (*places)[2];  // of the keys and of the values of each layer
+    int64_t capacity, length, tokens;  // as in Cache
 };
 
 namespace {
@@ -98,6 +106,7 @@ struct Step {
         for (int64_t i = 0; i < tokens * layer.down->columns; ++i) put(gelu(to_float(wide[i])), narrow[i]);
     }
 
+    // `out` may be `hidden`.
     void run() const {
         const Buffers b = buffers();
         norm(hidden, layer.input, b.normed);
@@ -117,15 +126,25 @@ struct Step {
 
 }  // namespace
 
-// out [tokens, hidden_size] = the layer of `hidden`, tokens of the sequences of `caches`, one sequence after the other;
-// their keys and values are cached. All in fp32, or all in bf16.
-EXPORTED void glm_layer(const Layer *layer, const void *hidden, int64_t tokens, const float *cos, const float *sin,
-                        const Cache *caches, void *out, int threads) {
-    const auto run = [&](auto scalar) {
-        using Scalar = decltype(scalar);
-        Step<Scalar>{*layer, static_cast<const Scalar *>(hidden), tokens, cos, sin, caches, static_cast<Scalar *>(out),
-                     threads}
-            .run();
-    };
-    layer->is_bf16 ? run(uint16_t{}) : run(float{});
+// out [tokens, hidden_size] = the layers, one after the other, of `hidden`: tokens of the sequences, one sequence after
+// the other; their keys and values are cached. All in fp32, or all in bf16.
+EXPORTED void glm_layers(const Layer *const *layers, int64_t num_layers, const void *hidden, int64_t tokens,
+                         const float *cos, const float *sin, const CachedSequence *sequences, int64_t num_sequences,
+                         void *out, int threads) {
+    static thread_local std::vector<Cache> caches;
+    caches.resize(size_t(num_sequences));
+    for (int64_t i = 0; i < num_layers; ++i) {
+        for (int64_t s = 0; s < num_sequences; ++s) {
+            const CachedSequence &sequence = sequences[s];
+            void *const *place = sequence.places[i];
+            caches[size_t(s)] = {place[0], place[1], sequence.capacity, sequence.length, sequence.tokens};
+        }
+        const auto run = [&](auto scalar) {
+            using Scalar = decltype(scalar);
+            Step<Scalar>{*layers[i], static_cast<const Scalar *>(i ? out : hidden), tokens, cos, sin, caches.data(),
+                         static_cast<Scalar *>(out), threads}
+                .run();
+        };
+        layers[i]->is_bf16 ? run(uint16_t{}) : run(float{});
+    }
 }

@@ -14,7 +14,7 @@ from glm.checkpoint import Checkpoint
 from glm.config import load_config
 from glm.kernels.native import INSTRUCTION_SETS, NativeKernels, load_kernels
 from glm.kv_cache import SequenceCache
-from glm.model import LayerStack
+from glm.model import MOST_AT_ONCE, LayerStack
 from glm.positions import prompt_layout
 from glm.precision import Precision
 from tests.tiny_checkpoints import FAMILIES, write_checkpoint
@@ -67,11 +67,13 @@ def prefilled(stack: LayerStack, spans: tuple[int, ...] = (1, 1, 1)) -> list[Seg
 def part_by_part(stack: LayerStack) -> Iterator[None]:
     """No calls of whole layers until the block is left."""
     blocks = [block for block in stack.blocks if isinstance(block, CausalBlock | PrefixBlock)]
-    natives = [block.native for block in blocks]
+    natives, native = [block.native for block in blocks], stack.native
     assert all(natives)
+    stack.native = None
     for block in blocks:
         block.native = None
     yield
+    stack.native = native
     for block, native in zip(blocks, natives, strict=True):
         block.native = native
 
@@ -98,6 +100,39 @@ def test_in_one_call_or_in_parts(spans: tuple[int, ...], family: str, precision:
         bounds = {"rtol": 3e-2, "atol": 3e-2 if max(spans) == 1 else 1e-1}
     for at_once, in_parts in zip(*found, strict=True):
         torch.testing.assert_close(at_once, in_parts, **bounds)
+
+
+@for_all_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_layers_at_once_or_one_by_one(family: str, precision: Precision, tmp_path: Path) -> None:
+    """Bit for bit the same, in hidden states and caches; asked once, or before each layer, whether to go on."""
+    stack, found, num_asked = load(tmp_path, family, precision), [], 0
+
+    def count() -> None:
+        nonlocal num_asked
+        num_asked += 1
+
+    for native in (stack.native, None):
+        stack.native = native
+        segments = prefilled(stack)
+        num_asked = 0
+        hidden = stack.forward(states(stack, 3, 9), segments, before_layer=count)
+        assert num_asked == (2 if native is None else 1)
+        found.append([hidden, *[t for s in segments for t in last_tokens(s.cache)]])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@for_all_kernels
+def test_what_looks_on_or_takes_long_goes_layer_by_layer(tmp_path: Path) -> None:
+    """An observer sees every layer's output; many tokens can be given up between two layers."""
+    stack, seen, asked = load(tmp_path, "chatglm2", Precision.INT4), [], []
+    stack.forward(states(stack, 2, 1), [Segment(stack.new_cache(), 0, 2)], lambda layer, _: seen.append(layer))
+    assert seen == [0, 1]
+    many = MOST_AT_ONCE + 1
+    cache = stack.new_cache()
+    stack.forward(states(stack, many, 1), [Segment(cache, 0, many)], before_layer=lambda: asked.append(cache.length))
+    assert asked == [0, 0]
 
 
 @for_all_kernels
@@ -139,18 +174,18 @@ def test_a_prefix_goes_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The prompt of a prefix LM, whose tokens see later ones, is not for the call of a whole layer; what comes behind
     it is, and so is a causal prompt of a few tokens."""
     lengths: list[int] = []
-    plain = NativeKernels.layer
+    plain = NativeKernels.layers
     monkeypatch.setattr(
-        NativeKernels, "layer", lambda self, *rest: (lengths.append(len(rest[1])), plain(self, *rest))[1]
+        NativeKernels, "layers", lambda self, *rest: (lengths.append(len(rest[1])), plain(self, *rest))[1]
     )
-    for family, expected in (("chatglm", []), ("chatglm2", [5, 5])):
+    for family, expected in (("chatglm", []), ("chatglm2", [5])):
         lengths.clear()
         stack, prompt = load(tmp_path / family, family, Precision.INT4), PROMPTS[0]
         cache, layout = stack.new_cache(), prompt_layout(prompt, stack.config)
         stack.forward(states(stack, 5, 1), [Segment(cache, 0, 5, layout)])
         assert lengths == expected
         stack.forward(states(stack, 4, 2), [Segment(cache, 5, 4, layout)])
-        assert lengths == [*expected, 4, 4]
+        assert lengths == [*expected, 4]
 
 
 def test_what_the_kernels_do_not_know_is_computed_in_parts(tmp_path: Path) -> None:
