@@ -26,7 +26,7 @@ precision = "fp32"                # of both ends
 lm_head_precision = "int8"        # of lm_head alone
 """
 
-import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any
 
 from coordinator.errors import PlanError
 from coordinator.plan_request import Option, PlanRequest, StageRequest
+from glm.command_line import nearest
 
 _TOP_KEYS: Mapping[str, type] = {
     "model": str,
@@ -56,6 +57,7 @@ _STAGE_KEYS: Mapping[str, type] = {
 _ENDS_KEYS: Mapping[str, type] = dict.fromkeys(
     ("embeddings", "final_layernorm", "lm_head", "precision", "lm_head_precision"), str
 )
+_QUOTES = "\"'“”„‘’«»"
 _TYPE_NAMES = {
     str: "a string",
     int: "a whole number",
@@ -70,7 +72,8 @@ def read_plan_file(path: Path) -> PlanRequest:
     Raises PlanError when the file cannot be read as TOML at all.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
     except OSError as error:
         raise PlanError([f"the plan file {path} cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
@@ -78,8 +81,33 @@ def read_plan_file(path: Path) -> PlanRequest:
     except RecursionError:
         raise PlanError([f"the plan file {path} is nested too deeply"]) from None
     except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
-        raise PlanError([f"the plan file {path} is not TOML: {error}"]) from None
+        raise PlanError([f"the plan file {path} is not TOML: {error}{_hint(text, str(error))}"]) from None
     return plan_request_of(table, path.parent)
+
+
+def _hint(text: str, complaint: str) -> str:
+    """What was probably meant by the line that is no TOML, where that can be guessed."""
+    place = re.search(r"at line (\d+)", complaint)
+    lines = text.splitlines()
+    line = lines[int(place[1]) - 1].strip()[:80] if place and int(place[1]) <= len(lines) else ""
+    entry = re.match(r"([\w.-]+)\s*([=:])\s*([^#]*)", line)
+    if entry is None:
+        return f": {line}" if line else ""
+    key, sign, value = entry[1], entry[2], entry[3].strip()
+    plain = value.strip(_QUOTES)
+    if not plain or value[0] in "[{" or (sign == "=" and _is_value(value)):
+        return f": {line}"
+    is_open = value[0] in _QUOTES and (len(value) == 1 or value[-1] not in _QUOTES)
+    what = "the closing quote is missing" if is_open else "text needs quotes" if sign == "=" else "write '='"
+    return f': {line} ({what}: {key} = "{plain}")'
+
+
+def _is_value(text: str) -> bool:
+    try:
+        tomllib.loads(f"key = {text}")
+    except ValueError:
+        return False
+    return True
 
 
 def plan_request_of(table: Mapping[str, Any], base: Path = Path()) -> PlanRequest:
@@ -88,7 +116,7 @@ def plan_request_of(table: Mapping[str, Any], base: Path = Path()) -> PlanReques
     top = _checked(table, _TOP_KEYS, "", faults)
     entries = top.get("stage", [])
     stages = [_stage(entry, number, faults) for number, entry in enumerate(entries, start=1)]
-    if not top.get("stage", table.get("stage")):
+    if not top.get("stage", table.get("stage")) and not _is_mistyped("stage", table, _TOP_KEYS):
         faults.append('no stage; add at least one [[stage]] with device = "cpu" and layers = "1-28"')
     ends = _checked(top.get("ends", {}), _ENDS_KEYS, "[ends] ", faults)
     options = {name: Option(f"[ends] {name}", text) for name, text in ends.items()}
@@ -117,7 +145,7 @@ def _stage(entry: object, number: int, faults: list[str]) -> StageRequest | None
     if isinstance(entry.get("layers"), int) and not isinstance(entry["layers"], bool):
         entry = {**entry, "layers": str(entry["layers"])}
     known = _checked(entry, _STAGE_KEYS, f"{origin}: ", faults)
-    missing = [key for key in ("device", "layers") if key not in entry]
+    missing = [key for key in ("device", "layers") if key not in entry and not _is_mistyped(key, entry, _STAGE_KEYS)]
     faults += [f"{origin}: {key} is missing" for key in missing]
     if "device" not in known or "layers" not in known:
         return None
@@ -149,8 +177,13 @@ def _checked(table: Mapping[str, Any], known: Mapping[str, type], where: str, fa
 def _nearest(key: str, known: Mapping[str, type]) -> str:
     if key in _TOP_KEYS and known is not _TOP_KEYS:
         return "it belongs to the top of the file, above the first [[stage]]"
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"the keys here are {', '.join(known)}"
+    close = nearest(key, known)
+    return f"did you mean {close!r}?" if close else f"the keys here are {', '.join(known)}"
+
+
+def _is_mistyped(key: str, table: Mapping[str, Any], known: Mapping[str, type]) -> bool:
+    """Whether an unknown key of the table is told as this one already."""
+    return any(nearest(given, known) == key for given in table if given not in known)
 
 
 def _model(name: str | None, base: Path) -> str | None:

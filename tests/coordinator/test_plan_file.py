@@ -105,6 +105,15 @@ STAGE = '[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n'
         ("stage = [1]", "[[stage]] 1 is not a table"),
         ("model = 'x'", "no stage; add at least one [[stage]]"),
         ("[[stage]\n", "is not TOML"),
+        ("[[stages]]\ndevice = 'cpu'\nlayers = '1-6'", "unknown key 'stages'; did you mean 'stage'?"),
+        ("[[stage]]\nDevice = 'cpu'\nlayers = '1-6'", "[[stage]] 1: unknown key 'Device'; did you mean 'device'?"),
+        (STAGE + "precision = int8 # small", 'precision = int8 # small (text needs quotes: precision = "int8")'),
+        ("[[stage]]\ndevice = cpu\n", '(at line 2, column 10): device = cpu (text needs quotes: device = "cpu")'),
+        ("[[stage]]\nlayers = 1-6\n", 'layers = 1-6 (text needs quotes: layers = "1-6")'),
+        ("[[stage]]\ndevice = “cpu”\n", 'device = “cpu” (text needs quotes: device = "cpu")'),
+        ('model = "聊天\n', 'model = "聊天 (the closing quote is missing: model = "聊天")'),
+        ("model: demo\n", "model: demo (write '=': model = \"demo\")"),
+        (STAGE + "layers = '7'\n", "(at line 4, column 13): layers = '7'"),
     ],
 )
 def test_a_faulty_plan_file_is_refused_with_one_sentence(tmp_path: Path, text: str, fault: str) -> None:
