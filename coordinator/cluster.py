@@ -25,7 +25,6 @@ from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
 from protocol.control import HostModel, Inspect, InspectedPart, Join, Ping, Pong, Progress, Ready
-from protocol.security import Gatekeeper
 from protocol.sockets import Socket
 
 JOIN_DEADLINE_S = 120.0
@@ -319,8 +318,8 @@ class Cluster(Closing):
         guarded = {} if listening is None else guarded_endpoints(hosts, listening.endpoint)
         self._launcher = Launcher(stages, endpoint, on_log=on_log, data_endpoints=guarded)
         own = [worker_id for worker_id, host in zip(self._launcher.worker_ids, hosts, strict=True) if host is None]
-        gatekeeper = None if listening is None else stack.enter_context(Gatekeeper(self.context))
-        self._door = None if listening is None else Door(listening.endpoint, listening.keys, self._seats())
+        self._door = door = None if listening is None else Door(listening.endpoint, listening.keys, self._seats())
+        gatekeeper = None if door is None else stack.enter_context(door.gatekeeper(self.context, self._on_note))
         self._control = stack.enter_context(
             ControlPlane(
                 self.context,

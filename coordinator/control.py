@@ -27,10 +27,11 @@ from coordinator.reply import Reply
 from coordinator.roster import Member, NoteSink, Roster, Sender
 from protocol.control import Assign, HostModel, Join, Ping, Progress, Refused, Welcome
 from protocol.errors import ProtocolError, VersionError
+from protocol.flood_guard import Inflow
 from protocol.messages import Message, Plane
 from protocol.records import with_changes
 from protocol.security import Gatekeeper, sender_key
-from protocol.sockets import Socket, bind, control_socket
+from protocol.sockets import Socket, bind, control_inflow_bytes, control_socket
 from protocol.wire import Frame, decode, encode
 
 HEARTBEAT_INTERVAL_S = 1.0
@@ -74,12 +75,13 @@ class ControlPlane(Closing):
         self._wake_receiver.setblocking(False)
         self._router = control_socket(context, zmq.ROUTER)
         self._routers = [self._router]
+        self._inflow = Inflow(control_inflow_bytes())
         try:
             self.endpoint = bind(self._router, endpoint)
             if door is not None and gatekeeper is not None:
                 self._routers.append(control_socket(context, zmq.ROUTER))
-                gatekeeper.guard(self._routers[1], door.own, "control", door.may_connect)
-                bind(self._routers[1], door.endpoint)
+                gatekeeper.guard(self._routers[1], door.own, "control", door.may_connect, inflow=self._inflow)
+                self._inflow.listens_at(bind(self._routers[1], door.endpoint))
         except BaseException:
             self._close_sockets()
             raise
@@ -209,7 +211,10 @@ class ControlPlane(Closing):
         identity, *received = router.recv_multipart(copy=False)
         if not received:
             return
-        key = sender_key(received[0]) if router is not self._router else ""
+        key = ""
+        if router is not self._router:
+            self._inflow.note(received)
+            key = sender_key(received[0])
         sender = Sender(router, identity.bytes, key)
         try:
             message, tensors = decode([frame.buffer for frame in received], Plane.CONTROL)

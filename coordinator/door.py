@@ -8,10 +8,15 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import zmq
+
+from coordinator.notes import FewNotes
 from protocol.endpoints import checked_own_address, host_of
 from protocol.errors import EndpointError, SecurityError
+from protocol.flood_guard import BENCH_S, Flood
 from protocol.key_files import KeyDirectory
-from protocol.security import KeyPair
+from protocol.security import Gatekeeper, KeyPair
+from protocol.sockets import Socket
 
 PORT = 7410
 """Of the control plane, where --listen names none. The data plane of this host has the ports after it."""
@@ -83,6 +88,21 @@ class Door:
         self.allowed.names()
         self.seats = tuple(seats)
         self.tokens = Tokens()
+
+    def gatekeeper(self, context: "zmq.Context[Socket]", on_note: Callable[[str], None]) -> Gatekeeper:
+        """One that says through `on_note` whose connections it had to end, by the names on the allow-list."""
+        say = FewNotes(on_note)
+
+        def report(flood: Flood) -> None:
+            names = sorted({name for key in flood.keys if (name := self.allowed.name_of(key)) is not None})
+            who = f"{flood.address} ({' or '.join(names)})" if names else flood.address
+            where = "the control port" if flood.domain == "control" else "where the last stage's steps arrive"
+            say(
+                f"ended a connection of {who} to {where}: {flood.held_bytes / 1e6:.0f} MB had come that made no whole "
+                f"messages; it is not let in for {BENCH_S:g} s"
+            )
+
+        return Gatekeeper(context, report)
 
     def may_connect(self, key: str) -> bool:
         """Asked for every connection, by the gatekeeper."""

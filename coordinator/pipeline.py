@@ -10,9 +10,10 @@ import zmq
 from coordinator.errors import StepStuck
 from protocol.data import Span, Step, StepFailed
 from protocol.errors import ProtocolError
+from protocol.flood_guard import Inflow
 from protocol.messages import Plane
 from protocol.security import Gatekeeper, KeyPair, be_client, new_key_pair
-from protocol.sockets import Socket, bind, connect, data_socket, receive, receive_from, send
+from protocol.sockets import Socket, bind, connect, data_inflow_bytes, data_socket, receive, receive_from, send
 from protocol.tensors import RawTensor
 from protocol.torch_bridge import from_raw, to_raw
 from protocol.wire import decode
@@ -77,13 +78,22 @@ class Pipeline:
         self.hosts = hosts
         self._push = data_socket(context, zmq.PUSH)
         self._pull = data_socket(context, zmq.PULL)
+        self._inflow = Inflow(data_inflow_bytes(len(hosts)))
         if gatekeeper is not None:
-            gatekeeper.guard(self._pull, self.keys, "return", lambda key: key == self.last_public_key, may_retry=True)
+            gatekeeper.guard(
+                self._pull,
+                self.keys,
+                "return",
+                lambda key: key == self.last_public_key,
+                may_retry=True,
+                inflow=self._inflow,
+            )
         self._check = check
         self._stood_still_s = 0.0
         self._submitted: dict[int, _Submitted] = {}
         try:
             self.return_endpoint = bind(self._pull, return_endpoint)
+            self._inflow.listens_at(self.return_endpoint)
         except BaseException:
             self.close()
             raise
@@ -141,7 +151,7 @@ class Pipeline:
         sender = ""
         try:
             if self.is_guarded:
-                sender, frames = receive_from(self._pull, zmq.NOBLOCK)
+                sender, frames = receive_from(self._pull, self._inflow, zmq.NOBLOCK)
             else:
                 frames = receive(self._pull, zmq.NOBLOCK)
         except zmq.Again:  # a guarded socket can be said to be ready and have nothing

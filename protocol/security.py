@@ -17,6 +17,7 @@ import zmq
 from zmq.utils import z85
 
 from protocol.errors import SecurityError
+from protocol.flood_guard import Flood, FloodGuard, Inflow
 
 Socket = zmq.Socket[bytes]
 Rule = Callable[[str], bool]
@@ -80,9 +81,13 @@ def sender_key(frame: zmq.Frame) -> str:
 
 
 class Gatekeeper:
-    """Decides who may connect to the guarded sockets of one context. A context manager: close it before the context."""
+    """Decides who may connect to the guarded sockets of one context. A context manager: close it before the context.
 
-    def __init__(self, context: "zmq.Context[Socket]") -> None:
+    `on_flood` hears, in the gatekeeper's thread, of connections that it has ended, see `flood_guard`.
+    """
+
+    def __init__(self, context: "zmq.Context[Socket]", on_flood: Callable[[Flood], None] = lambda _: None) -> None:
+        self._floods = FloodGuard(on_flood)
         self._rules: dict[str, tuple[Rule, bytes]] = {}
         self._wake_receiver, self._wake_sender = sockets.socketpair()
         self._handler = context.socket(zmq.REP)
@@ -91,12 +96,24 @@ class Gatekeeper:
         self._thread = threading.Thread(target=self._run, name="gatekeeper", daemon=True)
         self._thread.start()
 
-    def guard(self, socket: Socket, keys: KeyPair, domain: str, rule: Rule, *, may_retry: bool = False) -> None:
+    def guard(
+        self,
+        socket: Socket,
+        keys: KeyPair,
+        domain: str,
+        rule: Rule,
+        *,
+        may_retry: bool = False,
+        inflow: Inflow | None = None,
+    ) -> None:
         """Make `socket` an encrypted server that admits whom `rule` lets in. Before `bind`.
 
         `domain` names the rule; a later rule of the same name replaces it. Whoever is refused is told so and gives
-        up; with `may_retry` the connection is just closed, and the client tries again.
+        up; with `may_retry` the connection is just closed, and the client tries again. `inflow` bounds what comes in
+        and is not taken; whoever receives must tell it of every message.
         """
+        if inflow is not None:
+            self._floods.watch(domain, inflow)
         self._rules[domain] = (rule, b"300" if may_retry else b"400")
         socket.curve_server = True
         socket.curve_secretkey = keys.secret.encode()
@@ -122,8 +139,10 @@ class Gatekeeper:
         poller.register(self._handler, zmq.POLLIN)
         poller.register(self._wake_receiver, zmq.POLLIN)
         try:
-            while self._wake_receiver.fileno() not in dict(poller.poll()):
-                self._handler.send_multipart(self._answer(self._handler.recv_multipart()))
+            while self._wake_receiver.fileno() not in (ready := dict(poller.poll(self._floods.pause_ms))):
+                if self._handler in ready:
+                    self._handler.send_multipart(self._answer(self._handler.recv_multipart()))
+                self._floods.look()
         finally:
             self._handler.close()
 
@@ -132,10 +151,13 @@ class Gatekeeper:
         request_id, status, user = request[1] if len(request) > 1 else b"", b"400", b""
         if len(request) == 7 and request[0] == b"1.0" and request[5] == b"CURVE" and len(request[6]) == 32:
             key = z85.encode(request[6]).decode("ascii")
-            rule, refusal = self._rules.get(request[2].decode("utf-8", "replace"), (_nobody, b"400"))
-            status = refusal
+            domain, address = request[2].decode("utf-8", "replace"), request[3].decode("utf-8", "replace")
+            rule, status = self._rules.get(domain, (_nobody, b"400"))
             with contextlib.suppress(Exception):  # a rule that fails lets nobody in, and must not end this thread
-                if rule(key):
+                if self._floods.refuses(domain, address, key):
+                    status = b"300"
+                elif rule(key):
+                    self._floods.let_in(domain, address, key)
                     status, user = b"200", key.encode("ascii")
         return [b"1.0", request_id, status, b"OK" if status == b"200" else b"not admitted", user, b""]
 

@@ -8,7 +8,8 @@ import zmq
 
 from protocol.endpoints import checked_endpoint, checked_own_address, is_local, needs_ipv6
 from protocol.errors import EndpointError
-from protocol.limits import MAX_CLIENT_HEADER_BYTES, MAX_INSPECTED_BYTES, MAX_STEP_BYTES
+from protocol.flood_guard import Inflow
+from protocol.limits import MAX_CLIENT_HEADER_BYTES, MAX_DATA_HEADER_BYTES, MAX_INSPECTED_BYTES, MAX_STEP_BYTES
 from protocol.messages import Message
 from protocol.security import sender_key
 from protocol.tensors import RawTensor
@@ -64,6 +65,16 @@ def data_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     return socket
+
+
+def control_inflow_bytes() -> int:
+    """How much may wait at a control socket, of all peers: as much as its queue has of the largest from one."""
+    return CONTROL_RECEIVE_QUEUE * MAX_INSPECTED_BYTES
+
+
+def data_inflow_bytes(num_stages: int) -> int:
+    """How much may wait at a data socket: all steps that a chain of so many stages has on their way, and one more."""
+    return min(num_stages + 2, DATA_QUEUE) * (MAX_STEP_BYTES + MAX_DATA_HEADER_BYTES)
 
 
 def bind(socket: Socket, endpoint: str) -> str:
@@ -128,9 +139,13 @@ def receive(socket: Socket, flags: int = 0) -> list[memoryview]:
     return frames
 
 
-def receive_from(socket: Socket, flags: int = 0) -> tuple[str, list[memoryview]]:
-    """As `receive`, with the public key that the sender has proved to own; empty on a socket without keys."""
+def receive_from(socket: Socket, inflow: Inflow, flags: int = 0) -> tuple[str, list[memoryview]]:
+    """As `receive`, with the public key that the sender has proved to own; empty for one of this process.
+
+    `inflow` is that of the socket, which has keys.
+    """
     frames = socket.recv_multipart(flags=flags, copy=False)
+    inflow.note(frames)
     return sender_key(frames[0]), [frame.buffer for frame in frames]
 
 

@@ -10,8 +10,10 @@ import zmq
 from protocol.control import Assign
 from protocol.endpoints import host_of, ipc_path
 from protocol.errors import EndpointError
+from protocol.flood_guard import Flood, Inflow
 from protocol.security import Gatekeeper, be_client, new_key_pair
-from protocol.sockets import Socket, bind, connect, data_socket, receive, receive_from
+from protocol.sockets import Socket, bind, connect, data_inflow_bytes, data_socket, receive, receive_from
+from stage_worker.log import logger
 
 WAKE = b""
 """A message that is no step: the sender, of this process or not, has the worker look at its commands."""
@@ -30,13 +32,22 @@ class DataPlane:
         self.admitted = ""
         self.wake_endpoint = "inproc://wake"
         self._context = context
-        self._gatekeeper = Gatekeeper(context) if is_guarded else None
+        self._gatekeeper = Gatekeeper(context, _report) if is_guarded else None
+        self._inflow = Inflow(data_inflow_bytes(num_stages=1))
         self.pull = data_socket(context, zmq.PULL)
         self.endpoint = ""
         try:
             if self._gatekeeper is not None:
-                self._gatekeeper.guard(self.pull, self.keys, "data", lambda key: key == self.admitted, may_retry=True)
+                self._gatekeeper.guard(
+                    self.pull,
+                    self.keys,
+                    "data",
+                    lambda key: key == self.admitted,
+                    may_retry=True,
+                    inflow=self._inflow,
+                )
             self.endpoint = bind(self.pull, endpoint)
+            self._inflow.listens_at(self.endpoint)
             self.pull.bind(self.wake_endpoint)
         except BaseException:
             self.close()
@@ -46,6 +57,7 @@ class DataPlane:
         """Admit the assignment's previous hop; a PUSH to its next hop. Raises EndpointError or SecurityError."""
         if self.is_guarded:
             self.admitted = assign.previous_public_key or ""
+            self._inflow.limit_bytes = data_inflow_bytes(assign.num_stages)
         push = data_socket(self._context, zmq.PUSH)
         try:
             if assign.next_public_key is not None:
@@ -59,7 +71,7 @@ class DataPlane:
     def receive(self) -> list[memoryview] | None:
         """The next message; None for WAKE, and for one of somebody who is not, or no longer, the previous hop."""
         if self.is_guarded:
-            sender, frames = receive_from(self.pull)
+            sender, frames = receive_from(self.pull, self._inflow)
             if sender != self.admitted:
                 return None
         else:
@@ -74,6 +86,14 @@ class DataPlane:
             self._gatekeeper.close()
         self.pull.close()
         unlink_socket(self.endpoint)
+
+
+def _report(flood: Flood) -> None:
+    logger.warning(
+        "ended a connection of the previous stage's host, %s: %.0f MB have come that are no whole steps",
+        flood.address,
+        flood.held_bytes / 1e6,
+    )
 
 
 def listening_endpoint(join_endpoint: str) -> str:
