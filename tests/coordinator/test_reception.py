@@ -33,15 +33,17 @@ def test_a_client_waits_for_a_launch_that_loads(tmp_path: Path) -> None:
         server = threading.Thread(target=serve)
 
         def hear(waits_for: str) -> None:
+            if not told:
+                server.start()
             told.append(waits_for)
-            server.start()
 
         reception.open(endpoint, lambda: "stage 2 (cpu of lab3) to load")
         with connect(endpoint, on_waiting=hear) as backend:
             assert backend.describe().model_name == "model"
         server.join()
-    (text,) = told
-    assert text.startswith("stage 2 (cpu of lab3) to load, for ") and text.endswith(" s already")
+    for text in told:
+        assert text.startswith("stage 2 (cpu of lab3) to load, for ") and text.endswith(" s already")
+    assert told
 
 
 @pytest.mark.parametrize("fault", [IndexError, ValueError])
@@ -61,7 +63,7 @@ def test_every_request_is_answered_and_nothing_else_is(tmp_path: Path, fault: ty
             dealer.send_multipart(encode(message))
         answers = []
         for _ in range(2):
-            assert dealer.poll(20_000), "no answer"
+            assert dealer.poll(60_000), "no answer"
             answers.append(decode(dealer.recv_multipart())[0])
         assert [(type(each), each.request_id, each.code) for each in answers if isinstance(each, Error)] == [
             (Error, 2, NOT_SERVING),

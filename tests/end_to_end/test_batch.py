@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,19 @@ def test_a_file_is_answered_interrupted_and_finished(prompts: Path, tmp_path: Pa
 
 
 def test_several_answers_and_logprobs_to_one_prompt() -> None:
-    """As a list in JSON, else with a header each; answer i is what a request with the seed plus i gets."""
-    question = ("generate", "--prompt", QUESTIONS[1], "--top-p", "1", "--max-new-tokens", "8", *SPLIT)
-    code, out, err = glmpipe(*question, "--n", "3", "--seed", "4", "--json", "--logprobs", "2")
+    """As a list in JSON, else with a header each; answer i is what a request with the seed plus i gets, anywhere."""
+    question = ("generate", "--prompt", QUESTIONS[1], "--top-p", "1", "--max-new-tokens", "8")
+    code, out, err = glmpipe(*question, *SPLIT, "--n", "3", "--seed", "4", "--json", "--logprobs", "2")
     assert code == 0, err
     answers = json.loads(out)
     assert len(answers) == 3
     assert all(len(each["logprobs"]) == len(each["ids"]) for each in answers)
-    code, alone, _ = glmpipe(*question, "--seed", "6")
-    assert (code, alone.rstrip("\n")) == (0, answers[2]["text"])
-    code, out, _ = glmpipe(*question, "--n", "3", "--seed", "4", "--logprobs", "1")
+    with start("launch", *SPLIT, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        connected = (*question, "--connect", process.stdout.readline().split()[-1])
+        code, alone, _ = glmpipe(*connected, "--seed", "6")
+        assert (code, alone.rstrip("\n")) == (0, answers[2]["text"])
+        code, out, _ = glmpipe(*connected, "--n", "3", "--seed", "4", "--logprobs", "1")
     assert out.startswith(f"--- answer 1 of 3 ---\n{answers[0]['text']}\n")
     assert out.count("likeliest:") == sum(len(each["ids"]) for each in answers)
 

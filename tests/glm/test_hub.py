@@ -55,7 +55,7 @@ def resolve(
         env={**inherited, **settings, **quiet},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=True,
     )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
