@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.client import connect
 from coordinator.errors import ConnectError, WorkerDied
-from coordinator.recovery import RecoveryPolicy
+from coordinator.recovery import LoadPatience, RecoveryPolicy
 from coordinator.runtime_dir import find_running
 from protocol.client import SamplingParams, TokenPrompt
 from tests.commands import glmpipe, start
@@ -44,9 +44,13 @@ def test_a_worker_killed_while_it_loads_is_started_again(tmp_path: Path) -> None
 
 def test_a_worker_that_hangs_in_a_load_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers all pings, but no layer follows the first one: it is named with that layer, and another one loads."""
-    monkeypatch.setattr("coordinator.recovery.LEAST_LOADING_S", 3.0)
     marker, notes = tmp_path / "marker", list[str]()
     marker.touch()
+
+    def limit_s(patience: LoadPatience) -> float:
+        return 3.0 if patience.num_layers == 1 and not marker.exists() else LEAST_WAIT_S
+
+    monkeypatch.setattr(LoadPatience, "limit_s", property(limit_s))
     with disturbed_launch(tmp_path, "hangs-while-loading", "stage-2", str(marker), on_note=notes.append) as launch:
         lost = next(note for note in notes if "hangs in layer" in note)
         assert (
