@@ -13,8 +13,8 @@ from coordinator.closing import Closing
 from coordinator.cluster_settings import AWAIT_WORKER_S, ClusterSettings, Listening, ProgressSink
 from coordinator.control import ControlPlane
 from coordinator.door import Door, Seat, guarded_endpoints
-from coordinator.errors import ReplanError, StageLost, WorkerAbsent
-from coordinator.first_step import send_first_step, stuck_hop
+from coordinator.errors import ReplanError, StageLost, StepStuck, WorkerAbsent
+from coordinator.first_step import send_first_step
 from coordinator.launcher import Launcher, LogSink
 from coordinator.loading import Loading
 from coordinator.pipeline import Pipeline
@@ -24,6 +24,7 @@ from coordinator.reply import Reply, expect, inspected_whole
 from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
+from coordinator.whereabouts import IDLE_HEARTBEATS, MOST_IDLE_BYTES, IdleWatch, Place, locate
 from protocol.control import HostModel, Inspect, InspectedPart, Join, Ping, Pong, Progress, Ready
 from protocol.sockets import Socket
 
@@ -58,6 +59,7 @@ class Cluster(Closing):
         self.meanwhile: Callable[[], None] = lambda: None
         """Called about every 0.1 s by whoever waits here for stages that do not serve yet."""
         self._is_up = False
+        self._idle = IdleWatch()
         self._joins: tuple[Join, ...] = ()
         self._loading = Loading(self._name, on_progress)
         self._settings = settings
@@ -133,8 +135,8 @@ class Cluster(Closing):
         first = self._joins[0]
         self.pipeline.connect(first.data_endpoint, first.public_key if first.is_guarded else None)
         if self._settings.hidden_size is not None:
-            send_first_step(self.pipeline, self.epoch, self._settings.hidden_size, self._stuck_hop)
-        self._is_up = True
+            send_first_step(self.pipeline, self.epoch, self._settings.hidden_size, self._where)
+        self._is_up, self._idle = True, IdleWatch()
         return self.ready
 
     def check(self) -> None:
@@ -149,8 +151,7 @@ class Cluster(Closing):
     def _check_loading(self, waited_s: float) -> None:
         """As `check`, `waited_s` seconds after the last time; a worker that answers and does not load is lost, too."""
         roster, ids = self._control.roster, self._launcher.worker_ids
-        pongs = roster.pongs()
-        by_stage = {index: pongs[worker_id] for index, worker_id in enumerate(ids) if worker_id in pongs}
+        by_stage = {index: pong for index, pong in enumerate(self._pongs()) if pong is not None}
         for index, what in self._loading.stuck(waited_s, by_stage).items():
             roster.give_up(ids[index], what)
         self.check()
@@ -206,7 +207,7 @@ class Cluster(Closing):
         `is_stuck`: a step does not come back, although all workers answer; then it is the one that the step seems to be
         at which is lost. Raises LaunchError.
         """
-        for index in sorted(self._lost() or ({self._laggard()} if is_stuck else ())):
+        for index in sorted(self._lost() or ({self._place().suspect(self.num_stages)} if is_stuck else ())):
             self._control.forget(self._launcher.worker_ids[index])
             if self.plan.stages[index].host is None:  # another host's worker comes back by itself, or another one does
                 self._launcher.restart(index)
@@ -258,24 +259,37 @@ class Cluster(Closing):
         pid = f", pid {self._joins[index].pid}" if self._joins else ""
         return f"stage {index + 1} ({stage.device} of {stage.host or 'this host'}, layers {stage.layers_text}{pid})"
 
-    def suspect(self) -> str:
-        """The stage that a stuck step seems to be at, in words."""
-        return self._name(self._laggard())
+    def suspect(self, what: str) -> str:
+        """What was noticed of a stuck step, and where that seems to be."""
+        place = self._place()
+        if place.is_hop:
+            return f"{what}; a step got lost {self._where()}"
+        return f"{self._name(place.index)} seems to be stuck: {what}"
 
-    def _laggard(self) -> int:
-        """The stage that a stuck step is at: the first one that has done fewer steps than the one before it."""
-        done = self._num_steps()
-        return next((i for i in range(1, len(done)) if done[i] < done[i - 1]), 0)
-
-    def _num_steps(self) -> list[int]:
-        pongs = self._control.roster.pongs()
-        return [pongs[worker_id].num_steps if worker_id in pongs else 0 for worker_id in self._launcher.worker_ids]
-
-    def _stuck_hop(self) -> str:
-        """The hop that the epoch's first step seems to be at."""
+    def _where(self) -> str:
         names = [self._name(index) for index in range(self.num_stages)]
         ends = [*(join.data_endpoint for join in self._joins), self.pipeline.return_endpoint]
-        return stuck_hop(self._num_steps(), names, ends)
+        return self._place().words(names, ends)
+
+    def _place(self) -> Place:
+        pongs = self._pongs()
+        stages = [(pong.num_taken, pong.num_steps) if pong is not None else (0, 0) for pong in pongs]
+        if self.pipeline.took_nothing:
+            return Place(0, is_hop=stages[0][0] == stages[0][1])
+        return locate(self.pipeline.num_sent, self.pipeline.num_back, stages)
+
+    def _pongs(self) -> list[Pong | None]:
+        pongs = self._control.roster.pongs()
+        return [pongs.get(worker_id) for worker_id in self._launcher.worker_ids]
+
+    def _look_for_steps(self) -> None:
+        """Raises StepStuck when all stages are idle although steps are under way; not before the first step is back."""
+        pongs = [pong for pong in self._pongs() if pong is not None]
+        pipeline = self.pipeline
+        if not self._is_up or len(pongs) < self.num_stages or pipeline.bytes_under_way > MOST_IDLE_BYTES:
+            return
+        if self._idle.look(pipeline.num_sent, pipeline.num_back, pongs):
+            raise StepStuck(f"all stages have been idle for {IDLE_HEARTBEATS} heartbeats, while it was under way")
 
     def inspect(self, layer: int, sequence_id: int, what: InspectedPart) -> torch.Tensor:
         """What the stage that holds `layer` (from 0) has of a sequence, fp32 [num_tokens, ...].
@@ -339,6 +353,7 @@ class Cluster(Closing):
             gatekeeper=gatekeeper if len(stages) in guarded else None,
             hosts=hosts,
         )
+        self.pipeline.look = self._look_for_steps
         stack.callback(self.pipeline.close)
         stack.enter_context(self._launcher)
 

@@ -56,8 +56,8 @@ class Mendable(Protocol):
         `is_stuck`: nobody is known to be lost, but a step does not come back.
         """
 
-    def suspect(self) -> str:
-        """The stage that a step which does not come back seems to be at, in words."""
+    def suspect(self, what: str) -> str:
+        """What was noticed of a step that does not come back, with where that seems to be."""
 
     def awaited(self) -> str | None:
         """Whose return alone could help; None: nobody's, as far as is known."""
@@ -128,7 +128,7 @@ class Mender:
         while True:
             is_stuck = isinstance(cause, StepStuck)
             if is_stuck:
-                cause = StepStuck(f"{self._cluster.suspect()} seems to be stuck: {cause}")
+                cause = StepStuck(self._cluster.suspect(str(cause)))
             final = hopeless(cause)
             if final is not None or not self._may_try_again(cause):
                 cause = final or cause

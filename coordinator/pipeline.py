@@ -1,5 +1,6 @@
 """All stages as one thing: submit a step at one end, collect its outcome at the other."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,8 +90,14 @@ class Pipeline:
                 inflow=self._inflow,
             )
         self._check = check
+        self.look: Callable[[], None] = lambda: None
+        """As `check`, but only while nothing at all has come back."""
         self._stood_still_s = 0.0
         self._submitted: dict[int, _Submitted] = {}
+        self.num_sent = 0
+        """Steps that the stages were given since they were connected to."""
+        self.took_nothing = False
+        """Whether a step could not even be sent."""
         try:
             self.return_endpoint = bind(self._pull, return_endpoint)
             self._inflow.listens_at(self.return_endpoint)
@@ -106,6 +113,7 @@ class Pipeline:
         self._push.close(linger=0)
         self._push = data_socket(self._context, zmq.PUSH)
         self._submitted.clear()
+        self.num_sent, self.took_nothing = 0, False
         if first_public_key is not None:
             be_client(self._push, self.keys, first_public_key)
         connect(self._push, first_stage_endpoint)
@@ -117,10 +125,15 @@ class Pipeline:
             StepStuck: it took nothing for `limit_s()` seconds, although all stages live.
         """
         waiting = _Waiting(self._check, limit_s, "the first stage took no step")
-        waiting.until(self._push, zmq.POLLOUT)
+        try:
+            waiting.until(self._push, zmq.POLLOUT)
+        except StepStuck:
+            self.took_nothing = True
+            raise
         self._stood_still_s += waiting.stood_still_s
         submitted = _Submitted(time.monotonic(), self._stood_still_s, step.spans, tuple(hidden.shape))
         self._submitted[step.step_id] = submitted
+        self.num_sent += 1
         send(self._push, step, (to_raw(hidden),))
 
     def collect(self, epoch: int, limit_s: Limit | None = None) -> Outcome:
@@ -131,7 +144,7 @@ class Pipeline:
         Raises:
             StepStuck: none came for `limit_s()` seconds, although all stages live.
         """
-        waiting = _Waiting(self._check, limit_s, "no stage answered")
+        waiting = _Waiting(self._check_and_look, limit_s, "no stage answered")
         waiting.until(self._pull, zmq.POLLIN)
         while (taken := self._take(epoch)) is None:
             waiting.go_on()
@@ -140,6 +153,20 @@ class Pipeline:
         message, hidden, submitted, arrived_at_s = taken
         took_s = arrived_at_s - submitted.at_s - (self._stood_still_s - submitted.stood_still_s)
         return Outcome(message, hidden, submitted.at_s, arrived_at_s, self.hosts, max(0.0, took_s))
+
+    @property
+    def num_back(self) -> int:
+        """How many of the steps sent have come back."""
+        return self.num_sent - len(self._submitted)
+
+    @property
+    def bytes_under_way(self) -> int:
+        """Of hidden states, at most."""
+        return sum(math.prod(step.shape) * torch.float32.itemsize for step in self._submitted.values())
+
+    def _check_and_look(self) -> None:
+        self._check()
+        self.look()
 
     def close(self) -> None:
         """Close both sockets; steps under way are dropped."""

@@ -138,8 +138,8 @@ class Losing:
 
     kv_budgets, num_stages, epoch, plan = (1000,), 1, 1, "a plan"
 
-    def suspect(self) -> str:
-        return "stage 1"
+    def suspect(self, what: str) -> str:
+        return f"stage 1 seems to be stuck: {what}"
 
     def leave_out_lost(self, _choose: object) -> tuple[str, ...]:
         raise ReplanError("nowhere")
