@@ -172,6 +172,6 @@ def test_deadlines_are_kept_with_a_clock_that_cannot_jump() -> None:
     }
     ages, dates = (
         {"glm/layer_cache.py", "coordinator/commands/cache.py"},
-        {"coordinator/log.py", "glm/confined_program.py"},
+        {"coordinator/log.py", "coordinator/which_launch.py", "glm/confined_program.py"},
     )
     assert found == ages | dates
