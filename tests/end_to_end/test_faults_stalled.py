@@ -106,7 +106,7 @@ def test_a_worker_that_answers_but_does_not_go_on_is_replaced(tmp_path: Path, mo
 
         def strike() -> None:
             marker.touch()
-            monkeypatch.setattr("coordinator.recovery.LEAST_PATIENCE_S", 3.0)  # for no step before or after that
+            monkeypatch.setattr("coordinator.recovery.LEAST_PATIENCE_S", 4.0)  # for no step before or after that
 
         def hear(text: str) -> None:
             launch.told.append(text)
