@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 
 .PHONY: chat lint check test faults fuzz format clean
 
+# With job control Ctrl-C reaches the chat alone. Make would wait for its end, too, but then call it an error.
 chat: $(STAMP)           ## a chat with the demo model, split over two stage workers
-	$(BIN)/glmpipe chat --layers cpu=1-3 --layers cpu=4-6
+	@if [ -t 0 ]; then set -m; fi; $(BIN)/glmpipe chat --layers cpu=1-3 --layers cpu=4-6
 
 lint: $(STAMP)           ## format, lint and types
 	$(BIN)/ruff format --check .

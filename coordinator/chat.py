@@ -23,7 +23,7 @@ def run_chat(
 ) -> int:
     """Chat until the input ends or somebody says `stop`.
 
-    Returns the exit code: 1 when a question read from a file or pipe failed, else 0.
+    Returns the exit code: 1 when a question read from a file or pipe failed, else 0, however somebody left.
 
     Raises:
         CoordinatorError: the backend is lost; no further answer is possible.
@@ -42,8 +42,17 @@ class Chat:
 
     def run(self) -> int:
         """See `run_chat`."""
-        if self._console.is_interactive:
-            self._greet()
+        if not self._console.is_interactive:
+            self._converse()
+            return 1 if self._num_failed else 0
+        self._greet()
+        try:
+            self._converse()
+        except KeyboardInterrupt:  # somebody insisted, which is a way to leave a conversation like others
+            self._console.end_answer()
+        return 0
+
+    def _converse(self) -> None:
         while not self._state.is_over:
             try:
                 entry = self._console.read()
@@ -58,7 +67,6 @@ class Chat:
             question, self._state.question = question or self._state.question, None
             if question is not None:
                 self._ask(question)
-        return 1 if self._num_failed and not self._console.is_interactive else 0
 
     def _greet(self) -> None:
         about = self._state.description

@@ -1,5 +1,6 @@
 """A scripted backend for chats. As a program it is a chat on whatever terminal it was started on."""
 
+import itertools
 import sys
 import threading
 import time
@@ -38,8 +39,8 @@ STATS = GenerationStats(50, 0.5, 21, 0, 0, 0, 0, 0, 2.0, 2.5, STAGES, ())
 class FakeBackend:
     """Answers a question with what `answers` says, else with the number of turns and the question itself.
 
-    The question `count` counts slowly until it is cancelled; a finish reason as a question ends the answer so, and
-    `broken` tells of scores that were no numbers.
+    The question `count` counts slowly until it is cancelled, `go on` even then; a finish reason as a question ends the
+    answer so, and `broken` tells of scores that were no numbers.
     """
 
     def __init__(self, answers: dict[str, str] | None = None) -> None:
@@ -61,7 +62,7 @@ class FakeBackend:
         for part in self._parts(question, len(prompt.turns)):
             text += part
             yield Delta(0, part, (1,))
-            if self.was_cancelled.is_set():
+            if self.was_cancelled.is_set() and question != "go on":
                 reason = "cancelled"
                 break
         if question in FinishReason.__args__:
@@ -72,8 +73,8 @@ class FakeBackend:
         self.was_cancelled.set()
 
     def _parts(self, question: str, num_turns: int) -> Iterator[str]:
-        if question == "count":
-            for number in range(1000):
+        if question in ("count", "go on"):
+            for number in itertools.count() if question == "go on" else range(1000):
                 yield f"n{number} "
                 time.sleep(0.02)
         else:

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pexpect
@@ -202,9 +204,9 @@ def test_a_failed_question_leaves_no_trace() -> None:
     assert chat.code == 1
 
 
-@pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[pexpect.spawn]:
-    """A chat with the scripted backend on a pseudo-terminal."""
+@contextmanager
+def on_a_terminal(tmp_path: Path, command: str, *arguments: str) -> Iterator[pexpect.spawn]:
+    """A program on a pseudo-terminal."""
     environment = {
         **os.environ,
         "XDG_STATE_HOME": str(tmp_path),
@@ -213,18 +215,56 @@ def terminal(tmp_path: Path) -> Iterator[pexpect.spawn]:
         "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers questions about the cursor here
     }
     child = pexpect.spawn(
-        sys.executable,
-        ["-m", "tests.coordinator.fake_backend"],
-        cwd=str(ROOT),
-        env=environment,
-        encoding="utf-8",
-        timeout=60,
-        dimensions=(40, 100),
+        command, [*arguments], cwd=str(ROOT), env=environment, encoding="utf-8", timeout=60, dimensions=(40, 100)
     )
     try:
         yield child
     finally:
         child.close(force=True)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[pexpect.spawn]:
+    """A chat with the scripted backend."""
+    with on_a_terminal(tmp_path, sys.executable, "-m", "tests.coordinator.fake_backend") as child:
+        yield child
+
+
+def test_who_insists_leaves_the_chat(terminal: pexpect.spawn) -> None:
+    """Ctrl-C once more and once more, where an answer does not stop: that is no error."""
+    terminal.expect("fake-model")
+    terminal.expect(">")
+    terminal.send("go on\r")
+    terminal.expect("n3 ")
+    terminal.sendintr()
+    while terminal.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=0.5):  # one that comes too soon may be swallowed
+        terminal.sendintr()
+    assert "Ctrl-C once more leaves the chat" in terminal.before
+    terminal.wait()
+    assert terminal.exitstatus == 0
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_takes_no_stopped_answer_for_an_error(tmp_path: Path) -> None:
+    """`make chat`, Ctrl-C on an answer, Ctrl-D at the prompt: done."""
+    program = tmp_path / "glmpipe"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -m tests.coordinator.fake_backend\n")
+    program.chmod(0o755)
+    stamp = tmp_path / "installed"
+    stamp.touch()
+    arguments = ("--no-print-directory", "-o", str(stamp), f"STAMP={stamp}", f"BIN={tmp_path}", "chat")
+    with on_a_terminal(tmp_path, "make", *arguments) as terminal:
+        terminal.expect("fake-model")
+        terminal.expect(">")
+        terminal.send("count\r")
+        terminal.expect("n3 ")
+        terminal.sendintr()
+        terminal.expect("stopped")
+        terminal.expect(">")
+        terminal.send("\x04")
+        terminal.expect(pexpect.EOF)
+        terminal.wait()
+        assert (terminal.exitstatus, terminal.signalstatus) == (0, None)
 
 
 def test_on_a_terminal(terminal: pexpect.spawn, tmp_path: Path) -> None:
