@@ -19,6 +19,7 @@ from coordinator.launcher import Launcher, LogSink
 from coordinator.loading import Loading
 from coordinator.pipeline import Pipeline
 from coordinator.plan import Plan
+from coordinator.recovery import next_try
 from coordinator.replanning import Remaining, Replanned, checked_hosts
 from coordinator.reply import Reply, expect, inspected_whole
 from coordinator.roster import NoteSink
@@ -170,6 +171,13 @@ class Cluster(Closing):
         if absent := [index for index, worker_id in enumerate(ids) if worker_id not in roster.joined()]:
             return f"{', '.join(map(self._name, absent))} to start"
         return self._loading.waits_for() or "both ends of the model, and a first step through all stages"
+
+    def next_try(self, is_stuck: bool) -> str:
+        """What `recover` is going to do about those that are lost, in words."""
+        lost = self._lost() or ({self._place().suspect(self.num_stages)} if is_stuck else set())
+        seats = {seat.worker_id for seat in self._control.roster.waiting_seats()}
+        lost |= {index for index, worker_id in enumerate(self._launcher.worker_ids) if worker_id in seats}
+        return next_try(self.plan, lost, self._patience_s)
 
     def recover(self, is_stuck: bool) -> int:
         """Replace the lost workers, and assign all stages in a new epoch, which is returned.

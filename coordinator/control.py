@@ -25,7 +25,7 @@ from coordinator.errors import StageLost
 from coordinator.notes import FewNotes
 from coordinator.reply import Reply
 from coordinator.roster import Member, NoteSink, Roster, Sender
-from protocol.control import Assign, HostModel, Join, Ping, Progress, Refused, Welcome
+from protocol.control import Assign, HostModel, Join, Leaving, Ping, Progress, Refused, Welcome
 from protocol.errors import ProtocolError, VersionError
 from protocol.flood_guard import Inflow
 from protocol.messages import Message, Plane
@@ -137,7 +137,7 @@ class ControlPlane(Closing):
             self._post(sender, encode(Refused(0, "lost", "this worker was lost, and may join again")))
 
     def close(self) -> None:
-        """End the thread, close the socket. Safe to call twice."""
+        """Say goodbye to the workers, end the thread, close the socket. Safe to call twice."""
         if self._thread.is_alive():
             self._outgoing.put(None)
             self._wake()
@@ -178,6 +178,8 @@ class ControlPlane(Closing):
                 if time.monotonic() >= next_ping_s:
                     self._look_after_workers()
                     next_ping_s = time.monotonic() + HEARTBEAT_INTERVAL_S
+            for sender in self.roster.living():
+                self._say(sender, Leaving(0, "the launch has ended"))
         finally:
             self._close_sockets()
 

@@ -62,6 +62,9 @@ class Mendable(Protocol):
     def awaited(self) -> str | None:
         """Whose return alone could help; None: nobody's, as far as is known."""
 
+    def next_try(self, is_stuck: bool) -> str:
+        """What `recover` is going to do about those that are lost, in words."""
+
     def waits_for(self) -> str:
         """What stages that do not serve yet are waited for, in words."""
 
@@ -99,7 +102,7 @@ class Mender:
                 self._cluster.join()
                 return
             except WorkerDied as died:
-                if not died.was_killed or not self._may_try_again(died):
+                if not died.was_killed or not self._may_try_again(died, False):
                     raise
                 self._cluster.replace_lost(False)
 
@@ -130,7 +133,7 @@ class Mender:
             if is_stuck:
                 cause = StepStuck(self._cluster.suspect(str(cause)))
             final = hopeless(cause)
-            if final is not None or not self._may_try_again(cause):
+            if final is not None or not self._may_try_again(cause, is_stuck):
                 cause = final or cause
                 self._recovery.gave_up()
                 self._replan(cause)
@@ -165,12 +168,12 @@ class Mender:
             self._cluster.meanwhile()
             time.sleep(min(left_s, _SLICE_S))
 
-    def _may_try_again(self, cause: CoordinatorError) -> bool:
+    def _may_try_again(self, cause: CoordinatorError, is_stuck: bool) -> bool:
         """Says so and waits as long as is due, if there is another attempt."""
         delay_s = self._recovery.next_delay_s(cause)
         if delay_s is None:
             return False
         attempts = f"attempt {self._recovery.num_attempts} of {self.policy.max_attempts}"
-        self.on_event(f"{cause}\nstarting it again ({attempts})")
+        self.on_event(f"{cause}\n{self._cluster.next_try(is_stuck)} ({attempts})")
         self._sleep(delay_s)
         return True

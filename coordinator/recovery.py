@@ -2,10 +2,11 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from coordinator.errors import CoordinatorError, StageLost, WorkerDied
+from coordinator.plan import Plan
 
 RETRYABLE = (StageLost, WorkerDied)
 """Causes that another attempt may mend. A worker that cannot load its layers will not be able to next time."""
@@ -69,6 +70,22 @@ class Patience:
         similar = [step for step in latest if SIMILAR * step[0] >= num_tokens] or latest
         took_s = sorted(seconds * max(1.0, num_tokens / max(1, tokens)) for tokens, seconds in similar)[-2:][0]
         return max(LEAST_PATIENCE_S, min(PATIENCE_FACTOR * took_s, took_s + MOST_EXTRA_S))
+
+
+def next_try(plan: Plan, lost: Collection[int], patience_s: float) -> str:
+    """What is going to be done about the stages that are lost, in words.
+
+    Workers of this host are started again; others come back by themselves or not, and are awaited for so long.
+    """
+    others = [index for index in sorted(lost) if plan.stages[index].host is not None]
+    own = [index for index in sorted(lost) if index not in others]
+    names = ", ".join(f"stage {index + 1}" for index in own) if others or len(own) > 1 else "it"
+    parts = [f"starting {names} again"] if own else []
+    if others:
+        names = ", ".join(f"stage {index + 1}" for index in others) if own or len(others) > 1 else "it"
+        wait = f"waiting {patience_s:g} s at most for {names} to come back"
+        parts.append(wait if patience_s else f"looking for a spare worker in the place of {names}")
+    return ", ".join(parts) or "trying again"
 
 
 class MemoryKills:

@@ -63,7 +63,7 @@ class Service:
         self._router = router
         self._requests = requests
         self._answers: dict[tuple[bytes, int], Answer] = {}
-        self._positions: dict[int, int] = {}
+        self._positions: dict[int, tuple[int, bool]] = {}
         self._owed: deque[tuple[bytes, client.Error]] = deque(maxlen=_MOST_OPEN)
         self._num_malformed = 0
 
@@ -162,15 +162,16 @@ class Service:
                 self._finish(identity, answer)
 
     def _tell_positions(self) -> None:
-        """Whoever waits hears its place in the queue, each time it has changed."""
-        positions = {}
+        """Whoever waits hears its place in the queue, each time it has changed, or what it waits for has."""
+        positions: dict[int, tuple[int, bool]] = {}
+        waits_for = self._chat_model.waits_for()
         for (identity, request_id), answer in list(self._answers.items()):
             sequence = answer.sequence
             position = self._chat_model.engine.queue_position(sequence)
             if position:
-                positions[sequence.sequence_id] = position
-                if position != self._positions.get(sequence.sequence_id):
-                    self._send(identity, client.Queued(request_id, position, self._chat_model.waits_for()))
+                positions[sequence.sequence_id] = position, waits_for is None
+                if positions[sequence.sequence_id] != self._positions.get(sequence.sequence_id):
+                    self._send(identity, client.Queued(request_id, position, waits_for))
         self._positions = positions
 
     def _finish(self, identity: bytes, answer: Answer) -> None:

@@ -224,7 +224,7 @@ class Shutdown(Record, frozen=True):
 
 
 class Leaving(Record, frozen=True):
-    """Worker -> coordinator, last message: goodbye, and why."""
+    """Either way, last message: goodbye, and why. A worker of another host then waits for the next coordinator."""
 
     request_id: Id
     reason: Text

@@ -1,7 +1,6 @@
 """ZeroMQ sockets as the contract wants them: bounded queues and message sizes, and keys where other hosts can reach."""
 
 import errno
-import os
 from collections.abc import Sequence
 
 import zmq
@@ -112,8 +111,8 @@ def connect(socket: Socket, endpoint: str) -> None:
 
 
 def _words(error: zmq.ZMQError) -> str:
-    """The system's, without what pyzmq adds to them."""
-    return os.strerror(error.errno) if error.errno else str(error)
+    """The system's, or ZeroMQ's own, without what pyzmq adds to them."""
+    return zmq.strerror(error.errno) if error.errno else str(error)
 
 
 def send(socket: Socket, message: Message, tensors: Sequence[RawTensor] = (), flags: int = 0) -> None:

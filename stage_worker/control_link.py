@@ -33,15 +33,10 @@ from protocol.tensors import RawTensor
 from protocol.wire import decode
 from stage_worker.connection import Connection, News
 from stage_worker.data_plane import WAKE
+from stage_worker.exits import EXIT_ASKED, EXIT_INTERNAL, EXIT_LOST, EXIT_REFUSED, Exit
 from stage_worker.log import logger
 from stage_worker.status import Status
 from stage_worker.waiting import WaitingNotes
-
-EXIT_ASKED = 0
-EXIT_INTERNAL = 1
-EXIT_USAGE = 2
-EXIT_LOST = 3
-EXIT_REFUSED = 4
 
 STUCK_AFTER_S = 5.0
 TAKEN_AFTER_S = 60.0
@@ -81,12 +76,6 @@ class LinkSettings:
     server_key: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Exit:
-    code: int
-    reason: str
-
-
 class ControlLink:
     """Started and closed by the main thread, which may use everything public; see the module's picture.
 
@@ -109,7 +98,7 @@ class ControlLink:
         self._pong = pong
         self._on_lifeline_end = on_lifeline_end
         self._on_stuck = on_stuck
-        self._exit: _Exit | None = None
+        self._exit: Exit | None = None
         self._closed = threading.Event()
         self._interrupts_seen = 0
         self._interrupts_taken = 0
@@ -265,6 +254,8 @@ class ControlLink:
                 self._leave(EXIT_REFUSED, f"refused by the coordinator ({message.code}): {message.text}")
             case Shutdown(request_id, reason):
                 self._leave(EXIT_ASKED, reason, request_id)
+            case Leaving(_, reason):
+                self._on_farewell(reason)
             case Assign() | Inspect() | Release():
                 self._hand_over(message)
             case _:
@@ -285,10 +276,21 @@ class ControlLink:
     def _lose_coordinator(self, what: str) -> None:
         """Let the main thread forget what it serves, and wait for the next coordinator."""
         logger.warning("lost %s: %s; keeping the weights for the next one", self._coordinator_id, what)
+        self._be_alone()
+
+    def _be_alone(self) -> None:
         self._coordinator_id = self._orphan_timeout_s = None
         self._silent_s = 0.0
         self._waiting.answered()
         self._forget_stage()
+
+    def _on_farewell(self, reason: str) -> None:
+        """It ends as it should: who is of its host ends as well, who is not waits for the next one."""
+        if self._settings.keys is None:
+            self._leave(EXIT_ASKED, reason)
+        else:
+            logger.info("%s says goodbye: %s; keeping the weights for the next one", self._coordinator_id, reason)
+            self._be_alone()
 
     def _forget_stage(self) -> None:
         """The main thread gives up sequences and hops, but not the weights."""
@@ -384,5 +386,5 @@ class ControlLink:
             return
         logger.log(logging.WARNING if code else logging.INFO, "leaving: %s", reason)
         self._reply(Leaving(request_id, clip_text(reason)))
-        self._exit = _Exit(code, reason)
+        self._exit = Exit(code, reason)
         self._wake_main()

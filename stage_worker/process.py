@@ -17,10 +17,11 @@ from protocol.sockets import Socket
 from protocol.version import VERSION
 from stage_worker.cli import WorkerOptions
 from stage_worker.connection import KeySource
-from stage_worker.control_link import EXIT_INTERNAL, EXIT_USAGE, ControlLink, LinkSettings
+from stage_worker.control_link import ControlLink, LinkSettings
 from stage_worker.data_plane import DataPlane, listening_endpoint, unlink_socket
 from stage_worker.device import device_facts, parse_device
 from stage_worker.errors import DeviceError
+from stage_worker.exits import EXIT_INTERNAL, EXIT_USAGE
 from stage_worker.lifeline import remove_private_dir
 from stage_worker.loading import host_model
 from stage_worker.log import facts, logger, set_up_logging

@@ -171,6 +171,13 @@ def test_failures_carry_the_workers_words(plane, worker) -> None:  # type: ignor
         expect((Released(1, 1, 0), ()), Ready, "stage 1")
 
 
+def test_whoever_ends_says_goodbye(plane, worker) -> None:  # type: ignore[no-untyped-def]
+    """A launch that ends as it should is not taken for one that was lost."""
+    worker.join("stage-1")
+    plane.close()
+    assert worker.hear(Leaving) == Leaving(0, "the launch has ended")
+
+
 def test_pings_are_sent_and_pongs_kept(plane, worker, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Heartbeats go out by themselves; the latest answer is the worker's health report; progress is relayed."""
     monkeypatch.setattr(roster, "SILENCE_LIMIT_S", DEADLINE_S)

@@ -92,6 +92,9 @@ class Cluster:
     def awaited(self) -> str | None:
         return None
 
+    def next_try(self, _is_stuck: bool) -> str:
+        return "waiting 60 s at most for it to come back"
+
     def waits_for(self) -> str:
         return "a worker for stage 1 (cpu of lab3)"
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from coordinator.errors import LaunchError, ReplanError, StageLost, StepStuck, WorkerAbsent, WorkerDied
 from coordinator.mending import Mender
+from coordinator.plan import EndsPlan, Plan, StagePlan
 from coordinator.recovery import (
     LEAST_PATIENCE_S,
     SIGN_BYTES,
@@ -16,6 +17,7 @@ from coordinator.recovery import (
     Patience,
     Recovery,
     RecoveryPolicy,
+    next_try,
 )
 from coordinator.scheduler import SchedulerSettings
 from coordinator.supervisor import Supervisor
@@ -113,6 +115,20 @@ def test_small_steps_tell_little_of_large_ones() -> None:
     assert patience.limit_s([("prefill", 512)]) == pytest.approx(80.0 * 512 / 400)
 
 
+def test_what_is_done_next_is_told_as_it_is() -> None:
+    """Nobody starts a worker of another host: it is awaited, or a spare is looked for when it was in vain."""
+    own, other = StagePlan("cpu", 0, 1, "fp32"), StagePlan("cpu", 1, 2, "fp32", host="lab3")
+    plan = Plan((own, other, own, other), EndsPlan("cpu", "fp32", "cpu", "cpu", "fp32"))
+    assert next_try(plan, {0}, 60.0) == "starting it again"
+    assert next_try(plan, {0, 2}, 60.0) == "starting stage 1, stage 3 again"
+    assert next_try(plan, {1}, 60.0) == "waiting 60 s at most for it to come back"
+    assert next_try(plan, {1}, 0.0) == "looking for a spare worker in the place of it"
+    assert next_try(plan, {0, 1, 3}, 2.5) == (
+        "starting stage 1 again, waiting 2.5 s at most for stage 2, stage 4 to come back"
+    )
+    assert next_try(plan, (), 60.0) == "trying again"
+
+
 class Losing:
     """Loses the pipeline after some of the outcomes, as `lost_after` says; brings it back empty."""
 
@@ -143,6 +159,9 @@ class Losing:
 
     def leave_out_lost(self, _choose: object) -> tuple[str, ...]:
         raise ReplanError("nowhere")
+
+    def next_try(self, _is_stuck: bool) -> str:
+        return "starting it again"
 
     def join(self) -> None: ...
 

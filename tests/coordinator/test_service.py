@@ -45,6 +45,9 @@ class Model:
         self.supervisor = SimpleNamespace(check=lambda: None)
         self.cluster = SimpleNamespace(epoch=1)
 
+    def waits_for(self) -> str | None:
+        return None
+
     def begin(self, _prompt: object, _sampling: object, request_id: int, **_: object) -> Any:
         return SimpleNamespace(request_id=request_id, sequence=SimpleNamespace(is_finished=False, error=None))
 

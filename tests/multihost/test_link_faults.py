@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=st
 
 SHORT_S = 1.0
 LONG_S = 4.0
+AWAITED = "waiting 60 s at most for it to come back (attempt "
 Fault = Callable[[Host], AbstractContextManager[None]]
 
 
@@ -41,11 +42,11 @@ def for_a_while(fault: Fault, host: Host, seconds: float) -> Callable[[], None]:
 
 def until_lost(lab: Lab, fault: Fault, host: Host) -> Callable[[], None]:
     """Begins now, ends when the launch has missed that host's stage."""
-    said_so = lab.launch.log.count("starting it again")
+    said_so = lab.launch.log.count(AWAITED)
 
     def begin() -> None:
         with fault(host):
-            lab.launch.wait_for("starting it again", count=said_so + 1)
+            lab.launch.wait_for(AWAITED, count=said_so + 1)
 
     return begin
 

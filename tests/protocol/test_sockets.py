@@ -1,6 +1,7 @@
 """What a socket takes: all that its plane has to say, and not a byte of what is larger."""
 
 import contextlib
+import errno
 import resource
 import socket
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from protocol import sockets
 from protocol.client import Generate, TokenPrompt
 from protocol.control import Inspected
 from protocol.data import Span, Step
@@ -119,3 +121,13 @@ def test_what_a_peer_may_leave_unread_is_bounded(context: "zmq.Context[Socket]",
                 peer.send(bytes(2**20))
                 num_sent += 1
         assert num_sent < 40
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EADDRINUSE, "Address already in use"), (zmq.ENOCOMPATPROTO, "not compatible"), (zmq.ETERM, "terminated")],
+)
+def test_errors_are_told_in_words(number: int, words: str) -> None:
+    """ZeroMQ has numbers of its own, which the system knows nothing of; what pyzmq adds to the words is left out."""
+    told = sockets._words(zmq.ZMQError(number, "what pyzmq adds"))
+    assert words in told and "pyzmq" not in told

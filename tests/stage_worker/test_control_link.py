@@ -1,5 +1,6 @@
 """The control thread's decisions, taken without the thread: what a main thread that takes nothing leads to."""
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -7,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from protocol.control import Assign, Join
+from protocol.control import Assign, Join, Welcome
 from protocol.security import new_key_pair
 from protocol.sockets import Socket
 from stage_worker import control_link
-from stage_worker.control_link import EXIT_LOST, TAKEN_AFTER_S, ControlLink, CoordinatorLost, LinkSettings
+from stage_worker.control_link import TAKEN_AFTER_S, ControlLink, CoordinatorLost, LinkSettings
+from stage_worker.exits import EXIT_LOST
 
 ASSIGN = Assign(3, 1, 0, 1, "", None, "", 0, 2, "fp32", 100, "ipc:///x", None, None, None, False)
 
@@ -50,6 +52,18 @@ def test_the_same_assignment_counts_again_after_a_loss(link: ControlLink) -> Non
     link._lose_coordinator("it has missed this worker")
     link._hand_over(ASSIGN)
     assert [link.take_command() for _ in range(4)] == [ASSIGN, CoordinatorLost(), ASSIGN, None]
+
+
+def test_a_goodbye_is_no_loss(link: ControlLink, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights are kept and the next coordinator is waited for; nothing is said of silence, and nothing warned of."""
+    link._on_welcome(Welcome(1, "launch-1", 1.0, 20.0, False))
+    with caplog.at_level(logging.INFO):
+        link._on_farewell("the launch has ended")
+    link._count_silence(False, 1000.0)
+    assert link.take_command() == CoordinatorLost() and not link.leaving
+    assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
+        (logging.INFO, "launch-1 says goodbye: the launch has ended; keeping the weights for the next one")
+    ]
 
 
 def test_a_worker_whose_main_thread_hangs_leaves(link: ControlLink) -> None:
