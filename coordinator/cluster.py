@@ -358,7 +358,8 @@ class Cluster(Closing):
             self.context,
             guarded.get(len(stages), self.runtime_dir.endpoint("return")),
             self.check,
-            gatekeeper=gatekeeper if len(stages) in guarded else None,
+            gatekeeper=gatekeeper,
+            is_guarded=len(stages) in guarded,
             hosts=hosts,
         )
         self.pipeline.look = self._look_for_steps

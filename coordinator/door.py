@@ -13,7 +13,7 @@ import zmq
 from coordinator.notes import FewNotes
 from protocol.endpoints import checked_own_address, host_of
 from protocol.errors import EndpointError, SecurityError
-from protocol.flood_guard import BENCH_S, Flood
+from protocol.flood_guard import Flood
 from protocol.key_files import KeyDirectory
 from protocol.security import Gatekeeper, KeyPair
 from protocol.sockets import Socket
@@ -22,6 +22,11 @@ PORT = 7410
 """Of the control plane, where --listen names none. The data plane of this host has the ports after it."""
 MAX_PORT = 65_000
 TOKEN_LIFE_S = 15 * 60.0
+_FLOODED = {
+    "control": "a connection of {} to the control port",
+    "return": "a connection of {} to the port of the last stage's steps",
+    "first": "the connection to the first stage at {}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +101,8 @@ class Door:
         def report(flood: Flood) -> None:
             names = sorted({name for key in flood.keys if (name := self.allowed.name_of(key)) is not None})
             who = f"{flood.address} ({' or '.join(names)})" if names else flood.address
-            where = "the control port" if flood.domain == "control" else "where the last stage's steps arrive"
-            say(
-                f"ended a connection of {who} to {where}: {flood.held_bytes / 1e6:.0f} MB had come that made no whole "
-                f"messages; it is not let in for {BENCH_S:g} s"
-            )
+            held_mb = flood.held_bytes / 1e6
+            say(f"ended {_FLOODED[flood.domain].format(who)}: {held_mb:.0f} MB came that were no messages")
 
         return Gatekeeper(context, report)
 

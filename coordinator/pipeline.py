@@ -60,7 +60,8 @@ class Pipeline:
     """The coordinator's two ends of the chain of stages.
 
     `check` is called while waiting and raises when a stage is gone: nothing here waits for what cannot come. With a
-    `gatekeeper` the last stage is another host's: only who owns the key `last_public_key` is listened to.
+    `gatekeeper` stages may be other hosts'. `is_guarded`: the last one is, and only who owns the key
+    `last_public_key` is listened to.
     """
 
     def __init__(
@@ -70,17 +71,20 @@ class Pipeline:
         check: Callable[[], None],
         *,
         gatekeeper: Gatekeeper | None = None,
+        is_guarded: bool = False,
         hosts: tuple[str | None, ...] = (),
     ) -> None:
         self._context = context
         self.keys: KeyPair = new_key_pair()
         self.last_public_key = ""
-        self.is_guarded = gatekeeper is not None
+        self.is_guarded = is_guarded
         self.hosts = hosts
         self._push = data_socket(context, zmq.PUSH)
         self._pull = data_socket(context, zmq.PULL)
         self._inflow = Inflow(data_inflow_bytes(len(hosts)))
-        if gatekeeper is not None:
+        self._backflow = None if gatekeeper is None else gatekeeper.expect_nothing("first")
+        if is_guarded:
+            assert gatekeeper is not None
             gatekeeper.guard(
                 self._pull,
                 self.keys,
@@ -116,6 +120,8 @@ class Pipeline:
         self.num_sent, self.took_nothing = 0, False
         if first_public_key is not None:
             be_client(self._push, self.keys, first_public_key)
+        if self._backflow is not None:
+            self._backflow.leads_to(first_stage_endpoint)
         connect(self._push, first_stage_endpoint)
 
     def submit(self, step: Step, hidden: torch.Tensor, limit_s: Limit | None = None) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import zmq
 
 LOOK_S = 0.1
+"""How often somebody should `look`."""
 BENCH_S = 10.0
 """How long whoever was put out is not let in again."""
 HEARTBEAT_BYTES_PER_S = 48.0
@@ -34,12 +35,14 @@ _FRAME_BYTES = 42
 _RECEIVED = struct.Struct("=Q")
 _RECEIVED_AT = 128
 """Of `tcpi_bytes_received` in what Linux says about a connection."""
+_RESET = struct.pack("ii", 1, 0)
+"""As a linger: nothing of a connection stays, here or in the peer's queue, when ZeroMQ closes it."""
 _DESCRIPTORS = Path("/proc/self/fd")
 IS_SUPPORTED = hasattr(sockets, "TCP_INFO") and _DESCRIPTORS.is_dir()
 
 
 class Inflow:
-    """What was taken out of one listening socket, by connection.
+    """What was taken out of one socket, by connection: one that listens, or one that leads to a single peer.
 
     `limit_bytes` is how much of all connections may wait; it may change at any time.
     """
@@ -47,13 +50,18 @@ class Inflow:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.port = 0
+        self.peer: tuple[str, int] | None = None
         self.taken_bytes: dict[int, int] = {}
         """Since ever, by file descriptor. Written by the receiving thread alone."""
 
     def listens_at(self, endpoint: str) -> None:
         """Say where the socket was bound, as soon as it is."""
-        port = endpoint.rpartition(":")[2]
-        self.port = int(port) if port.isdecimal() else 0
+        self.port = _address(endpoint)[1]
+
+    def leads_to(self, endpoint: str) -> None:
+        """Say where the socket was connected."""
+        address = _address(endpoint)
+        self.peer = address if address[1] else None
 
     def note(self, frames: Sequence[zmq.Frame]) -> None:
         """A message was received."""
@@ -111,6 +119,7 @@ class _Connection:
         try:
             with contextlib.suppress(OSError), _borrowed(self.fd if copy is None else copy, self.inode) as tcp:
                 if tcp is not None:
+                    tcp.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, _RESET)
                     tcp.shutdown(sockets.SHUT_RDWR)
         finally:
             if copy is not None:
@@ -118,7 +127,10 @@ class _Connection:
 
 
 class FloodGuard:
-    """Knows the connections that a gatekeeper has let in. Belongs to the gatekeeper's thread, but for `watch`."""
+    """Knows the connections that a gatekeeper has let in, and those that were made from here.
+
+    Belongs to the gatekeeper's thread, but for `watch`.
+    """
 
     def __init__(self, on_flood: Callable[[Flood], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._on_flood = on_flood
@@ -135,9 +147,9 @@ class FloodGuard:
         self._inflows[domain] = inflow
 
     @property
-    def pause_ms(self) -> int | None:
-        """How long nothing need be looked at; None: until somebody is let in."""
-        return int(LOOK_S * 1000) if self._connections or self._is_search_due else None
+    def num_connections(self) -> int:
+        """How many it knows."""
+        return len(self._connections)
 
     def refuses(self, domain: str, address: str, key: str) -> bool:
         """Whether this key or address was put out a moment ago."""
@@ -149,16 +161,16 @@ class FloodGuard:
         if IS_SUPPORTED and domain in self._inflows:
             keys = [*(known for known in self._keys.get((domain, address), []) if known != key), key]
             self._keys[domain, address] = keys[-MAX_KEYS:]
-            self._is_search_due = not self._search(is_new=True)
+            self._is_search_due = not (self._search(is_new=True) and self._inflows[domain].port)
 
     def look(self) -> None:
         """Count what waits, at most every LOOK_S, and end connections until it is no more than the limits."""
         now_s = self._clock()
         passed_s = now_s - self._looked_at_s
-        if passed_s < LOOK_S or self.pause_ms is None:
+        if passed_s < LOOK_S:
             return
         self._looked_at_s, passed_s = now_s, min(passed_s, 1.0)
-        if self._is_search_due:
+        if self._must_search():
             self._is_search_due = not self._search(is_new=False)
         self._connections = [c for c in self._connections if c.count(self._taken_bytes(c), passed_s)]
         for domain, inflow in self._inflows.items():
@@ -166,29 +178,38 @@ class FloodGuard:
                 self._put_out(worst)
         self._forget()
 
+    def _must_search(self) -> bool:
+        """Whether a connection may be there that is not known yet; those to here are found when they are let in."""
+        found = {connection.domain for connection in self._connections}
+        lacking = any(inflow.peer is not None and domain not in found for domain, inflow in self._inflows.items())
+        return IS_SUPPORTED and (self._is_search_due or lacking)
+
     def _taken_bytes(self, connection: _Connection) -> int:
         return self._inflows[connection.domain].taken_bytes.get(connection.fd, 0)
 
     def _search(self, *, is_new: bool) -> bool:
-        """Find connections to the ports that are watched. False if it must be done again.
+        """Find connections from and to where it is watched. False if that must be done again.
 
         What has come by one that is not new may have been taken long ago.
         """
-        domains = {inflow.port: domain for domain, inflow in self._inflows.items() if inflow.port}
         known = {connection.inode for connection in self._connections}
         try:
             for fd, inode in _open_sockets():
-                if inode not in known and (found := self._recognise(fd, inode, domains)) is not None:
-                    found.offset_bytes = -self._taken_bytes(found) if is_new else inf
+                if inode not in known and (found := self._recognise(fd, inode)) is not None:
+                    is_counted = is_new or self._inflows[found.domain].peer is not None
+                    found.offset_bytes = -self._taken_bytes(found) if is_counted else inf
                     self._connections.append(found)
         except OSError:  # too many open files
             return False
-        return len(domains) == len(self._inflows)
+        return True
 
-    def _recognise(self, fd: int, inode: int, domains: dict[int, str]) -> _Connection | None:
+    def _recognise(self, fd: int, inode: int) -> _Connection | None:
         with contextlib.suppress(OSError), _borrowed(fd, inode) as tcp:  # one that listens has no peer
-            if tcp is not None and (domain := domains.get(tcp.getsockname()[1])) is not None:
-                return _Connection(domain, fd, inode, tcp.getpeername()[0])
+            if tcp is not None:
+                port, peer = tcp.getsockname()[1], tcp.getpeername()[:2]
+                for domain, inflow in self._inflows.items():
+                    if port == inflow.port or peer == inflow.peer:
+                        return _Connection(domain, fd, inode, peer[0])
         return None
 
     def _worst(self, domain: str, limit_bytes: int) -> _Connection | None:
@@ -215,6 +236,12 @@ class FloodGuard:
         there = {(connection.domain, connection.address) for connection in self._connections}
         self._keys = {who: keys for who, keys in self._keys.items() if who in there}
         self._benched_until_s = {who: until_s for who, until_s in self._benched_until_s.items() if until_s > now_s}
+
+
+def _address(endpoint: str) -> tuple[str, int]:
+    """Of tcp://ADDRESS:PORT; port 0 of a file."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return host.strip("[]"), int(port) if port.isdecimal() else 0
 
 
 def _open_sockets() -> Iterator[tuple[int, int]]:

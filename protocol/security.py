@@ -17,7 +17,7 @@ import zmq
 from zmq.utils import z85
 
 from protocol.errors import SecurityError
-from protocol.flood_guard import Flood, FloodGuard, Inflow
+from protocol.flood_guard import LOOK_S, Flood, FloodGuard, Inflow
 
 Socket = zmq.Socket[bytes]
 Rule = Callable[[str], bool]
@@ -25,6 +25,8 @@ Rule = Callable[[str], bool]
 
 KEY_CHARACTERS = 40
 _Z85 = re.compile(rf"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{{}}@%$#-]{{{KEY_CHARACTERS}}}")
+_NOTHING_BYTES = 2**20
+"""A handshake, and what is on its way until somebody looks."""
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
 
@@ -120,6 +122,12 @@ class Gatekeeper:
         socket.zap_domain = domain.encode()
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
+    def expect_nothing(self, domain: str) -> Inflow:
+        """Bound what comes back by a socket that only sends; tell the inflow where that leads to."""
+        inflow = Inflow(_NOTHING_BYTES)
+        self._floods.watch(domain, inflow)
+        return inflow
+
     def close(self) -> None:
         """Admit nobody any more. Safe to call twice."""
         if self._thread.is_alive():
@@ -139,7 +147,7 @@ class Gatekeeper:
         poller.register(self._handler, zmq.POLLIN)
         poller.register(self._wake_receiver, zmq.POLLIN)
         try:
-            while self._wake_receiver.fileno() not in (ready := dict(poller.poll(self._floods.pause_ms))):
+            while self._wake_receiver.fileno() not in (ready := dict(poller.poll(int(1000 * LOOK_S)))):
                 if self._handler in ready:
                     self._handler.send_multipart(self._answer(self._handler.recv_multipart()))
                 self._floods.look()

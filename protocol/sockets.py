@@ -44,6 +44,8 @@ RECONNECT_MAX_MS = 2000
 CONNECT_MS = 3000
 """An attempt to connect is given up after so long, and another one made: the system's own retries grow to minutes."""
 _MORE = int(zmq.SNDMORE)  # joining flags as enum members takes longer than sending does
+_HANDSHAKE_BYTES = 2**12
+"""More than any command has by which a connection begins."""
 _ENVELOPE_BYTES = 64
 """What encryption adds to a frame, and more."""
 
@@ -59,8 +61,10 @@ def client_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
 
 
 def data_socket(context: "zmq.Context[Socket]", kind: int) -> Socket:
-    """A PUSH or PULL for the data plane. A PUSH queues only for a peer that is there (IMMEDIATE)."""
-    socket = _socket(context, kind, DATA_QUEUE, MAX_STEP_BYTES)
+    """A PUSH or PULL for the data plane. A PUSH queues only for a peer that is there (IMMEDIATE), and reads nothing."""
+    socket = _socket(context, kind, DATA_QUEUE, _HANDSHAKE_BYTES if kind == zmq.PUSH else MAX_STEP_BYTES)
+    if kind == zmq.PUSH:
+        socket.setsockopt(zmq.RCVHWM, 1)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     return socket

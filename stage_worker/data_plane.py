@@ -34,6 +34,7 @@ class DataPlane:
         self._context = context
         self._gatekeeper = Gatekeeper(context, _report) if is_guarded else None
         self._inflow = Inflow(data_inflow_bytes(num_stages=1))
+        self._backflow: Inflow | None = None
         self.pull = data_socket(context, zmq.PULL)
         self.endpoint = ""
         try:
@@ -62,11 +63,21 @@ class DataPlane:
         try:
             if assign.next_public_key is not None:
                 be_client(push, self.keys, assign.next_public_key)
+                self._expect_nothing()
+            if self._backflow is not None:
+                self._backflow.leads_to(assign.next_endpoint)
             connect(push, assign.next_endpoint)
         except BaseException:
             push.close()
             raise
         return push
+
+    def _expect_nothing(self) -> None:
+        """The next stage is another host's, and has nothing to say on this way."""
+        if self._gatekeeper is None:
+            self._gatekeeper = Gatekeeper(self._context, _report)
+        if self._backflow is None:
+            self._backflow = self._gatekeeper.expect_nothing("next")
 
     def receive(self) -> list[memoryview] | None:
         """The next message; None for WAKE, and for one of somebody who is not, or no longer, the previous hop."""
@@ -89,10 +100,13 @@ class DataPlane:
 
 
 def _report(flood: Flood) -> None:
+    whose = "previous" if flood.domain == "data" else "next"
+    held_mb = flood.held_bytes / 1e6
     logger.warning(
-        "ended a connection of the previous stage's host, %s: %.0f MB have come that are no whole steps",
+        "ended a connection with the %s stage's host, %s: %.0f MB came that were no steps",
+        whose,
         flood.address,
-        flood.held_bytes / 1e6,
+        held_mb,
     )
 
 

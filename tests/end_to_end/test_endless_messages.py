@@ -112,7 +112,7 @@ def test_at_a_worker(lab: Lab) -> None:
     join = lab.chat_model.cluster.join()[0]
     attacker = lab.endless("data", join.data_endpoint, join.public_key, lab.chat_model.cluster.pipeline.keys)
     bear(lab, attacker, lab.worker.pid, data_inflow_bytes(1))
-    assert "ended a connection of the previous stage's host, 127.0.0.1" in lab.log
+    assert "ended a connection with the previous stage's host, 127.0.0.1" in lab.log
 
 
 def test_where_the_last_stage_s_steps_arrive(lab: Lab) -> None:
@@ -120,4 +120,4 @@ def test_where_the_last_stage_s_steps_arrive(lab: Lab) -> None:
     pipeline = lab.chat_model.cluster.pipeline
     attacker = lab.endless("data", pipeline.return_endpoint, pipeline.keys.public, lab.stage)
     bear(lab, attacker, os.getpid(), data_inflow_bytes(1))
-    assert any("where the last stage's steps arrive" in note for note in lab.notes)
+    assert any("127.0.0.1 to the port of the last stage's steps" in note for note in lab.notes)

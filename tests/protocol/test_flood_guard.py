@@ -96,7 +96,7 @@ def test_what_is_not_taken_is_bounded(door: Door) -> None:
     )
     door.look(BENCH_S)
     assert not door.guard.refuses("data", "127.0.0.1", "foe")
-    assert door.guard.pause_ms is None
+    assert door.guard.num_connections == 0
 
 
 def test_what_is_taken_counts_no_more_and_earns_nothing(door: Door) -> None:
@@ -156,7 +156,7 @@ def test_a_descriptor_that_stands_for_another_connection_starts_anew(door: Door)
         assert other.fileno() == fd
         door.look()
         assert not door.floods and other.getsockname()
-    assert door.guard.pause_ms is None
+    assert door.guard.num_connections == 0
 
 
 class Plane:
@@ -225,6 +225,33 @@ def test_a_message_without_end_ends_its_connection_alone(plane: Plane, frame_byt
     friend.send(b"after")
     assert plane.take() == (FRIEND.public, [b"after"])
     assert resident_bytes() - before < 2**30
+
+
+def test_who_is_only_sent_to_cannot_send_back_without_end(context: "zmq.Context[Socket]") -> None:
+    """A next hop that answers, though a PUSH never reads: its connection is ended, again and again."""
+    floods: queue.SimpleQueue[Flood] = queue.SimpleQueue()
+    ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x04PULL"
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+    with (
+        Gatekeeper(context, floods.put) as gatekeeper,
+        data_socket(context, zmq.PUSH) as push,
+        socket.create_server(("127.0.0.1", 0)) as hostile,
+    ):
+        hostile.settimeout(DEADLINE_MS / 1000)
+        endpoint = f"tcp://127.0.0.1:{hostile.getsockname()[1]}"
+        gatekeeper.expect_nothing("next").leads_to(endpoint)
+        connect(push, endpoint)
+        for _ in range(2):
+            with hostile.accept()[0] as peer, pytest.raises(ConnectionError):
+                peer.settimeout(DEADLINE_MS / 1000)
+                peer.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
+                heard = b""
+                while b"PUSH" not in heard:
+                    heard += peer.recv(100)
+                while True:
+                    peer.sendall((b"\x01\x40" + bytes(64)) * 1000)
+            flood = floods.get(timeout=DEADLINE_MS / 1000)
+            assert (flood.domain, flood.address) == ("next", "127.0.0.1") and flood.held_bytes > 2**20
 
 
 def test_whole_messages_of_all_sizes_are_no_flood(plane: Plane) -> None:
