@@ -1,6 +1,7 @@
 """Fixtures every test may use."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from protocol.sockets import Socket
 
 # What a test quantises belongs in no user's cache. Tests of the cache name one of their own.
 os.environ["GLMPIPE_CACHE"] = "off"
+
+# A shell that starts tests in the background, or `nohup`, has them ignore signals, and so would all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tiny models gain nothing from threads, and with one each, several worker processes keep out of each other's way.
 torch.set_num_threads(1)

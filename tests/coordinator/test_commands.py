@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import main
-from tests.commands import glmpipe, start
+from tests.commands import PATIENT, glmpipe, start
 from tests.coordinator.test_bench import SMALL_MATRICES
 from tests.coordinator.test_trace import assert_no_overlaps, read, rows_of
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
@@ -133,7 +133,7 @@ def test_a_launch_that_is_stopped_while_starting_leaves_nothing(model_dir: Path,
 
 def test_a_worker_that_is_killed_ends_the_launch_with_its_name(model_dir: Path, base: Path) -> None:
     """If it is not to be brought back: exit code 1, which stage, which signal, a remedy; nothing is left."""
-    with start("launch", "--model", model_dir, *TWO_STAGES, "--recovery-attempts", "0") as process:
+    with start("launch", "--model", model_dir, *TWO_STAGES, "--recovery-attempts", "0", change=PATIENT) as process:
         assert process.stdout is not None
         process.stdout.readline()
         os.kill(workers(base)[1], signal.SIGKILL)
@@ -251,7 +251,7 @@ SECRET = "marker-7b1e"
 
 def logged(base: Path, model_dir: Path, *options: str) -> list[dict[str, object]]:
     """The stderr, line by line, of a launch that answered a prompt with the secret in it, and lost a stage."""
-    with start("launch", "--model", model_dir, *TWO_STAGES, "--log-json", *options) as process:
+    with start("launch", "--model", model_dir, *TWO_STAGES, "--log-json", *options, change=PATIENT) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.roster import SILENCE_LIMIT_S
+from tests.commands import PATIENT
 from tests.multihost.hosts import Host, hosts, why_not
 from tests.multihost.lab import Lab, write_plan
 
@@ -58,7 +59,7 @@ def test_a_short_interruption_is_not_noticed(tmp_path: Path) -> None:
     """
     assert SHORT_S < SILENCE_LIMIT_S
     with hosts(tmp_path, 4) as machines:
-        lab = Lab(machines, write_plan(tmp_path), change="import coordinator.roster as r; r.SILENCE_LIMIT_S = 60.0")
+        lab = Lab(machines, write_plan(tmp_path), change=PATIENT)
         wanted = lab.wanted(4, 7)
         assert lab.answers(4, 7, for_a_while(Host.unplugged, lab.hosts[1], SHORT_S)) == wanted
         assert "[pipeline]" not in lab.launch.log
