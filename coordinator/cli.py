@@ -59,6 +59,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code. Raises SystemExit as argparse does (help, version, wrong usage)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if words[:1] == ["worker"]:
         worker.become_worker(words[1:])
     _print_any_character()

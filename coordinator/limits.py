@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from glm.config import ModelConfig
 
 MAX_KV_TOKENS = 2**31 - 1
+MAX_THREADS = 4096
 KV_BUDGET_CONTEXTS = 4
 """Without a KV budget in the plan, stages may cache so many of the longest contexts that the plan allows."""
 LEAST_KV_TOKENS = 2048
@@ -72,9 +73,20 @@ def traffic_faults(request: PlanRequest, limits: ModelLimits | None) -> list[str
         )
         if value is not None and not least <= value <= most
     ]
+    if request.num_threads is not None:
+        faults += out_of_range("--threads", "", request.num_threads, MAX_THREADS)
+    return faults + budget_faults(request)
+
+
+def budget_faults(request: PlanRequest) -> list[str]:
+    """What is wrong with the KV budget for all stages, whichever these are."""
     if request.kv_budget is not None and request.kv_budget_tokens is not None:
-        faults.append(_both_given("", request.kv_budget_tokens, request.kv_budget))
-    return faults
+        return [_both_given("", request.kv_budget_tokens, request.kv_budget)]
+    if request.kv_budget is not None and parse_bytes(request.kv_budget) is None:
+        return [f"--kv-budget {_no_size(request.kv_budget)}"]
+    if request.kv_budget_tokens is not None:
+        return out_of_range("--kv-budget-tokens", "", request.kv_budget_tokens, MAX_KV_TOKENS)
+    return []
 
 
 def kv_budget_in_tokens(
@@ -91,7 +103,7 @@ def kv_budget_in_tokens(
         return num_tokens, wrong
     num_bytes = parse_bytes(size)
     if num_bytes is None:
-        return None, [f"{origin}: kv_budget {size!r} is not a size; write a number and a unit, such as 2GiB or 800MB"]
+        return None, [f"{origin}: kv_budget {_no_size(size)}"]
     if limits is None:
         return None, [f"{origin}: kv_budget {size} means nothing without a model; use kv_budget_tokens"]
     if stage is None:
@@ -105,10 +117,15 @@ def kv_budget_in_tokens(
 
 
 def out_of_range(origin: str, name: str, value: int, most: int) -> list[str]:
-    """A fault if `value` is not from 1 to `most`."""
+    """A fault if `value` is not from 1 to `most`. `name` is empty where `origin` is the option itself."""
     if 1 <= value <= most:
         return []
-    return [f"{origin}: {name} {value} is out of range; it must be from 1 to {most}"]
+    what = f"{origin}: {name}" if name else origin
+    return [f"{what} {value} is out of range; it must be from 1 to {most}"]
+
+
+def _no_size(text: str) -> str:
+    return f"{text!r} is not a size; write a number and a unit, such as 2GiB or 800MB"
 
 
 def longest_context(plan: Plan, max_context: int, kv_budgets: Sequence[int] = ()) -> int:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coordinator.errors import PlanError
-from coordinator.limits import ModelLimits, kv_budget_in_tokens, out_of_range, traffic_faults
+from coordinator.limits import (
+    MAX_THREADS,
+    ModelLimits,
+    budget_faults,
+    kv_budget_in_tokens,
+    out_of_range,
+    traffic_faults,
+)
 from coordinator.plan import (
     CPU_PRECISIONS,
     MAX_NUM_SEQS,
@@ -30,7 +37,6 @@ from coordinator.plan_request import Option, PlanRequest, StageRequest, request_
 
 HEAD_PRECISION = "int8"
 """lm_head's where all stages are quantised: docs/measurements.md has why not int4."""
-MAX_THREADS = 4096
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 PlanSource = Plan | PlanRequest | Path | str | None
@@ -145,10 +151,8 @@ def _default_stages(num_stages: int | None, num_layers: int, faults: list[str]) 
     if not 1 <= count <= num_layers:
         faults.append(f"--stages {count}: the model has {num_layers} layers, so choose between 1 and {num_layers}")
         return ()
-    return tuple(
-        StageRequest(f"--stages {count}", "cpu", layers_text(start, end))
-        for start, end in even_split(num_layers, count)
-    )
+    origin = "the stage" if num_stages is None else f"--stages {count}"
+    return tuple(StageRequest(origin, "cpu", layers_text(start, end)) for start, end in even_split(num_layers, count))
 
 
 def _stage(
@@ -166,8 +170,8 @@ def _stage(
         precision = wish.precision.strip().lower()
         faults += _precision_faults(Option(wish.origin, precision), device)
     num_threads = request.num_threads if wish.num_threads is None else wish.num_threads
-    if num_threads is not None:
-        faults += out_of_range(wish.origin, "threads", num_threads, MAX_THREADS)
+    if wish.num_threads is not None:
+        faults += out_of_range(wish.origin, "threads", wish.num_threads, MAX_THREADS)
     start, end = (found.start, found.end) if found else (0, 0)
     if wish.host is not None and wish.num_threads is not None:
         faults.append(f"{wish.origin}: threads of {wish.host} are chosen there, with the worker's --threads")
@@ -179,7 +183,7 @@ def _kv_budget(
 ) -> int | None:
     """In tokens: the stage's own, or the one for all stages."""
     stated = wish if (wish.kv_budget_tokens, wish.kv_budget) != (None, None) else request
-    if stated is request and None not in (request.kv_budget_tokens, request.kv_budget):
+    if stated is request and budget_faults(request):
         return None  # told once, not for every stage
     is_known = stage.layer_start < stage.layer_end and stage.precision in PRECISIONS  # otherwise that fault is told
     tokens, found = kv_budget_in_tokens(

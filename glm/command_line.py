@@ -14,6 +14,7 @@ _PLAINER = {
     r"^argument (--[\w-]+)\S*: expected one argument$": r"\1 needs a value (one that begins with a dash: \1=VALUE)",
     r"^argument (\S+): invalid int value: (.*)$": r"\1 \2 is not a whole number",
     r"^argument (\S+): invalid float value: (.*)$": r"\1 \2 is not a number",
+    r"^argument (-\S+): ": r"\1: ",
     r"^the following arguments are required: (.*)$": r"\1 is missing",
     r"^one of the arguments (.*) is required$": r"nothing was asked for; give one of \1",
 }
@@ -37,10 +38,17 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """As usual, but nothing is left unknown."""
         words = list(sys.argv[1:] if args is None else args)
+        if not {"-h", "--help"}.isdisjoint(words):
+            return super().parse_known_args(words, namespace)
         unknown = tuple(dict.fromkeys(self._unknown_options(words)))
         if unknown:
             told = ", ".join(f"{name}{self._meant(name)}" for name in unknown)
             self.error(f"unknown option{'s' * (len(unknown) > 1)} {told}")
+        stray = next(self._stray_words(words), None)
+        if stray is not None:
+            has_prompt = "--prompt" in self._option_string_actions
+            hint = f"; a question goes behind --prompt: --prompt {stray!r}" if has_prompt else ""
+            self.error(f"nothing can be done here with {stray!r}{hint}")
         known, left = super().parse_known_args(words, namespace)
         if left:
             self.error(f"nothing can be done here with {' '.join(map(repr, left))}")
@@ -65,8 +73,6 @@ class Parser(argparse.ArgumentParser):
     def _unknown_options(self, words: Sequence[str]) -> Iterator[str]:
         """Options among the words that this parser does not have; the words of its subcommands are left to these."""
         known = self._option_string_actions
-        if not {"-h", "--help"}.isdisjoint(words):
-            return
         for before, word in pairwise(["", *words]):
             if before in known and known[before].nargs not in _TAKES_NO_VALUE:
                 continue
@@ -75,6 +81,16 @@ class Parser(argparse.ArgumentParser):
                 return
             if re.fullmatch(r"-[^\d. ]\S*", name) and name not in known and (name[1] == "-" or name[:2] not in known):
                 yield name
+
+    def _stray_words(self, words: Sequence[str]) -> Iterator[str]:
+        """Words that are neither options nor values, of a parser that takes none."""
+        known = self._option_string_actions
+        if any(not action.option_strings for action in self._actions):
+            return
+        for before, word in pairwise(["", *words]):
+            takes_values = before in known and known[before].nargs != 0
+            if not takes_values and not word.startswith("-"):
+                yield word
 
     def _meant(self, name: str) -> str:
         others = [command for command, parser in self.neighbours.items() if name in parser._option_string_actions]

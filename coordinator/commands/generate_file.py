@@ -52,6 +52,9 @@ def run_file(options: argparse.Namespace) -> int:
         found = survey(options.prompts, defaults, results)
         if results.num_cut_bytes:
             say(f"note: {options.out} ended within a line, as after a kill: {results.num_cut_bytes} bytes are cut")
+        if not found.num_answers:
+            say(f"{options.prompts} asks for nothing: it has no line with a prompt")
+            return 0
         if not found.num_missing:
             say(f"{_answers(found.num_answers)} in {options.out} already: nothing is left to do")
             return 0
@@ -69,6 +72,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("json", "stats"):
         if getattr(options, name):
             raise UsageError(f"--{name} is about a single answer; with --prompts, drop it")
+    if not options.prompts.exists():
+        raise UsageError(f"--prompts {options.prompts}: there is no such file")
     if not options.prompts.is_file():
         raise UsageError(f"--prompts {options.prompts} is not a file; it is read twice, so a pipe will not do")
     if options.out.exists() and options.out.samefile(options.prompts):

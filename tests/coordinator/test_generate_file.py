@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--prompts good", "--prompts needs --out"),
         ("--prompts good --out answers --json", "--json is about a single answer"),
         ("--prompts good --out answers --stats", "--stats is about a single answer"),
-        ("--prompts absent --out answers", "--prompts absent is not a file"),
+        ("--prompts absent --out answers", "--prompts absent: there is no such file"),
         ("--prompts /dev/stdin --out answers", "--prompts /dev/stdin is not a file; it is read twice"),
         ("--prompts good --out good", "--out good is the file of prompts itself"),
         ("--prompts good --out model", "--out model is a directory"),
@@ -68,6 +68,9 @@ def test_nothing_is_loaded_when_nothing_is_missing(here: Path, capsys: pytest.Ca
             results.add(answer(line, 0, Finished(1, "stop", "a", (1,), STATS)))
     assert main(["generate", "--prompts", "good", "--out", "answers", "--model", str(here / "absent")]) == 0
     assert capsys.readouterr().err == "2 answers in answers already: nothing is left to do\n"
+    Path("blank").write_text("\n\n")
+    assert main(["generate", "--prompts", "blank", "--out", "none"]) == 0
+    assert capsys.readouterr().err == "blank asks for nothing: it has no line with a prompt\n"
 
 
 def test_log_probabilities_for_reading() -> None:

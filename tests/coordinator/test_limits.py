@@ -79,7 +79,7 @@ def test_all_faults_of_the_settings_are_told_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         resolve(request(*words), 6, ("cpu",), limits=LIMITS)
     assert len(caught.value.faults) == 5
-    with pytest.raises(PlanError, match="kv_budget 'x' is not a size") as caught:
+    with pytest.raises(PlanError, match="--kv-budget 'x' is not a size") as caught:
         resolve(request("--layers", "cpu=1-9", "--kv-budget", "x"), 6, ("cpu",), limits=LIMITS)
     assert len(caught.value.faults) == 2
 

@@ -1,10 +1,16 @@
 """Mistyped command lines: one line says what is wrong and what may have been meant, another how to see everything."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from coordinator.cli import main
 from glm.command_line import nearest
 from stage_worker.cli import parse_options
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,9 @@ from stage_worker.cli import parse_options
         ("chat -model x", "glmpipe chat: unknown option -model (did you mean --model?)"),
         ("chat --prompt x", "glmpipe chat: unknown option --prompt (an option of glmpipe generate)"),
         ("chat hello", "glmpipe chat: nothing can be done here with 'hello'"),
+        ("generate 你好", "glmpipe generate: nothing can be done here with '你好'; a question goes behind --prompt: "),
+        ("generate --ids 五", "glmpipe generate: --ids: '五' is not a list of token ids; write 5,64286"),
+        ("compare a b c", "glmpipe compare: nothing can be done here with 'c'"),
         ("chat --connect --foo", "glmpipe chat: unknown option --foo"),
         ("chat --threads two", "glmpipe chat: --threads 'two' is not a whole number"),
         ("chat --top-p high", "glmpipe chat: --top-p 'high' is not a number"),
@@ -67,6 +76,16 @@ def test_values_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["chat", "--lyers", "x", "--help"])
     assert caught.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "of"), [("help", "glmpipe"), ("help chat", "glmpipe chat"), ("help worker", "glmpipe worker")]
+)
+def test_help_is_a_word_too(words: str, of: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """As in other programs with commands."""
+    done = subprocess.run([sys.executable, "-m", "coordinator.cli", *words.split()], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert capfd.readouterr().out.startswith(f"usage: {of} ")
 
 
 @pytest.mark.parametrize(
