@@ -1,6 +1,7 @@
 """Cables that drop, directions that die, hosts that sleep: the answer goes on with the tokens it would have had."""
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.client import connect
 from coordinator.roster import SILENCE_LIMIT_S
+from protocol.client import Finished, SamplingParams, TextPrompt
 from tests.commands import PATIENT
 from tests.multihost.hosts import Host, hosts, why_not
 from tests.multihost.lab import Lab, write_plan
@@ -80,6 +83,27 @@ def test_a_lost_host_comes_back_by_itself(lab: Lab, fault: Fault, num_answers: i
     assert lab.launch.log.count("all stages serve again") == events + 1
     worker = lab.workers[1]
     assert worker.log.count("these layers were still here") == worker.log.count("serving epoch") - 1
+    lab.wait_for_connections()
+
+
+def test_clients_are_answered_while_a_host_is_awaited(lab: Lab) -> None:
+    """One cancels and has the end of its answer, another connects, hears what is awaited, and is answered later."""
+    said_so = lab.launch.log.count(AWAITED)
+    endless = SamplingParams(1.0, 0, 1.0, 0.0, 1.0, None, (), 600, True, True)
+    told: list[object] = []
+    with connect(lab.endpoint) as leaving:
+        asking = threading.Thread(target=lambda: told.extend(leaving.stream(TextPrompt("What is 2 + 3? "), endless)))
+        with lab.hosts[1].unplugged():
+            asking.start()
+            lab.launch.wait_for(AWAITED, count=said_so + 1)
+            while asking.is_alive():
+                leaving.cancel()
+                asking.join(0.1)
+            with connect(lab.endpoint) as coming:
+                waits_for = coming.describe().waits_for
+    assert isinstance(told[-1], Finished) and told[-1].finish_reason == "cancelled"
+    assert waits_for is not None and "stage 2 (cpu of lab3" in waits_for
+    assert lab.answers(1, None) == lab.wanted(1, None)
     lab.wait_for_connections()
 
 
