@@ -2,7 +2,7 @@
 
     <base>/glmpipe-<pid>-XXXXXXXX/    0700, so that only its owner reaches the sockets inside
         lock                          held (flock) for as long as the launch lives
-        control, data, client, ...    ipc sockets
+        control, return, client, ...  ipc sockets
 
 A directory is stale when its lock is free and its pid is gone: the lock covers launches in another container
 that shares the base, the pid covers the moment before the lock is taken.
