@@ -39,8 +39,8 @@ STATS = GenerationStats(50, 0.5, 21, 0, 0, 0, 0, 0, 2.0, 2.5, STAGES, ())
 class FakeBackend:
     """Answers a question with what `answers` says, else with the number of turns and the question itself.
 
-    The question `count` counts slowly until it is cancelled, `go on` even then; a finish reason as a question ends the
-    answer so, and `broken` tells of scores that were no numbers.
+    The question `count` counts slowly until it is cancelled; `go on` does so even then, and says that it will not stop.
+    A finish reason as a question ends the answer so, and `broken` tells of scores that were no numbers.
     """
 
     def __init__(self, answers: dict[str, str] | None = None) -> None:
@@ -75,7 +75,7 @@ class FakeBackend:
     def _parts(self, question: str, num_turns: int) -> Iterator[str]:
         if question in ("count", "go on"):
             for number in itertools.count() if question == "go on" else range(1000):
-                yield f"n{number} "
+                yield "no! " if self.was_cancelled.is_set() else f"n{number} "
                 time.sleep(0.02)
         else:
             yield from self.answers.get(question, f"{num_turns}: {question}")
