@@ -98,13 +98,23 @@ class Parser(argparse.ArgumentParser):
             return f" (an option of {self.prog.split()[0]} {others[0]})"
         return _question(nearest(name, [option for option in self._option_string_actions if option[:2] == "--"]))
 
+    def format_help(self) -> str:
+        """As usual, without naming all options twice."""
+        self.usage = self._usage()
+        return super().format_help()
+
     def _short_usage(self) -> str:
+        return f"usage: {self._usage()}    ({self.prog} --help says everything)"
+
+    def _usage(self) -> str:
         words = [self.prog, "[OPTIONS]"]
         for action in self._actions:
-            if not action.option_strings:
-                name = str(action.metavar or action.dest)
+            name = str(action.metavar or action.dest)
+            if action.option_strings:
+                words += [action.option_strings[-1], name] if action.required else []
+            else:
                 words.append(f"[{name}]" if action.nargs == "?" else name)
-        return f"usage: {' '.join(words)}    ({self.prog} --help says everything)"
+        return " ".join(words)
 
 
 def nearest(word: str, names: Collection[str]) -> str | None:

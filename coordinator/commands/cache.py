@@ -29,7 +29,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("action", nargs="?", choices=("show", "prune"), default="show", help="default: show")
+    parser.add_argument(
+        "action", metavar="ACTION", nargs="?", choices=("show", "prune"), default="show", help="show (default) or prune"
+    )
     parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="another cache than the usual one")
     group = parser.add_argument_group("what prune removes", "Together: what either of them names.")
     group.add_argument("--all", action="store_true", help="everything")

@@ -69,6 +69,19 @@ def test_a_worker_tells_it_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("glmpipe worker: unknown option --jion (did you mean --join?)\nusage: ")
 
 
+def test_usage_is_short_and_names_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    """All options follow below it; those that must be given are in it."""
+    for words, usage in (
+        ("chat", "usage: glmpipe chat [OPTIONS]"),
+        ("launch", "usage: glmpipe launch [OPTIONS] [PLAN]"),
+        ("dump", "usage: glmpipe dump [OPTIONS] --out FILE"),
+        ("keys allow", "usage: glmpipe keys allow [OPTIONS] NAME PUBLIC_KEY"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words.split(), "--help"])
+        assert capsys.readouterr().out.splitlines()[0] == usage
+
+
 def test_values_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     """A negative number is a value, and whoever asks for help gets it, whatever else is wrong."""
     assert main(["chat", "--temperature", "-1"]) == 2
