@@ -208,7 +208,7 @@ def test_a_failed_question_leaves_no_trace() -> None:
 def on_a_terminal(tmp_path: Path, command: str, *arguments: str) -> Iterator[pexpect.spawn]:
     """A program on a pseudo-terminal."""
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("MAKE")},  # of a make around pytest
         "XDG_STATE_HOME": str(tmp_path),
         "TERM": "xterm",
         "PYTHONPATH": str(ROOT),
