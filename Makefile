@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: chat lint check test faults fuzz format clean
+.PHONY: chat lint check test test-launches test-rest faults fuzz format clean
 
 # With job control Ctrl-C reaches the chat alone. Make would wait for its end, too, but then call it an error.
 chat: $(STAMP)           ## a chat with the demo model, split over two stage workers
@@ -18,8 +18,14 @@ lint: $(STAMP)           ## format, lint and types
 check: lint              ## and the fast tests
 	$(BIN)/pytest -q -m "not slow"
 
-test: $(STAMP)           ## the whole suite
-	$(BIN)/pytest
+test:                    ## the whole suite, in two halves at the same time: launches and their workers; all the rest
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-launches test-rest
+
+LAUNCHES := tests/end_to_end tests/multihost
+test-launches: $(STAMP)
+	$(BIN)/pytest -q $(LAUNCHES)
+test-rest: $(STAMP)
+	$(BIN)/pytest -q $(addprefix --ignore=,$(LAUNCHES))
 
 FAULT_RUNS ?= 3
 faults: $(STAMP)         ## every fault on one host, FAULT_RUNS times in a row: no answer may change, nothing may be left
