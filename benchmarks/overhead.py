@@ -1,11 +1,12 @@
 """What Python and dispatch take of a decode step at the shape of the 6B model: all that is not inside a kernel.
 
-    python -m benchmarks.overhead [--precisions int4 int8] [--layers 4] [--context 512] [--steps 40] [--threads 2]
+    python -m benchmarks.overhead [--precisions int4 int8] [--layers 7] [--context 512] [--steps 40] [--threads 2]
 
 One token goes through a stage's layers, as a worker takes it, and every call of a native function is timed from within:
-what is left of the step is the Python between them, ctypes, small torch operations, and making tensors. A layer's share
-does not depend on how many there are; four do not fit a cache. Beside it, as a check that needs no clock inside: the
-time of a layer that is so small that nothing but this is left of it, over that of the large one.
+what is left of the step is the Python around them, ctypes, small torch operations, and making tensors. All layers of a
+stage are one call, so its share falls with their number: a stage of 7 is a quarter of the model, and does not fit a
+cache. Beside it, as a check that needs no clock inside: the step of a stage whose layers are so small that nothing but
+this is left of them, over that of the large one.
 """
 
 import argparse
@@ -94,20 +95,19 @@ def decode_steps(stack: LayerStack, context: int, num_steps: int) -> list[Step]:
     for position in range(context, context + UNTIMED_STEPS + num_steps):
         with timed_kernels() as clock:
             started_s = time.perf_counter()
-            stack.forward(token, [Segment(cache, position, 1)], lambda *_: None)
+            stack.forward(token, [Segment(cache, position, 1)], before_layer=lambda: None)
             whole_s = time.perf_counter() - started_s
         found.append(Step(whole_s, clock.inside_s, clock.num_calls))
     return found[UNTIMED_STEPS:]
 
 
-def line(precision: str, large: list[Step], small: list[Step], num_large: int, num_small: int) -> str:
+def line(precision: str, large: list[Step], small: list[Step]) -> str:
     """A row of the table, medians over the steps."""
-    whole_s = statistics.median(step.whole_s for step in large) / num_large
-    small_s = statistics.median(step.whole_s for step in small) / num_small
+    whole_s = statistics.median(step.whole_s for step in large)
+    small_s = statistics.median(step.whole_s for step in small)
     share = statistics.median(step.overhead for step in large)
-    calls = large[0].num_calls / num_large
     return (
-        f"| {precision} | {1e3 * whole_s:.2f} | {calls:g} | {1e6 * share * whole_s:.0f} | {share:.1%} "
+        f"| {precision} | {1e3 * whole_s:.2f} | {large[0].num_calls} | {1e6 * share * whole_s:.0f} | {share:.1%} "
         f"| {1e6 * small_s:.0f} | {small_s / whole_s:.1%} |"
     )
 
@@ -115,20 +115,20 @@ def line(precision: str, large: list[Step], small: list[Step], num_large: int, n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", choices=("int4", "int8", "bf16"), default=["int4", "int8"])
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print("| precision | ms a layer | calls | us outside them | share | us of a tiny layer | share |")
+    print("| precision | ms a step | calls | us outside them | share | us of a step of tiny layers | share |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for precision in options.precisions:
-        tiny = load("tiny", precision, 4)
+        tiny = load("tiny", precision, options.layers)
         small = decode_steps(tiny, context=1, num_steps=5 * options.steps)
         stack = load("chatglm2-6b", precision, options.layers)
         large = decode_steps(stack, options.context, options.steps)
-        print(line(precision, large, small, options.layers, 4), flush=True)
+        print(line(precision, large, small), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Attention of the new tokens of each sequence over all of its keys."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -18,8 +18,7 @@ _MOST_NATIVE_TOKENS = 64
 _FEW_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One sequence's share of a forward: `num_tokens` new tokens from `start_pos` on, where its cache ends."""
 
     cache: SequenceCache
@@ -33,8 +32,7 @@ class Segment:
         return self.layout is None or self.num_tokens == 1 or self.start_pos >= self.layout.context_length
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(NamedTuple):
     """What all layers of one forward share: rotary tables of all tokens, and who sees whom in each segment."""
 
     segments: tuple[Segment, ...]

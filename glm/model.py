@@ -43,6 +43,7 @@ class LayerStack:
         self.placement = placement
         self._graphs = graphs
         self._rotary = Rotary(config, placement.device)
+        self._kernels = placement.attention_kernels
         natives = [block.native for block in self.blocks if block.native is not None]
         layers = [layer for native in natives for layer in native.layers]
         self.native = NativeStack(layers) if len(layers) == len(self.blocks) > 0 else None
@@ -103,7 +104,6 @@ class LayerStack:
             self.placement.device,
         )
 
-    @torch.inference_mode()
     def forward(
         self,
         hidden: torch.Tensor,
@@ -121,7 +121,19 @@ class LayerStack:
             CacheGapError: a segment does not start where its cache ends.
             SegmentError: the segments do not fit the hidden states or each other, or cut a prefix.
         """
-        num_tokens = sum(segment.num_tokens for segment in segments)
+        if torch.is_inference_mode_enabled():  # entering it again would take longer than all that is done here
+            return self._forward(hidden, segments, observer, before_layer)
+        with torch.inference_mode():
+            return self._forward(hidden, segments, observer, before_layer)
+
+    def _forward(
+        self,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        observer: LayerObserver | None,
+        before_layer: Callable[[], None] | None,
+    ) -> torch.Tensor:
+        num_tokens = sum([segment.num_tokens for segment in segments])
         if hidden.shape != (num_tokens, self.config.hidden_size):
             raise SegmentError(
                 f"hidden states of shape {list(hidden.shape)} do not fit segments of {num_tokens} tokens in all and "
@@ -130,7 +142,7 @@ class LayerStack:
         hidden = hidden.to(self.placement.device, self.placement.dtype)
         if not segments:
             return hidden
-        geometry = make_geometry(segments, self._rotary, self.placement.device, self.placement.attention_kernels)
+        geometry = make_geometry(segments, self._rotary, self.placement.device, self._kernels)
         for segment in segments:
             segment.cache.reserve(segment.start_pos + segment.num_tokens)
         if self._graphs is not None and observer is None and self._graphs.prepare(num_tokens):

@@ -6,8 +6,8 @@ first part of a head by the position and pair neighbours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ from glm.config import ModelConfig
 _LEAST_POSITIONS = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class RotaryTable:
+class RotaryTable(NamedTuple):
     """`cos` and `sin`, fp32, [num_tokens, 1, parts, pairs]: parts is 2 for two-dimensional positions, else 1."""
 
     cos: torch.Tensor

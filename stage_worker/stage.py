@@ -50,14 +50,11 @@ class Stage:
         segments, sequences = self._open_spans(step.spans, hidden)
         outputs: list[torch.Tensor] = []
 
-        def observe(_layer: int, output: torch.Tensor) -> None:
-            outputs.append(output.to("cpu", torch.float32, copy=True))
-
         def go_on() -> None:
             if abandoned():
                 raise AbandonedError(f"step {step.step_id}")
 
-        hidden = self._forward(hidden, segments, observe if self.record_hidden_states else None, go_on)
+        hidden = self._forward(hidden, segments, _recorder(outputs) if self.record_hidden_states else None, go_on)
         self._sequences |= sequences
         if outputs:
             chunks = torch.stack(outputs).split([span.num_tokens for span in step.spans], dim=1)
@@ -148,7 +145,8 @@ class Stage:
         sequences, segments = {}, []
         for span, layout, held in opened:
             sequence = held or StageSequence(self.layers.new_cache())
-            sequence.truncate(span.start_pos)
+            if sequence.cache.length != span.start_pos:
+                sequence.truncate(span.start_pos)
             sequences[span.sequence_id] = sequence
             segments.append(Segment(sequence.cache, span.start_pos, span.num_tokens, layout))
         return segments, sequences
@@ -190,6 +188,13 @@ class Stage:
         if isinstance(error, GlmError | ProtocolError):
             return StepError("bad_step", str(error))
         return StepError("internal", f"{type(error).__name__}: {error}")
+
+
+def _recorder(outputs: list[torch.Tensor]) -> LayerObserver:
+    def observe(_layer: int, output: torch.Tensor) -> None:
+        outputs.append(output.to("cpu", torch.float32, copy=True))
+
+    return observe
 
 
 def _layout(span: Span, is_prefix_lm: bool) -> PromptLayout | None:

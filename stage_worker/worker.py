@@ -51,6 +51,7 @@ class Worker:
         self._data_out: Socket | None = None
         self._last_step_id = 0
 
+    @torch.inference_mode()
     def serve(self) -> None:
         """The loop. Returns when it is time to leave, with everything released."""
         try:

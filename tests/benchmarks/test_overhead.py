@@ -23,14 +23,14 @@ def test_native_calls_are_timed_and_then_left_as_they_were() -> None:
 
 @pytest.mark.skipif(best_kernels() is None, reason="no native kernels were built here")
 def test_a_step_is_longer_than_its_kernels() -> None:
-    """And every layer calls some."""
+    """All layers of a stage are one call."""
     steps = decode_steps(load("tiny", "int8", 2), context=4, num_steps=3)
     assert len(steps) == 3
-    assert all(0 < step.inside_s < step.whole_s and step.num_calls >= 2 for step in steps)
+    assert all(0 < step.inside_s < step.whole_s and step.num_calls == 1 for step in steps)
 
 
-def test_shares_are_of_one_large_layer() -> None:
-    """4 layers of 10 ms, 1% outside; 2 tiny ones of 0.1 ms in all are half a percent of a large one."""
+def test_shares_are_of_the_large_step() -> None:
+    """40 ms, 1% outside; a step of tiny layers, 0.1 ms, is a quarter of a percent of it."""
     large, small = Step(0.04, 0.0396, 36), Step(0.0001, 0.00005, 18)
     assert large.overhead == pytest.approx(0.01)
-    assert line("int4", [large], [small], 4, 2) == "| int4 | 10.00 | 9 | 100 | 1.0% | 50 | 0.5% |"
+    assert line("int4", [large], [small]) == "| int4 | 40.00 | 36 | 400 | 1.0% | 100 | 0.2% |"
