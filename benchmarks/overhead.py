@@ -124,7 +124,7 @@ def main() -> None:
     print("| precision | ms a step | calls | us outside them | share | us of a step of tiny layers | share |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for precision in options.precisions:
-        tiny = load("tiny", precision, options.layers)
+        tiny = load("tiny", precision, load_config(Path("random:tiny")).num_layers)
         small = decode_steps(tiny, context=1, num_steps=5 * options.steps)
         stack = load("chatglm2-6b", precision, options.layers)
         large = decode_steps(stack, options.context, options.steps)
