@@ -27,8 +27,7 @@ def bring_up(
 ) -> tuple[Embedding, Head]:
     """Wait for the workers, look whether the plan fits, load all parts side by side.
 
-    Workers killed meanwhile return,
-    but not those that were killed for want of memory.
+    Workers killed meanwhile return, but not those that were killed for want of memory.
 
     Raises:
         LaunchError: a worker cannot be had or cannot hold its layers; NotEnoughMemory if `refuse` and it does not fit.
@@ -36,7 +35,8 @@ def bring_up(
     """
     mender.join()
     plan, most_kv_tokens = cluster.plan, cluster.default_kv_budget_tokens
-    kills, memory = MemoryKills(num_oom_kills), list[str]()
+    kills = MemoryKills(num_oom_kills)
+    memory: list[str] = []
 
     def note(line: str) -> None:
         memory.append(line)

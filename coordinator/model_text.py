@@ -32,10 +32,11 @@ class ModelText:
 
     def check(self, wanted: Wanted) -> None:
         """Raises TokenizerError or ChatFormatError where that cannot be had."""
+        if wanted == "token ids":
+            return
+        tokenizer = self.tokenizer
         if wanted == "chat":
-            chat_format_for(self.tokenizer).encode([ChatMessage("user", "Hello")])
-        elif wanted == "text":
-            assert self.tokenizer is not None
+            chat_format_for(tokenizer).encode([ChatMessage("user", "Hello")])
 
     def check_files(self) -> str | None:
         """What to tell of a model without tokenizer files; raises TokenizerError where they are there and broken."""

@@ -9,16 +9,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from coordinator.door import Door, Seat
+from coordinator.eligibility import model_fault, reach_fault, version_fault
 from coordinator.errors import LaunchError, WorkerAbsent
 from coordinator.spares import choose_spare
 from protocol.control import HostModel, Join, Leaving, Pong, Ready, Refused
-from protocol.endpoints import checked_own_address, ipc_path
-from protocol.errors import EndpointError, SecurityError
+from protocol.errors import SecurityError
 from protocol.messages import Message
 from protocol.records import with_changes
-from protocol.security import checked_key
 from protocol.sockets import Socket
-from protocol.version import VERSION, suits
+from protocol.version import suits
 
 SILENCE_LIMIT_S = 2.8
 """A serving worker that answered no ping for so long counts as lost. Its control thread answers during long steps."""
@@ -97,7 +96,7 @@ class Roster:
             if join.worker_id not in self.own or join.worker_id in self.workers:
                 return Refused(join.request_id, "unknown_worker", f"no stage waits for a worker {join.worker_id!r}")
             if not suits(join.glmpipe_version):
-                return self._refuse(join, "version", _versions(f"worker {join.worker_id}", join))
+                return self._refuse(join, "version", version_fault(f"worker {join.worker_id}", join))
             self.workers[join.worker_id] = Member(sender, join)
             self.changed.notify_all()
         return False
@@ -120,11 +119,11 @@ class Roster:
             return self._refuse(join, "unknown_key", f"its host's key is not allowed; on the launching host: {allow}")
         join = with_changes(join, host=name, token=None)
         if not suits(join.glmpipe_version):
-            return self._refuse(join, "version", _versions(f"worker {join.worker_id} of {name}", join))
-        fault = _fault(join)
+            return self._refuse(join, "version", version_fault(f"worker {join.worker_id} of {name}", join))
+        fault = reach_fault(join)
         if fault is not None:
             return self._refuse(join, "join", f"a worker of {name} cannot be reached: {fault}")
-        difference = None if self.model is None or join.model is None else _difference(self.model, join.model, name)
+        difference = None if self.model is None or join.model is None else model_fault(self.model, join.model, name)
         if difference is not None:
             return self._refuse(join, "model", difference)
         with self.changed:
@@ -371,31 +370,3 @@ class Roster:
     def _refuse(self, join: Join, code: str, text: str) -> Refused:
         self.on_note(f"refused a worker of {join.host}: {text}")
         return Refused(join.request_id, code, text)
-
-
-def _versions(who: str, join: Join) -> str:
-    return f"{who} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}: install the same version on both"
-
-
-def _fault(join: Join) -> str | None:
-    """Why neither this host nor a neighbouring stage could connect to that worker as it says; None if they could."""
-    try:
-        endpoint = checked_own_address(join.data_endpoint)
-        checked_key(join.public_key)
-    except (EndpointError, SecurityError) as error:
-        return str(error)
-    if ipc_path(endpoint) is not None or endpoint.endswith((":*", ":0")):
-        return f"{join.data_endpoint:.80} is no address and port"
-    return None if join.is_guarded else f"{endpoint} demands no keys"
-
-
-def _difference(launched: HostModel, there: HostModel, host: str) -> str | None:
-    """What is wrong with the model that a worker was told to load; None where it is the one launched."""
-    if launched.fingerprint in ("", there.fingerprint):
-        return None
-    remedy = "put the same files in both places, or name another --model there"
-    if there.num_layers != launched.num_layers:
-        counts = f"has {there.num_layers} layers, the launched model {launched.name} {launched.num_layers}"
-        return f"{there.name} of {host} {counts}: {remedy}"
-    prints = f"(fingerprint {there.fingerprint}, wanted {launched.fingerprint})"
-    return f"{there.name} of {host} is not the launched model {launched.name} {prints}: {remedy}"

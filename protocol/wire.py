@@ -158,14 +158,12 @@ def _read_step(packed: bytes, buffer: Frame) -> tuple[Step, tuple[RawTensor]] | 
     """A valid Step, its header read in one go. For None, `decode` finds out what it is instead, or what is wrong."""
     try:
         header = _STEPS.decode(packed)
-        dtype, shape = header.x[0]
-        tensor = RawTensor(dtype, shape, buffer)
+        tensors = (RawTensor(*header.x[0], buffer),)
+        _check_tensors(header.b, tensors)
     except Exception:
         return None
     is_step = header.p == PROTOCOL_WORD and header.v == PROTOCOL_VERSION and header.t == "Step"
-    if not is_step or shape[0] != header.b.num_tokens or dtype not in FLOAT_DTYPES:
-        return None
-    return (header.b, (tensor,)) if _ENCODER.encode(header) == packed else None
+    return (header.b, tensors) if is_step and _ENCODER.encode(header) == packed else None
 
 
 def _read_header(packed: bytes) -> _Header:

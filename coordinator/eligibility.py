@@ -1,0 +1,36 @@
+"""Why a worker that wants to join does not suit this launch, in words that name the remedy: pure."""
+
+from protocol.control import HostModel, Join
+from protocol.endpoints import checked_own_address, ipc_path
+from protocol.errors import EndpointError, SecurityError
+from protocol.security import checked_key
+from protocol.version import VERSION
+
+
+def version_fault(who: str, join: Join) -> str:
+    """That its version of glmpipe does not suit (see `protocol.version.suits`)."""
+    return f"{who} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}: install the same version on both"
+
+
+def reach_fault(join: Join) -> str | None:
+    """Why neither this host nor a neighbouring stage could connect to that worker as it says; None if they could."""
+    try:
+        endpoint = checked_own_address(join.data_endpoint)
+        checked_key(join.public_key)
+    except (EndpointError, SecurityError) as error:
+        return str(error)
+    if ipc_path(endpoint) is not None or endpoint.endswith((":*", ":0")):
+        return f"{join.data_endpoint:.80} is no address and port"
+    return None if join.is_guarded else f"{endpoint} demands no keys"
+
+
+def model_fault(launched: HostModel, there: HostModel, host: str) -> str | None:
+    """What is wrong with the model that a worker was told to load; None where it is the one launched."""
+    if launched.fingerprint in ("", there.fingerprint):
+        return None
+    remedy = "put the same files in both places, or name another --model there"
+    if there.num_layers != launched.num_layers:
+        counts = f"has {there.num_layers} layers, the launched model {launched.name} {launched.num_layers}"
+        return f"{there.name} of {host} {counts}: {remedy}"
+    prints = f"(fingerprint {there.fingerprint}, wanted {launched.fingerprint})"
+    return f"{there.name} of {host} is not the launched model {launched.name} {prints}: {remedy}"
