@@ -2,11 +2,12 @@
 
 import io
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
+
+from glm.printable import PrintableStream, printable_lines
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
 
 QUOTES = '"""'
 """On lines of their own around a text of several lines."""
-
-# A terminal would obey them. Newline and tab are all that an answer needs.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +113,7 @@ class TerminalConsole:
         has_color = os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
         self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if has_color else ("", "")
         self._is_line_begun = False
+        self._shown = PrintableStream()
 
     def read(self) -> Entry | None:
         while True:
@@ -126,20 +125,23 @@ class TerminalConsole:
                 return as_entry(text)
 
     def write(self, text: str) -> None:
-        text = _CONTROL.sub("\ufffd", text)
-        if text:
-            self._is_line_begun = not text.endswith("\n")
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        self._put(self._shown.push(text))
 
     def end_answer(self) -> None:
+        self._put(self._shown.flush())
         if self._is_line_begun:
-            self.write("\n")
+            self._put("\n")
 
     def note(self, *lines: str) -> None:
         self.end_answer()
         for line in lines:
-            print(f"{self._dim}{_CONTROL.sub(' ', line)}{self._plain}", flush=True)
+            print(f"{self._dim}{printable_lines(line)}{self._plain}", flush=True)
+
+    def _put(self, text: str) -> None:
+        if text:
+            self._is_line_begun = not text.endswith("\n")
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
 
 def is_open_block(text: str) -> bool:
