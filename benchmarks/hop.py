@@ -101,7 +101,7 @@ def forwarders(length: int) -> Iterator[Pipeline]:
     with ExitStack() as stack:
         directory = stack.enter_context(RuntimeDir())
         names = [directory.endpoint(f"forwarder-{number}") for number in range(length)]
-        pipeline = Pipeline(stack.enter_context(zmq.Context()), directory.endpoint("return"), lambda: None)
+        pipeline = Pipeline(stack.enter_context(zmq.Context()), directory.endpoint("return"), lambda: None, hosts=())
         stack.callback(pipeline.close)
         following = [*names[1:], pipeline.return_endpoint]
         for come, go in zip(names, following, strict=True):

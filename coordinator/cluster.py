@@ -120,7 +120,8 @@ class Cluster(Closing):
             assignment(index, *told, budget, self._joins, self.pipeline) for index, budget in enumerate(self.kv_budgets)
         ]
         requests = [self._control.begin(worker_id, each) for worker_id, each in zip(ids, assignments, strict=True)]
-        self._loading.begin(requests, self.plan.stages)
+        self._loading.begin(requests, self.plan.stages, self.epoch)
+        self.pipeline.most_kv_tokens = max(self.kv_budgets)
 
     def load(self) -> tuple[Ready, ...]:
         """Wait for the workers, give each its layers if that was not done, wait until all serve.
@@ -277,7 +278,9 @@ class Cluster(Closing):
     def _where(self) -> str:
         names = [self._name(index) for index in range(self.num_stages)]
         ends = [*(join.data_endpoint for join in self._joins), self.pipeline.return_endpoint]
-        return self._place().words(names, ends)
+        objection = self.pipeline.objection
+        but = "" if objection is None else f" (what came back was not taken: {objection})"
+        return self._place().words(names, ends) + but
 
     def _place(self) -> Place:
         pongs = self._pongs()

@@ -1,7 +1,8 @@
 """Why a worker that wants to join does not suit this launch, in words that name the remedy: pure."""
 
+from coordinator.plan import parse_device
 from protocol.control import HostModel, Join
-from protocol.endpoints import checked_own_address, ipc_path
+from protocol.endpoints import checked_own_address, ipc_path, is_local
 from protocol.errors import EndpointError, SecurityError
 from protocol.security import checked_key
 from protocol.version import VERSION
@@ -10,6 +11,19 @@ from protocol.version import VERSION
 def version_fault(who: str, join: Join) -> str:
     """That its version of glmpipe does not suit (see `protocol.version.suits`)."""
     return f"{who} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}: install the same version on both"
+
+
+def own_fault(join: Join) -> str | None:
+    """What no worker of this host would say of itself; None if one could."""
+    try:
+        endpoint = checked_own_address(join.data_endpoint)
+        if join.is_guarded:
+            checked_key(join.public_key)
+    except (EndpointError, SecurityError) as error:
+        return str(error)
+    if not is_local(endpoint) and not join.is_guarded:
+        return f"{endpoint} demands no keys"
+    return _device_fault(join)
 
 
 def reach_fault(join: Join) -> str | None:
@@ -21,7 +35,12 @@ def reach_fault(join: Join) -> str | None:
         return str(error)
     if ipc_path(endpoint) is not None or endpoint.endswith((":*", ":0")):
         return f"{join.data_endpoint:.80} is no address and port"
-    return None if join.is_guarded else f"{endpoint} demands no keys"
+    return _device_fault(join) if join.is_guarded else f"{endpoint} demands no keys"
+
+
+def _device_fault(join: Join) -> str | None:
+    is_known = parse_device(join.device) == join.device
+    return None if is_known else f"{join.device!r:.40} is no device (cpu, cuda:0, cuda:1, ...)"
 
 
 def model_fault(launched: HostModel, there: HostModel, host: str) -> str | None:

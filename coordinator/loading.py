@@ -10,6 +10,7 @@ from coordinator.plan import StagePlan
 from coordinator.recovery import LoadPatience
 from coordinator.reply import Reply, expect
 from protocol.control import Pong, Progress, Ready
+from protocol.records import with_changes
 
 _POLL_S = 0.1
 
@@ -27,13 +28,16 @@ class Loading:
         self._name = name
         self._requests: Sequence[Future[Reply]] = ()
         self._stages: Sequence[StagePlan] = ()
+        self._epoch = 0
+        self._began_at_s = 0.0
         self._done: dict[int, int] = {}
         self._patience: dict[int, LoadPatience] = {}
         self._ready: dict[int, Ready] = {}
 
-    def begin(self, requests: Sequence[Future[Reply]], stages: Sequence[StagePlan]) -> None:
-        """All stages were assigned their layers; `requests` hold their answers."""
-        self._requests, self._stages = requests, stages
+    def begin(self, requests: Sequence[Future[Reply]], stages: Sequence[StagePlan], epoch: int) -> None:
+        """All stages were assigned their layers in this epoch; `requests` hold their answers."""
+        self._requests, self._stages, self._epoch = requests, stages, epoch
+        self._began_at_s = time.monotonic()
         self._done, self._ready = {}, {}
         self._patience = {index: LoadPatience() for index in range(len(requests))}
 
@@ -62,7 +66,13 @@ class Loading:
         return tuple(self._ready[index] for index in range(len(self._requests)))
 
     def note(self, index: int, progress: Progress) -> None:
-        """A stage has said how far it is."""
+        """A stage has said how far it is, which counts only where it has come further: once for each of its layers."""
+        if index >= len(self._stages):
+            return  # quicker than whoever is told of its assignment
+        num_layers, before = self._stages[index].num_layers, self._done.get(index, -1)
+        expected = (self._epoch, num_layers)
+        if (progress.epoch, progress.layers_total) != expected or not before < progress.layers_done <= num_layers:
+            return
         self._done[index] = progress.layers_done
         self._report(StageProgress(index, progress.layers_done, progress.layers_total, progress.weight_bytes))
 
@@ -99,7 +109,11 @@ class Loading:
             self.could_not.add(index)
             raise
         assert isinstance(message, Ready)
-        self._ready[index] = message
+        if message.epoch != self._epoch:
+            self.could_not.add(index)
+            raise LaunchError(f"{self._name(index)} is ready in epoch {message.epoch}, {self._epoch} was assigned")
+        took_s = time.monotonic() - self._began_at_s
+        message = self._ready[index] = with_changes(message, load_s=min(message.load_s, took_s))
         num_layers = self._stages[index].num_layers
         self._report(StageProgress(index, num_layers, num_layers, message.weight_bytes, message))
 

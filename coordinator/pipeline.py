@@ -1,6 +1,7 @@
 """All stages as one thing: submit a step at one end, collect its outcome at the other."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from dataclasses import dataclass
 import torch
 import zmq
 
-from coordinator.errors import StepStuck
+from coordinator.errors import StageLost, StepStuck
+from coordinator.stamps import believable
 from protocol.data import Span, Step, StepFailed
 from protocol.errors import ProtocolError
 from protocol.flood_guard import Inflow
 from protocol.messages import Plane
+from protocol.records import with_changes
 from protocol.security import Gatekeeper, KeyPair, be_client, new_key_pair
 from protocol.sockets import Socket, bind, connect, data_inflow_bytes, data_socket, receive, receive_from, send
 from protocol.tensors import RawTensor
@@ -50,10 +53,16 @@ class _Submitted:
     spans: tuple[Span, ...]
     shape: tuple[int, ...]
 
-    def is_answered_by(self, message: Step | StepFailed, tensors: tuple[RawTensor, ...]) -> bool:
+    def fault(self, message: Step | StepFailed, tensors: tuple[RawTensor, ...], num_stages: int) -> str | None:
+        """Why this cannot be what became of the step."""
         if isinstance(message, StepFailed):
-            return True
-        return message.spans == self.spans and tensors[0].shape == self.shape
+            failed = f"it failed in stage {message.stage_index + 1}, and there are {num_stages}"
+            return failed if message.stage_index >= num_stages else None
+        if message.spans != self.spans:
+            return "it has other spans than were sent"
+        if tensors[0].shape != self.shape:
+            return f"its hidden states are {list(tensors[0].shape)}, {list(self.shape)} were sent"
+        return None
 
 
 class Pipeline:
@@ -72,13 +81,18 @@ class Pipeline:
         *,
         gatekeeper: Gatekeeper | None = None,
         is_guarded: bool = False,
-        hosts: tuple[str | None, ...] = (),
+        hosts: tuple[str | None, ...],
     ) -> None:
         self._context = context
         self.keys: KeyPair = new_key_pair()
         self.last_public_key = ""
         self.is_guarded = is_guarded
         self.hosts = hosts
+        """Of the stages, which are as many."""
+        self.most_kv_tokens = sys.maxsize
+        """What any stage may hold."""
+        self.objection: str | None = None
+        """Why the latest answer to a step under way was not taken."""
         self._push = data_socket(context, zmq.PUSH)
         self._pull = data_socket(context, zmq.PULL)
         self._inflow = Inflow(data_inflow_bytes(len(hosts)))
@@ -112,17 +126,20 @@ class Pipeline:
     def connect(self, first_stage_endpoint: str, first_public_key: str | None = None) -> None:
         """Aim at the first stage, which may be another one than before: what was not sent yet is dropped.
 
-        It demands keys where its own is given.
+        It demands keys where its own is given. Raises StageLost for an address or a key that nobody can have.
         """
-        self._push.close(linger=0)
-        self._push = data_socket(self._context, zmq.PUSH)
         self._submitted.clear()
-        self.num_sent, self.took_nothing = 0, False
-        if first_public_key is not None:
-            be_client(self._push, self.keys, first_public_key)
-        if self._backflow is not None:
-            self._backflow.leads_to(first_stage_endpoint)
-        connect(self._push, first_stage_endpoint)
+        self.num_sent, self.took_nothing, self.objection = 0, False, None
+        self._push.close(linger=0)
+        try:
+            self._push = data_socket(self._context, zmq.PUSH)
+            if first_public_key is not None:
+                be_client(self._push, self.keys, first_public_key)
+            if self._backflow is not None:
+                self._backflow.leads_to(first_stage_endpoint)
+            connect(self._push, first_stage_endpoint)
+        except ProtocolError as error:
+            raise StageLost(f"stage 1 cannot be connected to: {error}") from None
 
     def submit(self, step: Step, hidden: torch.Tensor, limit_s: Limit | None = None) -> None:
         """Send a step down the chain; waits, watching the stages' health, where the first queue is full or not there.
@@ -198,11 +215,16 @@ class Pipeline:
             return None
         assert isinstance(message, Step | StepFailed)
         submitted = self._submitted.get(message.step_id)
-        if submitted is None or message.epoch != epoch or not submitted.is_answered_by(message, tensors):
+        if submitted is None or message.epoch != epoch:
+            return None
+        told = believable(message.timings, self.hosts, self.most_kv_tokens, submitted.at_s, arrived_at_s)
+        fault = submitted.fault(message, tensors, len(self.hosts))
+        if told is None or fault is not None:
+            self.objection = fault or f"its timings are not those of the {len(self.hosts)} stages"
             return None
         del self._submitted[message.step_id]
         hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
-        return message, hidden, submitted, arrived_at_s
+        return with_changes(message, timings=told), hidden, submitted, arrived_at_s
 
 
 class _Waiting:

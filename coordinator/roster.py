@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from coordinator.door import Door, Seat
-from coordinator.eligibility import model_fault, reach_fault, version_fault
+from coordinator.eligibility import model_fault, own_fault, reach_fault, version_fault
 from coordinator.errors import LaunchError, WorkerAbsent
 from coordinator.spares import choose_spare
 from protocol.control import HostModel, Join, Leaving, Pong, Ready, Refused
@@ -97,6 +97,8 @@ class Roster:
                 return Refused(join.request_id, "unknown_worker", f"no stage waits for a worker {join.worker_id!r}")
             if not suits(join.glmpipe_version):
                 return self._refuse(join, "version", version_fault(f"worker {join.worker_id}", join))
+            if (fault := own_fault(join)) is not None:
+                return self._refuse(join, "join", f"worker {join.worker_id} says what cannot be: {fault}")
             self.workers[join.worker_id] = Member(sender, join)
             self.changed.notify_all()
         return False

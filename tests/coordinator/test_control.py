@@ -1,5 +1,6 @@
 """The control plane against scripted workers: who may join, deadlines, silence, garbage."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ import zmq
 from coordinator import control, roster
 from coordinator.control import ControlPlane
 from coordinator.errors import LaunchError, StageLost
-from coordinator.reply import expect
+from coordinator.reply import Reply, expect, inspected_whole
 from protocol.control import (
     Assign,
     Failed,
+    Inspected,
     Join,
     Leaving,
     Ping,
@@ -30,6 +32,7 @@ from protocol.control import (
 from protocol.errors import ProtocolError
 from protocol.messages import Message
 from protocol.sockets import Socket, connect, control_socket
+from protocol.tensors import RawTensor
 from protocol.version import VERSION
 from protocol.wire import decode, encode
 
@@ -297,3 +300,24 @@ def test_joins_have_a_deadline_and_a_watch(plane) -> None:  # type: ignore[no-un
 
     with pytest.raises(LaunchError, match="died"):
         plane.roster.wait_for_joins(60, dead)
+
+
+def an_inspected(num_tokens: int, *shape: int) -> Reply:
+    tensor = RawTensor("float32", shape, bytes(4 * math.prod(shape)))
+    return Inspected(1, 1, 1, 0, "hidden", 0, num_tokens), (tensor,)
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [an_inspected(4, 2, 3), an_inspected(6, 2, 3)],
+        [an_inspected(4, 2, 3), an_inspected(4, 2, 4)],
+        [an_inspected(4, 2, 3), an_inspected(4, 3, 3)],
+        [an_inspected(4, 2, 3), an_inspected(4, 0, 3)],
+        [an_inspected(4)],
+    ],
+)
+def test_a_worker_that_sends_other_pieces_than_it_has_is_lost(replies: list[Reply]) -> None:
+    """More and more tokens, other widths, too many, none, no rows at all: neither endless nor an error of ours."""
+    with pytest.raises(StageLost, match="stage 1"):
+        inspected_whole(lambda _: replies.pop(0), "stage 1")

@@ -4,6 +4,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from coordinator.cluster_settings import StageProgress
 from coordinator.errors import LaunchError, StageLost, WorkerDied
 from coordinator.loading import Loading
 from coordinator.plan import StagePlan
@@ -20,7 +21,7 @@ def pong(moved_bytes: int) -> Pong:
 def begun() -> tuple[Loading, list["Future[Reply]"]]:
     loading = Loading(lambda index: f"stage {index + 1}", None)
     requests: list[Future[Reply]] = [Future() for _ in STAGES]
-    loading.begin(requests, STAGES)
+    loading.begin(requests, STAGES, epoch=1)
     return loading, requests
 
 
@@ -64,3 +65,27 @@ def test_a_wait_ends_with_what_went_wrong() -> None:
     with pytest.raises(LaunchError, match="stage 2: no memory"):
         loading.wait(lambda _: None)
     assert loading.could_not == {1}
+
+
+def test_only_progress_counts_as_progress() -> None:
+    """A worker that says the same again and again, more than there is, or of another epoch, is heard once a layer."""
+    heard: list[StageProgress] = []
+    loading, requests = Loading(lambda index: f"stage {index + 1}", heard.append), [Future[Reply]() for _ in STAGES]
+    loading.note(0, Progress(0, 1, 1, 3, 100))  # before anything was assigned
+    loading.begin(requests, STAGES, epoch=1)
+    for layers in (0, 0, 1, 1, 0, 2, 2**31 - 1, 4, 3, 3):
+        for _ in range(100):
+            loading.note(0, Progress(0, 1, layers, 3, 100))
+    loading.note(1, Progress(0, 2, 1, 3, 100))
+    loading.note(1, Progress(0, 1, 1, 1_000_000, 100))
+    assert [(each.stage_index, each.layers_done) for each in heard] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_a_stage_that_is_ready_for_something_else_is_not_ready() -> None:
+    """Of another epoch than the one assigned; and it has loaded for no longer than it had time."""
+    loading, requests = begun()
+    requests[0].set_result((Ready(1, 1, 1, 1, 1e12, "torch"), ()))
+    requests[1].set_result((Ready(1, 7, 1, 1, 1.0, "torch"), ()))
+    with pytest.raises(LaunchError, match="stage 2 is ready in epoch 7, 1 was assigned"):
+        loading.wait(lambda _: None)
+    assert loading.could_not == {1} and loading._ready[0].load_s < 60.0

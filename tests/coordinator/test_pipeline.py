@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ class Chain:
 
     def __init__(self, context: "zmq.Context[Socket]", directory: Path) -> None:
         self.checks = 0
-        self.pipeline = Pipeline(context, f"ipc://{directory}/return", self.check)
+        self.pipeline = Pipeline(context, f"ipc://{directory}/return", self.check, hosts=(None,))
         self.pull, self.push = data_socket(context, zmq.PULL), data_socket(context, zmq.PUSH)
         self.pipeline.connect(bind(self.pull, f"ipc://{directory}/stage"))
         connect(self.push, self.pipeline.return_endpoint)
@@ -43,8 +44,13 @@ def chain(context: "zmq.Context[Socket]", tmp_path: Path) -> Iterator[Chain]:
     chain.pipeline.close()
 
 
-def a_step(step_id: int, epoch: int = 1) -> Step:
-    return Step(epoch, step_id, (), (Span(1, 0, 2, None, None),), ())
+def a_step(step_id: int, epoch: int = 1, timings: tuple[StageTiming, ...] = ()) -> Step:
+    return Step(epoch, step_id, (), (Span(1, 0, 2, None, None),), timings)
+
+
+def done(step: Step) -> Step:
+    """As it comes back from the only stage."""
+    return step.with_timing(StageTiming(0, 1.0, 0.0, 1.0, 2))
 
 
 def test_outcomes_come_back_in_order_with_their_tensors(chain: Chain) -> None:
@@ -54,8 +60,8 @@ def test_outcomes_come_back_in_order_with_their_tensors(chain: Chain) -> None:
         chain.pipeline.submit(a_step(step_id), hidden + step_id)
     for step_id in (1, 2):
         message, tensors = decode(receive(chain.pull))
-        assert torch.equal(from_raw(tensors[0]), hidden + step_id)
-        send(chain.push, message, tensors)
+        assert isinstance(message, Step) and torch.equal(from_raw(tensors[0]), hidden + step_id)
+        send(chain.push, done(message), tensors)
     outcomes = [chain.pipeline.collect(epoch=1) for _ in range(2)]
     assert [outcome.message.step_id for outcome in outcomes] == [1, 2]
     assert torch.equal(outcomes[1].hidden, hidden + 2)
@@ -69,7 +75,7 @@ def test_garbage_strangers_and_old_epochs_are_dropped(chain: Chain) -> None:
     chain.push.send_multipart([b"\x00" * 30])
     send(chain.push, a_step(9, epoch=2), (tensor,))
     send(chain.push, a_step(4, epoch=1), (tensor,))
-    send(chain.push, StepFailed(2, 5, 1, "kv_budget", "full", (), ()))
+    send(chain.push, StepFailed(2, 5, 0, "kv_budget", "full", (), done(a_step(5)).timings))
     outcome = chain.pipeline.collect(epoch=2)
     assert isinstance(outcome.message, StepFailed)
     assert outcome.hidden is None
@@ -80,11 +86,16 @@ def test_what_no_stage_would_answer_spoils_no_step(chain: Chain) -> None:
     hidden = torch.randn(2, 3)
     chain.pipeline.submit(a_step(5, epoch=2), hidden)
     send(chain.push, a_step(5, epoch=1), (to_raw(hidden + 1),))
-    send(chain.push, StepFailed(1, 5, 1, "internal", "long ago", (), ()))
-    send(chain.push, Step(2, 5, (), (Span(8, 0, 2, None, None),), ()), (to_raw(hidden + 1),))
-    send(chain.push, a_step(5, epoch=2), (to_raw(torch.zeros(2, 4)),))
-    send(chain.push, a_step(5, epoch=2), (to_raw(hidden),))
+    send(chain.push, StepFailed(1, 5, 0, "internal", "long ago", (), done(a_step(5)).timings))
+    send(chain.push, StepFailed(2, 5, 1_000_000, "internal", "where?", (), done(a_step(5)).timings))
+    send(chain.push, done(Step(2, 5, (), (Span(8, 0, 2, None, None),), ())), (to_raw(hidden + 1),))
+    send(chain.push, done(a_step(5, epoch=2)), (to_raw(torch.zeros(2, 4)),))
+    send(chain.push, a_step(5, epoch=2), (to_raw(hidden + 1),))
+    far = StageTiming(1_000_000, 1.0, 0.0, 1.0, 2)
+    send(chain.push, a_step(5, epoch=2, timings=(far,)), (to_raw(hidden + 1),))
+    send(chain.push, done(a_step(5, epoch=2)), (to_raw(hidden),))
     assert torch.equal(chain.pipeline.collect(epoch=2).hidden, hidden)
+    assert chain.pipeline.objection == "its timings are not those of the 1 stages"
 
 
 def test_waiting_ends_when_a_stage_is_gone(chain: Chain) -> None:
@@ -119,7 +130,9 @@ def test_the_first_step_of_an_epoch_comes_back(chain: Chain) -> None:
     """It has no sequence and no token, and counts as one that was sent and has come back."""
 
     def check() -> None:
-        send(chain.push, *decode(receive(chain.pull)))
+        message, tensors = decode(receive(chain.pull))
+        assert isinstance(message, Step)
+        send(chain.push, done(message), tensors)
 
     chain.pipeline._check = check
     send_first_step(chain.pipeline, 1, 3, lambda: "nowhere")
@@ -133,7 +146,9 @@ def test_a_process_that_stands_still_is_no_slow_step(chain: Chain, monkeypatch: 
 
     def stand_still() -> None:
         monkeypatch.setattr("coordinator.pipeline.time.monotonic", lambda: now_s() + 3600.0)
-        send(chain.push, *decode(receive(chain.pull)))
+        message, tensors = decode(receive(chain.pull))
+        assert isinstance(message, Step)
+        send(chain.push, done(message), tensors)
         chain.pipeline._check = lambda: None
 
     chain.pipeline._check = stand_still
@@ -164,8 +179,11 @@ def test_a_flood_of_garbage_prolongs_no_waiting(chain: Chain) -> None:
 
 def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:
     """A hop counts for the stage it leads to, the way back for the last stage."""
+    chain.pipeline.hosts = (None, None)
     chain.pipeline.submit(a_step(1), torch.zeros(2, 3))
-    left_at_s = chain.pipeline._submitted[1].at_s
+    submitted = chain.pipeline._submitted[1]
+    left_at_s = submitted.at_s - 3.0
+    chain.pipeline._submitted[1] = replace(submitted, at_s=left_at_s)
     timings = (
         StageTiming(0, left_at_s + 0.25, 0.5, left_at_s + 1.0, 7),
         StageTiming(1, left_at_s + 1.125, 0.5, left_at_s + 2.0, 9),

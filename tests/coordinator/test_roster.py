@@ -166,6 +166,8 @@ def test_nobody_is_put_out_while_the_list_cannot_be_read(people: Roster, keys: K
         ({"data_endpoint": "tcp://lab2:7500"}, "no IP address"),
         ({"data_endpoint": "ipc:///tmp/worker-1"}, "no address and port"),
         ({"is_guarded": False}, "demands no keys"),
+        ({"device": "cuda:\x1b[2J"}, "is no device"),
+        ({"device": "cuda:0" + "0" * 250}, "is no device"),
     ],
 )
 def test_whoever_cannot_be_connected_to_is_refused(
@@ -249,3 +251,19 @@ def test_a_worker_that_was_just_started_again_is_waited_for(keys: KeyDirectory) 
     assert len(asked) == 4
     people.await_own(0.0, set)
     assert "stage-2" not in people.joined()
+
+
+def test_a_worker_of_this_host_is_reached_where_it_says(notes: list[str]) -> None:
+    """An address that nobody can connect to, a device that is none: refused, and another one may still come."""
+    people = Roster(frozenset({"stage-1"}), None, notes.append)
+    facts = ("2.13", "name", 1, "cpu", "a device", 8, 8, 1, (), "ipc:///run/worker-1")
+    join = Join(7, "stage-1", VERSION, *facts, "key", False, None, None)  # type: ignore[arg-type]
+    for changes in (
+        {"data_endpoint": "tcp://192.0.2.1:1"},
+        {"data_endpoint": ""},
+        {"is_guarded": True},
+        {"device": ""},
+    ):
+        refused = people.admit_own(Sender(ROUTER, b"1"), with_changes(join, **changes))
+        assert isinstance(refused, Refused) and refused.code == "join", changes
+    assert len(notes) == 4 and people.admit_own(Sender(ROUTER, b"1"), join) is False
