@@ -53,9 +53,9 @@ def max_step_tokens(config: ModelConfig) -> int:
 
 
 def parse_bytes(text: str) -> int | None:
-    """`2GiB`, `1.5 GB`, `300 MB`, `4096 B`: bytes. None for anything else, a number without a unit included."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt]i?|)b", text.strip().lower())
-    return None if match is None else int(float(match[1]) * _UNITS[match[2]])
+    """`2GiB`, `1.5 GB`, `300M`, `4096 B`: bytes. None for anything else, a number without a unit included."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?:([kmgt]i?)b?|b)", text.strip().lower())
+    return None if match is None else int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def traffic_faults(request: PlanRequest, limits: ModelLimits | None) -> list[str]:
@@ -83,7 +83,7 @@ def budget_faults(request: PlanRequest) -> list[str]:
     if request.kv_budget is not None and request.kv_budget_tokens is not None:
         return [_both_given("", request.kv_budget_tokens, request.kv_budget)]
     if request.kv_budget is not None and parse_bytes(request.kv_budget) is None:
-        return [f"--kv-budget {_no_size(request.kv_budget)}"]
+        return [f"--kv-budget {no_size(request.kv_budget)}"]
     if request.kv_budget_tokens is not None:
         return out_of_range("--kv-budget-tokens", "", request.kv_budget_tokens, MAX_KV_TOKENS)
     return []
@@ -103,7 +103,7 @@ def kv_budget_in_tokens(
         return num_tokens, wrong
     num_bytes = parse_bytes(size)
     if num_bytes is None:
-        return None, [f"{origin}: kv_budget {_no_size(size)}"]
+        return None, [f"{origin}: kv_budget {no_size(size)}"]
     if limits is None:
         return None, [f"{origin}: kv_budget {size} means nothing without a model; use kv_budget_tokens"]
     if stage is None:
@@ -124,7 +124,8 @@ def out_of_range(origin: str, name: str, value: int, most: int) -> list[str]:
     return [f"{what} {value} is out of range; it must be from 1 to {most}"]
 
 
-def _no_size(text: str) -> str:
+def no_size(text: str) -> str:
+    """What to tell somebody whose text `parse_bytes` does not take."""
     return f"{text!r} is not a size; write a number and a unit, such as 2GiB or 800MB"
 
 

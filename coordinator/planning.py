@@ -311,11 +311,18 @@ def _check_precisions(request: PlanRequest, faults: list[str]) -> None:
 def _precision_faults(wish: Option, device: str | None) -> list[str]:
     precision = wish.text.strip().lower()
     if precision not in PRECISIONS:
-        remedy = _did_you_mean(precision, PRECISIONS)
+        remedy = _precision_meant(precision, CPU_PRECISIONS if device == "cpu" else PRECISIONS)
         return [f"{wish.origin}: precision {precision!r} is unknown; {remedy}"]
     if device == "cpu" and precision not in CPU_PRECISIONS:
         return [f"{wish.origin}: {precision} does not compute on a CPU; use bf16 for the same size"]
     return []
+
+
+def _precision_meant(text: str, known: Sequence[str]) -> str:
+    """As `_did_you_mean`; a number of bits says more than letters do: `fp8`, `q8_0` and `8bit` are nearest to int8."""
+    bits = re.search(r"32|16|8|4", text)
+    same = [name for name in known if bits and name.endswith(bits[0])]
+    return _did_you_mean(text, same, cutoff=0.0) if same else _did_you_mean(text, known)
 
 
 def _device(wish: Option, devices: Sequence[str], faults: list[str], *, is_here: bool = True) -> str | None:
@@ -333,9 +340,9 @@ def _device(wish: Option, devices: Sequence[str], faults: list[str], *, is_here:
     return device
 
 
-def _did_you_mean(text: str, known: Iterable[str]) -> str:
+def _did_you_mean(text: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     names = list(known)
-    close = difflib.get_close_matches(text.lower(), names, n=1)
+    close = difflib.get_close_matches(text.lower(), names, n=1, cutoff=cutoff)
     return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
 
 

@@ -14,8 +14,12 @@ from glm.confined import Confined
 from glm.decoding import DecodingRules, Piece
 from glm.dialect import Dialect
 from glm.errors import TokenizerError
-from glm.tokenizer import Tokenizer, Vocabulary
+from glm.small_file import is_file, read_whole
+from glm.tokenizer import Tokenizer, Vocabulary, read_tokenizer_file
 from glm.tokenizer_json import SPLIT_PATTERN, read_tokenizer_json
+
+MOST_TEMPLATE_BYTES = 1 << 20
+"""The longest published chat template has a fiftieth of that."""
 
 # In this order after the ranks, where tokenizer_config.json does not place them.
 GLM4_SPECIAL = (
@@ -184,7 +188,7 @@ class JsonTokenizer(Tokenizer):
 def read_chat_template(model_dir: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template of a model: chat_template.jinja, else the one in tokenizer_config.json, else None."""
     path = model_dir / "chat_template.jinja"
-    if path.is_file():
+    if is_file(path, TokenizerError):
         return _template_text(path)
     template = settings.get("chat_template")
     if isinstance(template, list):
@@ -195,9 +199,7 @@ def read_chat_template(model_dir: Path, settings: Mapping[str, Any]) -> str | No
 
 def _template_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        return read_whole(path, TokenizerError, MOST_TEMPLATE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not UTF-8 text (byte {error.start}): download it again") from error
 
@@ -214,7 +216,7 @@ BYTE_OF_CHARACTER = _byte_of_character()
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines()):
+    for number, line in enumerate(read_tokenizer_file(path).splitlines()):
         piece, _, rank = line.partition(b" ")
         try:
             is_next = int(rank) == number

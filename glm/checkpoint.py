@@ -5,7 +5,6 @@ read and unmapped after, so that a process never holds much more than what it ke
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from glm.errors import CheckpointError, LfsPointerError, MissingTensorError, ShardError, TensorShapeError
+from glm.foreign_model import foreign_folder, foreign_names
+from glm.json_file import MOST_BYTES, read_json_object
 from glm.layout import Unit
 from glm.lfs import is_lfs_pointer, lfs_complaint
 from glm.quantization import StoredPart
+from glm.small_file import is_file, read_whole
+from glm.weights_only import why_unsafe
 
 # (index, single file), the preferred format first.
 _LAYOUTS = (
@@ -109,19 +112,21 @@ class Checkpoint:
         by_shard: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.shard_of:
-                raise MissingTensorError(
-                    f"{self.model_dir}: tensor {name} is in no shard; the download is incomplete or config.json "
-                    "belongs to another model"
-                )
+                raise self._missing(name)
             by_shard.setdefault(self.shard_of[name], []).append(name)
         return by_shard
+
+    def _missing(self, name: str) -> MissingTensorError:
+        what = foreign_names(self.shard_of, name)
+        reason = what or "the download is incomplete or config.json belongs to another model"
+        return MissingTensorError(f"{self.model_dir}: tensor {name} is in no shard; {reason}")
 
     def fingerprint(self) -> str:
         """A short word that tells models apart: config, shard names and sizes, and samples of every shard.
 
         Reads 64 KiB of each shard, so that two fine-tunes of one model differ without reading either whole.
         """
-        digest = hashlib.sha256((self.model_dir / "config.json").read_bytes())
+        digest = hashlib.sha256(read_whole(self.model_dir / "config.json", CheckpointError, MOST_BYTES))
         for shard in sorted(set(self.shard_of.values())):
             size = shard.stat().st_size
             digest.update(f"{shard.name}:{size}:".encode())
@@ -140,10 +145,10 @@ def samples(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
 
 def _find_shards(model_dir: Path) -> dict[str, Path]:
     for index_name, file_name in _LAYOUTS:
-        if (model_dir / index_name).is_file():
+        if is_file(model_dir / index_name, ShardError):
             return _read_index(model_dir / index_name)
         shard = model_dir / file_name
-        if shard.is_file():
+        if is_file(shard, ShardError):
             _check_shard(shard)
             return dict.fromkeys(_shard_names(shard), shard)
     names = ", ".join(name for layout in _LAYOUTS for name in layout)
@@ -153,17 +158,18 @@ def _find_shards(model_dir: Path) -> dict[str, Path]:
         f": complete the download (in a clone `git lfs pull`; else `hf download ORG/NAME --local-dir {model_dir}`), or "
         "name the directory that has them"
     )
-    raise CheckpointError(f"{model_dir} has no weights: none of {names} is there{remedy}")
+    what = foreign_folder(model_dir)
+    raise CheckpointError(what or f"{model_dir} has no weights: none of {names} is there{remedy}")
 
 
 def _read_index(index: Path) -> dict[str, Path]:
     with _reading(index):
         if is_lfs_pointer(index):
             raise LfsPointerError(lfs_complaint(index))
-        text = index.read_bytes()
+    found = read_json_object(index, ShardError)
     try:
-        entries = [(str(name), str(shard)) for name, shard in json.loads(text)["weight_map"].items()]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        entries = [(str(name), str(shard)) for name, shard in found["weight_map"].items()]
+    except (KeyError, AttributeError) as error:
         raise ShardError(f"{index} is not a readable weight index ({error!r}): download it again") from error
     for file_name in sorted({file_name for _, file_name in entries}):
         if Path(file_name).name != file_name or file_name in ("", ".", ".."):
@@ -185,11 +191,19 @@ def _check_shard(shard: Path) -> None:
         if shard.suffix == ".safetensors":
             with _mapped_safetensors(shard):
                 return
+        _check_reader(shard)
         if _is_zip(shard):
             with shard.open("rb") as file:
                 file.seek(max(0, shard.stat().st_size - _ZIP_END_BYTES))
                 if b"PK\x05\x06" not in file.read():
                     raise _truncated(shard, "its end is missing")
+
+
+def _check_reader(shard: Path) -> None:
+    """Refuse a pickle where torch's weights-only reader is known to have holes."""
+    reason = why_unsafe(torch.__version__)
+    if reason is not None:
+        raise ShardError(f"{shard} is not read: {reason}, or get the weights as safetensors")
 
 
 def _is_zip(shard: Path) -> bool:
@@ -223,6 +237,7 @@ def _mapped_bin(shard: Path) -> dict[str, torch.Tensor]:
 
     The older format, which cannot be mapped, is read whole.
     """
+    _check_reader(shard)
     try:
         tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=_is_zip(shard))
     except OSError:

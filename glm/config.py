@@ -6,10 +6,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm.errors import ConfigError
+from glm.foreign_model import foreign_folder, scheme_complaint
 from glm.json_file import read_json_object
 from glm.shapes import SHAPES, random_shape
+from glm.small_file import is_file
 
 Family = Literal["chatglm", "chatglm2", "glm", "glm4"]
+
+_TRANSFORMERS_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "multi_query_group_num",
+    "head_dim": "kv_channels",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "seq_length",
+    "rms_norm_eps": "layernorm_epsilon",
+}
+"""What the publisher's own layout calls the same."""
 
 MOST_LAYERS = 10_000
 """Many times what any model has: lists of layers are made from this number before a weight is read."""
@@ -76,8 +88,8 @@ def load_config(model_dir: Path) -> ModelConfig:
     if shape is not None:
         return parse_config(SHAPES[shape], source=str(model_dir), name=str(model_dir))
     path = model_dir / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{model_dir} has no config.json: is this a model directory?")
+    if not is_file(path, ConfigError):
+        raise ConfigError(foreign_folder(model_dir) or f"{model_dir} has no config.json: is this a model directory?")
     raw = read_json_object(path, ConfigError)
     return parse_config(raw, source=str(path), name=directory_name(model_dir))
 
@@ -95,7 +107,12 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: s
     keys = _Keys(raw, source)
     model_type = raw.get("model_type")
     if "pre_seq_len" in keys.raw:
-        raise keys.fail("pre_seq_len", "absent or null: P-Tuning prefixes are not supported, use the merged model")
+        raise keys.fail(
+            "pre_seq_len",
+            "absent or null: a P-Tuning prefix is not supported, and cannot be merged into the weights; use the model "
+            "it was trained on, or fine-tune with LoRA and merge that",
+        )
+    keys.check_published_weights()
     if model_type == "chatglm":
         config = _parse_chatglm(keys) if "inner_hidden_size" in raw else _parse_chatglm2(keys)
     elif model_type in ("glm", "glm4"):
@@ -173,6 +190,25 @@ class _Keys:
             raise self.fail("quantization_bit", "4, 8 or 0")
         return value or None
 
+    def check_published_weights(self) -> None:
+        """Of whatever layout: another quantisation than the publisher's is named."""
+        if "quantization_config" in self.raw:
+            found = self.raw["quantization_config"]
+            scheme = found.get("quant_method") if isinstance(found, dict) else None
+            raise ConfigError(f"{self.source}: {scheme_complaint(scheme or 'quantization_config')}")
+
+    def check_layout(self) -> None:
+        """Of the publisher's layout: keys as transformers' layout has them are named, and what they are called here."""
+        found = [
+            f"{key} for {own}" for key, own in _TRANSFORMERS_KEYS.items() if key in self.raw and own not in self.raw
+        ]
+        if found:
+            raise ConfigError(
+                f"{self.source}: model_type 'chatglm' is the publisher's layout, but keys are called as in "
+                f"transformers' ({', '.join(found)}): use the config.json published with the weights; transformers' "
+                "own layout is model_type 'glm' or 'glm4', with weights called model.layers..."
+            )
+
     def mapping(self, key: str) -> Mapping[str, Any]:
         value = self.raw.get(key, {})
         if not isinstance(value, dict):
@@ -239,6 +275,7 @@ def _parse_chatglm(keys: _Keys) -> ModelConfig:
 
 
 def _parse_chatglm2(keys: _Keys) -> ModelConfig:
+    keys.check_layout()
     for key, wanted in (
         ("add_bias_linear", False),
         ("rmsnorm", True),
@@ -281,8 +318,6 @@ def _parse_transformers(keys: _Keys, family: Literal["glm", "glm4"]) -> ModelCon
         raise ConfigError(f"{keys.source}: rotary scaling {rope_type!r:.200} is not supported; remove rope_scaling")
     if keys.raw.get("hidden_act", "silu") != "silu":
         raise keys.fail("hidden_act", "'silu'")
-    if "quantization_config" in keys.raw:
-        raise ConfigError(f"{keys.source}: quantization_config is not supported; use the unquantised model")
     head_dim, rope_keys = keys.count("head_dim", 128), _Keys({**keys.raw, **rope}, keys.source)
     return ModelConfig(
         family=family,

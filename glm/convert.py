@@ -17,7 +17,9 @@ from glm.converted import MANIFEST, FileFacts, Manifest, file_name, is_converted
 from glm.cost import stored_bytes
 from glm.ends import stored_lm_head
 from glm.errors import ConversionError, DiskSpaceError
+from glm.foreign_model import UNFINISHED
 from glm.hub import SMALL_FILES
+from glm.json_file import read_json_object
 from glm.layout import Unit, all_units
 from glm.model_source import open_checkpoint
 from glm.part_file import sync_directory, write_parts, write_text
@@ -26,7 +28,6 @@ from glm.quantization import StoredPart
 from glm.shapes import SHAPES, random_shape
 from glm.weights import quantized, read_parts
 
-UNFINISHED = "unfinished-conversion"
 _COPIED = (*SMALL_FILES, "*LICENSE*")
 _SPARE_BYTES = 64 << 20  # tokenizer, headers, what the file system itself takes
 
@@ -156,5 +157,5 @@ def _copy_small_files(model_dir: Path, out: Path) -> dict[str, Any]:
         for pattern in _COPIED:
             for path in filter(Path.is_file, model_dir.glob(pattern)):
                 shutil.copyfile(path, out / path.name)
-    raw: dict[str, Any] = json.loads((out / "config.json").read_bytes())
+    raw: dict[str, Any] = read_json_object(out / "config.json", ConversionError)
     return raw

@@ -14,11 +14,12 @@ from typing import Any
 
 from glm.config import load_config
 from glm.errors import ManifestError, MissingTensorError, ShardError
-from glm.json_file import read_json_object
+from glm.json_file import MOST_BYTES, read_json_object
 from glm.layout import Unit, all_units
 from glm.part_file import PartFile
 from glm.precision import Precision
 from glm.quantization import INT4_GROUP_SIZE, INT4_LEVELS, StoredPart
+from glm.small_file import is_file, read_whole
 
 MANIFEST = "converted.json"
 FORMAT = "glmpipe converted model"
@@ -81,7 +82,7 @@ def file_name(unit: str) -> str:
 
 def is_converted(model_dir: Path) -> bool:
     """Whether the directory is, or pretends to be, a converted model."""
-    return (model_dir / MANIFEST).is_file()
+    return is_file(model_dir / MANIFEST, ManifestError)
 
 
 def read_manifest(model_dir: Path) -> Manifest:
@@ -179,7 +180,7 @@ class ConvertedCheckpoint:
 
     def fingerprint(self) -> str:
         """A short word that tells models apart: the manifest has the checksums of all weights."""
-        texts = [(self.model_dir / name).read_bytes() for name in ("config.json", MANIFEST)]
+        texts = [read_whole(self.model_dir / n, ManifestError, MOST_BYTES) for n in ("config.json", MANIFEST)]
         return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
     def _open(self, unit: str) -> PartFile:

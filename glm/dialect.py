@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from glm.config import ModelConfig, directory_name
 from glm.errors import TokenizerError
 from glm.json_file import read_json_object
+from glm.small_file import is_file, read_beginning
 
 Dialect = Literal["chatglm", "chatglm2", "chatglm3", "codegeex2", "glm4", "template"]
 
@@ -84,9 +85,8 @@ def read_tokenizer_config(model_dir: Path) -> Mapping[str, Any]:
 
 def is_tiktoken_file(path: Path) -> bool:
     """Whether a file begins as tiktoken's text format does: a base64 piece, a space, its rank, a newline."""
-    if not path.is_file():
+    if not is_file(path, TokenizerError):
         return False
-    with path.open("rb") as file:
-        first = file.readline(512)
+    first = read_beginning(path, TokenizerError, 512).split(b"\n", 1)[0]
     piece, _, rank = first.rstrip(b"\r\n").partition(b" ")
     return bool(piece) and piece.isascii() and rank.isdigit() and not piece.startswith(b"version")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from glm.errors import GlmError
-from glm.lfs import is_lfs_pointer, lfs_complaint
+from glm.small_file import is_file, read_whole
 
 MOST_BYTES = 64 << 20
 """No published one has a tenth of that, and what is read takes ten times as much memory."""
@@ -17,17 +17,10 @@ def read_json_object(path: Path, error_type: type[GlmError]) -> dict[str, Any]:
     Raises:
         GlmError: of the type asked for: the file is there but no JSON object.
     """
-    if not path.is_file():
+    if not is_file(path, error_type):
         return {}
     try:
-        if is_lfs_pointer(path):
-            raise error_type(lfs_complaint(path))
-        num_bytes = path.stat().st_size
-        if num_bytes > MOST_BYTES:
-            raise error_type(f"{path} has {num_bytes} bytes, far more than such a file has: download it again")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise error_type(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        found = json.loads(read_whole(path, error_type, MOST_BYTES).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise error_type(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(found, dict):

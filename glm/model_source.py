@@ -7,9 +7,12 @@ from glm.checkpoint import Checkpoint, ModelSource
 from glm.config import ModelConfig, load_config
 from glm.converted import ConvertedCheckpoint, is_converted, read_manifest
 from glm.ends import stored_lm_head
+from glm.errors import ManifestError
+from glm.foreign_model import UNFINISHED, foreign_folder
 from glm.layout import all_units
 from glm.random_checkpoint import RandomCheckpoint
 from glm.shapes import random_shape
+from glm.small_file import is_file
 from glm.weights import wanted_shapes
 
 
@@ -21,6 +24,8 @@ def open_checkpoint(model_dir: Path) -> ModelSource:
     """
     if random_shape(model_dir) is not None:
         return RandomCheckpoint(model_dir)
+    if is_file(model_dir / UNFINISHED, ManifestError):
+        raise ManifestError(str(foreign_folder(model_dir)))
     return ConvertedCheckpoint(model_dir) if is_converted(model_dir) else Checkpoint(model_dir)
 
 

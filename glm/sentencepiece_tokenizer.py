@@ -11,7 +11,7 @@ from glm.config import ModelConfig
 from glm.decoding import EACH_BYTE, DecodingRules, Piece
 from glm.dialect import Dialect
 from glm.errors import TokenizerError
-from glm.tokenizer import Tokenizer, Vocabulary
+from glm.tokenizer import Tokenizer, Vocabulary, read_tokenizer_file
 
 LONGEST_BLANK = 80
 WORD_SPACE = "\u2581"
@@ -44,12 +44,16 @@ def load_chatglm(path: Path, dialect: Dialect, config: ModelConfig, settings: Ma
     processor = _load_processor(path)
     if processor.piece_to_id("<sop>") == processor.unk_id():
         raise TokenizerError(f"{path} has no piece <sop>: it is truncated or not ChatGLM-6B's; download it again")
-    shift = settings.get("num_image_tokens")
+    shift, implied = settings.get("num_image_tokens"), (config.bos_id or 0) - processor.piece_to_id("<sop>")
     if shift is None:
-        shift = (config.bos_id or 0) - processor.piece_to_id("<sop>")
+        shift = implied
+    complaint = f"tokenizer_config.json beside {path}: num_image_tokens is {shift!r}"
     if not isinstance(shift, int) or shift < 0:
+        raise TokenizerError(f"{complaint}, it must be 0 or a positive number")
+    if processor.vocab_size() + shift > config.vocab_size >= processor.vocab_size() + implied and implied >= 0:
         raise TokenizerError(
-            f"tokenizer_config.json beside {path}: num_image_tokens is {shift!r}, it must be 0 or a positive number"
+            f"{complaint}, but the model has {config.vocab_size} ids and bos_token_id {config.bos_id}, which fit "
+            f"{implied}: write {implied} there, or use the tokenizer_config.json of the same revision as config.json"
         )
     return ChatGlmTokenizer(processor, dialect, shift, settings)
 
@@ -148,11 +152,11 @@ def _piece(processor: SentencePieceProcessor, token_id: int) -> Piece:
 
 
 def _load_processor(path: Path) -> SentencePieceProcessor:
-    processor = SentencePieceProcessor()
+    processor, found = SentencePieceProcessor(), read_tokenizer_file(path)
     try:
-        processor.LoadFromSerializedProto(path.read_bytes())
+        processor.LoadFromSerializedProto(found)
     except (RuntimeError, OSError) as error:
         raise TokenizerError(
-            f"{path} ({path.stat().st_size} bytes) is no complete SentencePiece model: download it again"
+            f"{path} ({len(found)} bytes) is no complete SentencePiece model: download it again"
         ) from error
     return processor

@@ -11,7 +11,7 @@ from glm.config import ModelConfig
 from glm.decoding import DecodingRules, Piece, decode
 from glm.dialect import Dialect, detect_dialect, is_tiktoken_file, read_tokenizer_config
 from glm.errors import NoTokenizerError, TokenizerError
-from glm.lfs import is_lfs_pointer, lfs_complaint
+from glm.small_file import is_file, read_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,7 +131,6 @@ def load_tokenizer(model_dir: Path, config: ModelConfig, chat_format: str | None
     """
     dialect = detect_dialect(config, model_dir, chat_format)
     path, loader = _find_tokenizer_file(model_dir, dialect)
-    check_tokenizer_file(path)
     tokenizer = loader(path, dialect, config, read_tokenizer_config(model_dir))
     if tokenizer.vocab_size > config.vocab_size:
         raise TokenizerError(
@@ -141,18 +140,12 @@ def load_tokenizer(model_dir: Path, config: ModelConfig, chat_format: str | None
     return tokenizer
 
 
-def check_tokenizer_file(path: Path) -> None:
-    """Refuse what is no tokenizer at all: an empty file, one far too large, or a Git-LFS pointer."""
-    try:
-        if is_lfs_pointer(path):
-            raise TokenizerError(lfs_complaint(path))
-        num_bytes = path.stat().st_size
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error.strerror})") from error
-    if num_bytes == 0:
+def read_tokenizer_file(path: Path) -> bytes:
+    """All of the file. Raises TokenizerError: it is empty, far too large, a Git-LFS pointer, or cannot be read."""
+    found = read_whole(path, TokenizerError, MOST_TOKENIZER_BYTES)
+    if not found:
         raise TokenizerError(f"{path} is empty: download it again")
-    if num_bytes > MOST_TOKENIZER_BYTES:
-        raise TokenizerError(f"{path} has {num_bytes} bytes, far more than such a file has: download it again")
+    return found
 
 
 def _find_tokenizer_file(
@@ -171,7 +164,7 @@ def _find_tokenizer_file(
     if dialect in ("glm4", "template"):
         candidates.reverse()
     for name, loader in candidates:
-        if (model_dir / name).is_file():
+        if is_file(model_dir / name, TokenizerError):
             return model_dir / name, loader
     names = " or ".join(name for name, _ in candidates)
     raise NoTokenizerError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glm.errors import TokenizerError
+from glm.tokenizer import read_tokenizer_file
 
 MOST_CONTAINERS = 1 << 21
 """Objects and arrays: each takes a hundred times its two bytes."""
@@ -42,14 +43,12 @@ def read_tokenizer_json(path: Path, vocab_size: int) -> TokenizerJson:
         TokenizerError: it is not, or cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read_tokenizer_file(path)
         num_containers = data.count(b"{") + data.count(b"[")
         if num_containers > MOST_CONTAINERS:
             raise TokenizerError(f"{path} has {num_containers} objects and arrays, far more than such a file has")
         text = data.decode("utf-8")
         keys = json.loads(text)
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is no complete tokenizer.json ({error}): download it again") from error
     _check_sizes(path, keys, vocab_size)

@@ -1,12 +1,12 @@
 """`glmpipe cache`: what quantised layers take on disk, and removing them."""
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator.errors import CacheError, UsageError
+from coordinator.limits import no_size, parse_bytes
 from coordinator.progress import format_bytes
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ Float checkpoints that run at int8 or int4 are quantised when they are loaded. T
 $GLMPIPE_CACHE_DIR (default: glmpipe in $XDG_CACHE_HOME, which is ~/.cache) as long as a tenth of the disk, or 10 GB,
 stay free. GLMPIPE_CACHE=off, or --no-cache of the other commands, keeps nothing.
 """
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +86,7 @@ def _show(cache: Path, found: "tuple[Entry, ...]") -> None:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)b?", text.strip().lower())
-    if match is None:
-        raise UsageError(f"--max-size {text} is not a size; write 20GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    num_bytes = parse_bytes(text)
+    if num_bytes is None:
+        raise UsageError(f"--max-size {no_size(text)}")
+    return num_bytes

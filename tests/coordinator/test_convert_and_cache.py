@@ -65,7 +65,8 @@ def test_what_was_published_quantised_keeps_its_lm_head(tmp_path: Path, capsys: 
         (("cache", "prune"), "say what prune is to remove"),
         (("cache", "prune", "--all", "--older-than", "3"), "say what prune is to remove"),
         (("cache", "prune", "--older-than", "-1"), "must be 0 or more"),
-        (("cache", "prune", "--max-size", "big"), "write 20GB or 500MB"),
+        (("cache", "prune", "--max-size", "big"), "write a number and a unit, such as 2GiB or 800MB"),
+        (("cache", "prune", "--max-size", "20"), "--max-size '20' is not a size; write a number and a unit"),
         (("generate", "--prompt", "x", "--no-cache", "--cache-dir", "OUT"), "are both given"),
     ],
 )

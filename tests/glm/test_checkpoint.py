@@ -201,7 +201,10 @@ def test_an_unreadable_index_is_refused(text: str, tmp_path: Path) -> None:
     """Not JSON, or not an index."""
     write_checkpoint(tmp_path, num_shards=2)
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ShardError, match=r"index.json is not a readable weight index .* download it again"):
+    with pytest.raises(
+        ShardError,
+        match=r"index.json (is not readable JSON|is not a readable weight index|holds a list).* download it again",
+    ):
         Checkpoint(tmp_path)
 
 

@@ -1,8 +1,11 @@
 """Files of a model directory that mean harm: one error that names the file, soon, and nothing outside is read."""
 
+import contextlib
 import gc
 import json
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,12 @@ from glm import json_file
 from glm.chat_template import TemplateProcess
 from glm.checkpoint import Checkpoint
 from glm.config import MOST_LAYERS, load_config
+from glm.converted import read_manifest
 from glm.dialect import detect_dialect
-from glm.errors import ChatFormatError, ConfigError, ShardError, TokenizerError
+from glm.errors import ChatFormatError, ConfigError, GlmError, ShardError, TokenizerError
+from glm.foreign_model import foreign_folder
+from glm.generation import generation_defaults
+from glm.small_file import read_whole
 from glm.tokenizer import load_tokenizer, split_special
 from tests.tiny_checkpoints import CAUSAL, NATIVE, write_checkpoint
 from tests.tiny_tokenizers import tiny_config, train_tokenizer_json
@@ -42,6 +49,49 @@ def test_a_json_file_far_too_large_is_not_read(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "config.json").write_text(json.dumps(CAUSAL))
     with pytest.raises(ConfigError, match=r"config\.json has \d+ bytes, far more"):
         load_config(tmp_path)
+
+
+def sparse(path: Path, num_bytes: int) -> None:
+    """A file of a size that takes no room on the disk."""
+    with path.open("ab") as file:
+        file.truncate(num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("model.safetensors.index.json", Checkpoint),
+        ("config.json", lambda folder: Checkpoint(folder).fingerprint()),
+        ("config.json", load_config),
+        ("generation_config.json", lambda folder: generation_defaults(tiny_config("glm"), folder)),
+        ("tokenizer_config.json", lambda folder: load_tokenizer(folder, tiny_config("glm"))),
+        ("tokenizer.json", lambda folder: load_tokenizer(folder, tiny_config("glm"))),
+        ("chat_template.jinja", lambda folder: load_tokenizer(folder, tiny_config("glm"))),
+        ("tokenizer.model", lambda folder: load_tokenizer(folder, tiny_config("chatglm2"))),
+        ("ice_text.model", lambda folder: load_tokenizer(folder, tiny_config("chatglm"))),
+        ("converted.json", read_manifest),
+        ("adapter_config.json", foreign_folder),
+    ],
+)
+def test_a_file_of_gigabytes_is_not_read(name: str, read: Callable[[Path], object], tmp_path: Path) -> None:
+    """Every file of a model that is read whole: ten sparse gigabytes are refused by name, in little memory."""
+    write_checkpoint(tmp_path, num_shards=2)
+    train_tokenizer_json(tmp_path)
+    sparse(tmp_path / name, 10 << 30)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(GlmError):
+            told = str(read(tmp_path))
+            assert name == "adapter_config.json", told
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_small_file_that_has_no_end_is_read_up_to_its_limit() -> None:
+    """A size that says little, as of a file that grows or is made up while it is read, does not count."""
+    with pytest.raises(ConfigError, match="has 1001 bytes, far more"):
+        read_whole(Path("/dev/zero"), ConfigError, 1000)
 
 
 @pytest.mark.parametrize(

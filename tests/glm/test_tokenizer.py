@@ -101,6 +101,13 @@ def test_image_tokens_shift_all_ids(tmp_path: Path) -> None:
         assert shifted.decode([5, 19999, -1]) == ""
 
 
+def test_image_tokens_of_another_revision_are_told_with_the_right_number(tmp_path: Path) -> None:
+    """A tokenizer_config.json of the first revision beside later weights: the number to write, not another model."""
+    train_chatglm(tmp_path, num_image_tokens=20000)
+    with pytest.raises(TokenizerError, match=r"num_image_tokens is 20000, .* 4096 ids .* which fit 0: write 0 there"):
+        load_tokenizer(tmp_path, tiny_config("chatglm", bos_id=8))
+
+
 def test_glm4_special_ids_come_from_the_config(tmp_path: Path) -> None:
     """Where tokenizer_config.json places special tokens, that holds; a mismatch with the ranks is damage."""
     first = write_glm4(tmp_path)
