@@ -86,7 +86,7 @@ def launch(
     config = load_config(description)
     checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
     check_hosts(checked_plan, listening)
-    text = text or _whole_text(description, config, chat_format)
+    text = text or _whole_text(description, config, chat_format, on_note or (lambda _: None))
     checkpoint = _whole_weights(resolve_model(model, revision), config)
     most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
     told = (checkpoint.model_dir, checkpoint.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
@@ -107,9 +107,11 @@ def launch(
         raise
 
 
-def _whole_text(model_dir: Path, config: ModelConfig, chat_format: str | None) -> ModelText:
+def _whole_text(model_dir: Path, config: ModelConfig, chat_format: str | None, on_note: NoteSink) -> ModelText:
     text = read_model_text(model_dir, config, chat_format)
     text.check_files()
+    for note in text.notes():
+        on_note(f"note: {note}")
     return text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from coordinator.conversation import Wanted
 from glm.chat_format import ChatMessage, chat_format_for
 from glm.config import ModelConfig
+from glm.dialect import find_dialect
 from glm.errors import NoTokenizerError, TokenizerError
 from glm.generation import GenerationDefaults, generation_defaults
 from glm.tokenizer import Tokenizer, load_tokenizer
@@ -16,11 +17,17 @@ from glm.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ModelText:
-    """A model's tokenizer, or why there is none, and its generation defaults."""
+    """A model's tokenizer, or why there is none, and its generation defaults.
+
+    `chat_note` and `rotary_note` say how files were understood that several models share, and why; empty where nothing
+    could be misunderstood.
+    """
 
     defaults: GenerationDefaults
     found: Tokenizer | None
     complaint: TokenizerError | None
+    chat_note: str = ""
+    rotary_note: str = ""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -29,6 +36,11 @@ class ModelText:
             assert self.complaint is not None
             raise self.complaint
         return self.found
+
+    def notes(self, wanted: Wanted | None = None) -> tuple[str, ...]:
+        """What to tell of it to whoever asks in this way; None: in any."""
+        is_chat = wanted in ("chat", None) and self.found is not None
+        return tuple(note for note in (self.chat_note if is_chat else "", self.rotary_note) if note)
 
     def check(self, wanted: Wanted) -> None:
         """Raises TokenizerError or ChatFormatError where that cannot be had."""
@@ -54,8 +66,12 @@ def read_model_text(model_dir: Path, config: ModelConfig, chat_format: str | Non
         GlmError: another of these files is unreadable or holds something impossible.
     """
     tokenizer = complaint = None
+    chat_note = ""
     try:
         tokenizer = load_tokenizer(model_dir, config, chat_format)
+        if config.family == "chatglm2" or chat_format is not None:
+            chat_note = find_dialect(config, model_dir, chat_format).note
     except TokenizerError as error:
         complaint = error
-    return ModelText(generation_defaults(config, model_dir, tokenizer), tokenizer, complaint)
+    defaults = generation_defaults(config, model_dir, tokenizer)
+    return ModelText(defaults, tokenizer, complaint, chat_note, config.rotary_note)

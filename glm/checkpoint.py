@@ -14,6 +14,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError, safe_open
 
+from glm.config import load_config
 from glm.errors import CheckpointError, LfsPointerError, MissingTensorError, ShardError, TensorShapeError
 from glm.foreign_model import foreign_folder, foreign_names
 from glm.json_file import MOST_BYTES, read_json_object
@@ -126,7 +127,10 @@ class Checkpoint:
 
         Reads 64 KiB of each shard, so that two fine-tunes of one model differ without reading either whole.
         """
-        digest = hashlib.sha256(read_whole(self.model_dir / "config.json", CheckpointError, MOST_BYTES))
+        keys = read_whole(self.model_dir / "config.json", CheckpointError, MOST_BYTES)
+        digest = hashlib.sha256(keys)
+        if b"rope_ratio" in keys and (scaling := load_config(self.model_dir).rotary_scaling) != 1.0:
+            digest.update(f"positions / {scaling}".encode())  # other files decide it, which hosts may not share
         for shard in sorted(set(self.shard_of.values())):
             size = shard.stat().st_size
             digest.update(f"{shard.name}:{size}:".encode())

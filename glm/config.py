@@ -8,6 +8,7 @@ from typing import Any, Literal
 from glm.errors import ConfigError
 from glm.foreign_model import foreign_folder, scheme_complaint
 from glm.json_file import read_json_object
+from glm.lineage import Lineage, directory_name, find_lineage
 from glm.shapes import SHAPES, random_shape
 from glm.small_file import is_file
 
@@ -38,7 +39,9 @@ class ModelConfig:
 
     `family` names the on-disk layout and block: "chatglm" is ChatGLM-6B, "chatglm2" everything published since in
     the publisher's own layout (ChatGLM2/3-6B, CodeGeeX2, GLM-4-9B-chat), "glm" and "glm4" are transformers' layouts.
-    Sizes are counts of elements. `rotary_dim` is the width of a head that is rotated.
+    Sizes are counts of elements. `rotary_dim` is the width of a head that is rotated, and positions count as divided
+    by `rotary_scaling`. `published_name`, `saved_by` (a version of transformers) and `rope_ratio` are what config.json
+    itself says, of use for telling models of one layout apart.
     """
 
     family: Family
@@ -65,6 +68,12 @@ class ModelConfig:
     position_encoding_2d: bool = False
     quantization_bits: int | None = None
     quantized_ends: bool = False
+    rotary_scaling: float = 1.0
+    rotary_note: str = ""
+    """How rope_ratio was understood and why, for people; empty where there is nothing to understand."""
+    rope_ratio: float | None = None
+    published_name: str = ""
+    saved_by: str = ""
 
     @property
     def is_prefix_lm(self) -> bool:
@@ -91,19 +100,16 @@ def load_config(model_dir: Path) -> ModelConfig:
     if not is_file(path, ConfigError):
         raise ConfigError(foreign_folder(model_dir) or f"{model_dir} has no config.json: is this a model directory?")
     raw = read_json_object(path, ConfigError)
-    return parse_config(raw, source=str(path), name=directory_name(model_dir))
+    return parse_config(raw, source=str(path), name=directory_name(model_dir), model_dir=model_dir)
 
 
-def directory_name(model_dir: Path) -> str:
-    """The directory's own name, or `org/name` inside a hub's cache (models--org--name/snapshots/COMMIT)."""
-    model_dir = model_dir.resolve()
-    if model_dir.parent.name != "snapshots":
-        return model_dir.name
-    return model_dir.parent.parent.name.removeprefix("models--").replace("--", "/")
+def parse_config(
+    raw: Mapping[str, Any], *, source: str = "config.json", name: str = "", model_dir: Path | None = None
+) -> ModelConfig:
+    """Turn the keys of a config.json into a `ModelConfig`; `source` is how error messages call it.
 
-
-def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: str = "") -> ModelConfig:
-    """Turn the keys of a config.json into a `ModelConfig`; `source` is how error messages call it."""
+    The other files of `model_dir` tell how rope_ratio is meant, where the keys do not.
+    """
     keys = _Keys(raw, source)
     model_type = raw.get("model_type")
     if "pre_seq_len" in keys.raw:
@@ -120,7 +126,42 @@ def parse_config(raw: Mapping[str, Any], *, source: str = "config.json", name: s
     else:
         raise ConfigError(f"{source}: model_type {model_type!r:.200} is not supported; supported are {SUPPORTED}")
     keys.check(config)
-    return replace(config, name=str(raw.get("_name_or_path") or name))
+    published = str(raw.get("_name_or_path") or "")
+    config = replace(
+        config, name=published or name, published_name=published, saved_by=str(raw.get("transformers_version") or "")
+    )
+    return _with_rope_ratio(config, keys, model_dir) if config.family == "chatglm2" else config
+
+
+def _with_rope_ratio(config: ModelConfig, keys: "_Keys", model_dir: Path | None) -> ModelConfig:
+    """ChatGLM2-6B-32k divides positions by rope_ratio; ChatGLM3 and GLM-4 multiply the rotary base by it.
+
+    `rope_scaling` says which, where somebody has written it: of type `linear` with a `factor`, or `default`.
+    """
+    ratio = config.rope_ratio
+    if "rope_scaling" in keys.raw:
+        factor = keys.linear_factor(keys.mapping("rope_scaling"))
+        if factor is not None:
+            return replace(config, rotary_scaling=factor, rotary_note=_rotary_note(factor, "rope_scaling says so"))
+        lineage = Lineage("chatglm3", "rope_scaling says so")
+    elif ratio in (None, 1.0):
+        return config
+    else:
+        lineage = find_lineage(config, model_dir)
+    ratio = 1.0 if ratio is None else ratio
+    is_divided = lineage.ancestor in ("chatglm2", "codegeex2")
+    reason = lineage.reason
+    if not lineage.is_certain:
+        other = '{"type": "default"}' if is_divided else f'{{"type": "linear", "factor": {ratio:g}}}'
+        reason += f'. That is a guess; for the other way put "rope_scaling": {other} into config.json'
+    if is_divided:
+        return replace(config, rotary_scaling=ratio, rotary_note=_rotary_note(ratio, f"as in ChatGLM2: {reason}"))
+    note = f"the rotary base is multiplied by {ratio:g}, as in ChatGLM3 and GLM-4: {reason}"
+    return replace(config, rotary_base=config.rotary_base * ratio, rotary_note=note)
+
+
+def _rotary_note(divisor: float, reason: str) -> str:
+    return f"positions are divided by {divisor:g}, {reason}"
 
 
 class _Keys:
@@ -215,6 +256,18 @@ class _Keys:
             raise self.fail(key, "an object")
         return value
 
+    def linear_factor(self, rope: Mapping[str, Any]) -> float | None:
+        """What positions are divided by; None where rotary scaling is of the default type."""
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type == "default":
+            return None
+        if rope_type != "linear":
+            raise ConfigError(
+                f"{self.source}: rotary scaling {rope_type!r:.200} is not supported; remove rope_scaling, or make it "
+                "'linear' or 'default'"
+            )
+        return _Keys(rope, f"{self.source}, rope_scaling").number("factor", 0.0)
+
     def check(self, config: ModelConfig) -> None:
         """What must hold between keys, in every family."""
         if config.num_heads % config.num_kv_heads:
@@ -300,7 +353,8 @@ def _parse_chatglm2(keys: _Keys) -> ModelConfig:
         max_context=keys.count("seq_length"),
         norm_eps=keys.number("layernorm_epsilon", 1e-5),
         rotary_dim=head_dim // 2,
-        rotary_base=10000.0 * keys.number("rope_ratio", 1.0),
+        rotary_base=10000.0,
+        rope_ratio=keys.number("rope_ratio", 1.0) if "rope_ratio" in keys.raw else None,
         stored_dtype=keys.stored_dtype(),
         eos_ids=keys.token_ids("eos_token_id"),
         pad_id=keys.token_id("pad_token_id"),
@@ -313,9 +367,7 @@ def _parse_chatglm2(keys: _Keys) -> ModelConfig:
 def _parse_transformers(keys: _Keys, family: Literal["glm", "glm4"]) -> ModelConfig:
     """Keys and defaults of transformers' GlmConfig and Glm4Config (rope keys at the top before 5.0, nested since)."""
     rope = {**keys.mapping("rope_scaling"), **keys.mapping("rope_parameters")}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ConfigError(f"{keys.source}: rotary scaling {rope_type!r:.200} is not supported; remove rope_scaling")
+    factor = keys.linear_factor(rope)
     if keys.raw.get("hidden_act", "silu") != "silu":
         raise keys.fail("hidden_act", "'silu'")
     head_dim, rope_keys = keys.count("head_dim", 128), _Keys({**keys.raw, **rope}, keys.source)
@@ -333,6 +385,7 @@ def _parse_transformers(keys: _Keys, family: Literal["glm", "glm4"]) -> ModelCon
         norm_eps=keys.number("rms_norm_eps", 1.5625e-07),
         rotary_dim=int(head_dim * rope_keys.number("partial_rotary_factor", 0.5)),
         rotary_base=rope_keys.number("rope_theta", 10000.0),
+        rotary_scaling=factor or 1.0,
         stored_dtype=keys.stored_dtype(),
         eos_ids=keys.token_ids("eos_token_id"),
         pad_id=keys.token_id("pad_token_id"),

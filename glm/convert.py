@@ -21,6 +21,7 @@ from glm.foreign_model import UNFINISHED
 from glm.hub import SMALL_FILES
 from glm.json_file import read_json_object
 from glm.layout import Unit, all_units
+from glm.lineage import find_lineage
 from glm.model_source import open_checkpoint
 from glm.part_file import sync_directory, write_parts, write_text
 from glm.precision import Precision
@@ -68,7 +69,8 @@ def convert(
         progress("", done, done)
         raw = _copy_small_files(model_dir, out)
         name, fingerprint = config.name or model_dir.name, checkpoint.fingerprint()
-        manifest = Manifest(name, fingerprint, precision, lm_head_precision, raw, files)
+        lineage = find_lineage(config, model_dir) if config.family == "chatglm2" else None
+        manifest = Manifest(name, fingerprint, precision, lm_head_precision, raw, files, lineage)
         write_text(out / MANIFEST, manifest.to_json())
     return manifest
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from glm.config import load_config
 from glm.errors import ManifestError, MissingTensorError, ShardError
 from glm.json_file import MOST_BYTES, read_json_object
 from glm.layout import Unit, all_units
+from glm.lineage import MANIFEST as MANIFEST
+from glm.lineage import Lineage
 from glm.part_file import PartFile
 from glm.precision import Precision
 from glm.quantization import INT4_GROUP_SIZE, INT4_LEVELS, StoredPart
 from glm.small_file import is_file, read_whole
 
-MANIFEST = "converted.json"
 FORMAT = "glmpipe converted model"
 VERSION = 2
 _AS_PUBLISHED = "as published"
@@ -46,6 +47,8 @@ class Manifest:
     lm_head_precision: Precision | None
     config: Mapping[str, Any]
     files: Mapping[str, FileFacts]
+    lineage: Lineage | None = None
+    """What it was found to descend from, also by files that are not here, of a layout that several models share."""
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -53,7 +56,11 @@ class Manifest:
         fields = {
             "format": FORMAT,
             "version": VERSION,
-            "source": {"name": self.source_name, "fingerprint": self.source_fingerprint},
+            "source": {
+                "name": self.source_name,
+                "fingerprint": self.source_fingerprint,
+                **({} if self.lineage is None else {"lineage": asdict(self.lineage)}),
+            },
             "scheme": scheme(self.precision) | {"lm_head": lm_head.value if lm_head else _AS_PUBLISHED},
             "config": self.config,
             "files": {

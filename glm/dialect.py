@@ -1,92 +1,59 @@
 """Which published way of talking a model has: its special ids, its chat format, its end ids."""
 
-import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from glm.config import ModelConfig, directory_name
+from glm.config import ModelConfig
 from glm.errors import TokenizerError
-from glm.json_file import read_json_object
-from glm.small_file import is_file, read_beginning
+from glm.lineage import find_lineage
 
 Dialect = Literal["chatglm", "chatglm2", "chatglm3", "codegeex2", "glm4", "template"]
 
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
-_NAME_HINTS: tuple[tuple[str, Dialect], ...] = (
-    ("chatglm3", "chatglm3"),
-    ("chatglm2", "chatglm2"),
-    ("codegeex2", "codegeex2"),
-    ("codegeex4", "glm4"),
-    ("glm-4", "glm4"),
-    ("glm4", "glm4"),
-)
+
+@dataclass(frozen=True, slots=True)
+class FoundDialect:
+    """A model's dialect and why it is taken for that; `is_certain` is false for a guess."""
+
+    dialect: Dialect
+    reason: str
+    is_certain: bool = True
+
+    @property
+    def note(self) -> str:
+        """A line for people."""
+        if self.is_certain:
+            return f"chat format {self.dialect}: {self.reason}"
+        others = ", ".join(name for name in ("chatglm2", "chatglm3", "codegeex2", "glm4") if name != self.dialect)
+        return (
+            f"chat format {self.dialect} is a guess, as {self.reason} and nothing in its files says more: if answers "
+            f"look wrong, name another one with --chat-format ({others})"
+        )
 
 
-def detect_dialect(config: ModelConfig, model_dir: Path, chat_format: str | None = None) -> Dialect:
+def find_dialect(config: ModelConfig, model_dir: Path, chat_format: str | None = None) -> FoundDialect:
     """Decide the dialect of a model; what the caller says in `chat_format` wins.
 
-    ChatGLM2, ChatGLM3, CodeGeeX2 and GLM-4 share one config layout. For that layout the evidence is, strongest first:
-
-    1. tokenizer.model in tiktoken's text format: GLM-4;
-    2. tokenizer_config.json knows `<|user|>` (as an added token or in its chat template): GLM-4 if its vocabulary
-       is GLM-4's, else ChatGLM3;
-    3. a published name in `_name_or_path` of config.json, `name_or_path` of tokenizer_config.json, or the directory
-       (the repository's name for a directory of the hub's cache);
-    4. numbers: a vocabulary of 150,000 or more is GLM-4's; `seq_length` 8192 is ChatGLM3's; anything else ChatGLM2.
+    ChatGLM2, ChatGLM3, CodeGeeX2 and GLM-4 share one config layout, see `lineage.find_lineage`.
 
     Raises:
         TokenizerError: `chat_format` is none of `DIALECTS`, or tokenizer_config.json is unreadable.
     """
     for dialect in DIALECTS:
         if chat_format == dialect:
-            return dialect
+            return FoundDialect(dialect, "as was asked for")
     if chat_format is not None:
         raise TokenizerError(f"chat format {chat_format!r} is not known; known are {', '.join(DIALECTS)}")
     if config.family == "chatglm":
-        return "chatglm"
+        return FoundDialect("chatglm", "config.json has ChatGLM-6B's layout")
     if config.family in ("glm", "glm4"):
-        return "template"
-    return _detect_own_layout(config, model_dir)
+        return FoundDialect("template", "models in transformers' layout bring a chat template")
+    lineage = find_lineage(config, model_dir)
+    return FoundDialect(lineage.ancestor, lineage.reason, lineage.is_certain)
 
 
-def _detect_own_layout(config: ModelConfig, model_dir: Path) -> Dialect:
-    settings = read_tokenizer_config(model_dir)
-    has_large_vocabulary = config.vocab_size >= 150_000
-    if is_tiktoken_file(model_dir / "tokenizer.model"):
-        return "glm4"
-    if _mentions(settings, "<|user|>"):
-        return "glm4" if has_large_vocabulary else "chatglm3"
-    for name in (config.name, str(settings.get("name_or_path", "")), directory_name(model_dir)):
-        for hint, dialect in _NAME_HINTS:
-            if hint in name.lower():
-                return dialect
-    if has_large_vocabulary:
-        return "glm4"
-    return "chatglm3" if config.max_context == 8192 else "chatglm2"
-
-
-def _mentions(settings: Mapping[str, Any], name: str) -> bool:
-    try:
-        return name in json.dumps(settings, ensure_ascii=False)
-    except RecursionError:  # it can be read just so
-        return False
-
-
-def read_tokenizer_config(model_dir: Path) -> Mapping[str, Any]:
-    """The keys of tokenizer_config.json; none when there is no such file.
-
-    Raises:
-        TokenizerError: the file is there but no JSON object.
-    """
-    return read_json_object(model_dir / "tokenizer_config.json", TokenizerError)
-
-
-def is_tiktoken_file(path: Path) -> bool:
-    """Whether a file begins as tiktoken's text format does: a base64 piece, a space, its rank, a newline."""
-    if not is_file(path, TokenizerError):
-        return False
-    first = read_beginning(path, TokenizerError, 512).split(b"\n", 1)[0]
-    piece, _, rank = first.rstrip(b"\r\n").partition(b" ")
-    return bool(piece) and piece.isascii() and rank.isdigit() and not piece.startswith(b"version")
+def detect_dialect(config: ModelConfig, model_dir: Path, chat_format: str | None = None) -> Dialect:
+    """The dialect alone; see `find_dialect`."""
+    return find_dialect(config, model_dir, chat_format).dialect

@@ -24,9 +24,12 @@ class RotaryTable(NamedTuple):
 
 
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """fp32 [pairs]: the angle a pair turns by from one position to the next."""
+    """fp32 [pairs]: the angle a pair turns by from one position to the next.
+
+    To divide positions by `rotary_scaling` is to divide these, as transformers does for its linear type.
+    """
     width = config.rotary_dim // 2 if config.position_encoding_2d else config.rotary_dim
-    return _inverse_frequencies(width, config.rotary_base, config.is_prefix_lm)
+    return _inverse_frequencies(width, config.rotary_base, config.is_prefix_lm) / config.rotary_scaling
 
 
 @cache

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from glm.config import ModelConfig
 from glm.decoding import DecodingRules, Piece, decode
-from glm.dialect import Dialect, detect_dialect, is_tiktoken_file, read_tokenizer_config
+from glm.dialect import Dialect, detect_dialect
 from glm.errors import NoTokenizerError, TokenizerError
+from glm.lineage import is_tiktoken_file, read_tokenizer_config
 from glm.small_file import is_file, read_whole
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK
 from coordinator.plan_file import read_plan_file
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 from coordinator.recovery import DEFAULT_RECOVERY
+from glm.dialect import DIALECTS
 from protocol.errors import EndpointError, KeyFileError, SecurityError
 
 PLACEMENT = (
@@ -32,6 +33,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="DIR|ID", help="a model directory or hub id (default: the demo model inside)")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
+    group.add_argument(
+        "--chat-format",
+        choices=DIALECTS,
+        help="how a conversation is written for the model, where its files do not say, or say it wrongly",
+    )
     group.add_argument(
         "--cache-dir",
         metavar="DIR",
@@ -300,7 +306,16 @@ def refuse_with_connect(options: argparse.Namespace) -> None:
         raise UsageError(f"{names} would look into the launch that --connect uses: give it to `glmpipe launch` instead")
     given = [
         name
-        for name in (*PLACEMENT, *OTHER_HOSTS, "plan", "model", "revision", "cache_dir", "steps_in_flight")
+        for name in (
+            *PLACEMENT,
+            *OTHER_HOSTS,
+            "plan",
+            "model",
+            "revision",
+            "chat_format",
+            "cache_dir",
+            "steps_in_flight",
+        )
         if getattr(options, name) is not None
     ]
     given += [name for name in ("no_speculation", "no_prefix_reuse", "replan") if getattr(options, name)]

@@ -128,7 +128,7 @@ def _choose(
     check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
     check_hosts(plan, listening)
-    text, doubts = _model_text(description, config, wanted)
+    text, doubts = _model_text(description, config, wanted, options.chat_format)
     log.say(*describe(plan, verbose=options.verbose), event="plan")
     log.say(
         *(f"note: {note}" for note in (*notes(request, plan), *doubts)),
@@ -137,16 +137,18 @@ def _choose(
     return _Chosen(model, revision, config, plan, text)
 
 
-def _model_text(model_dir: Path, config: ModelConfig, wanted: Wanted | None) -> tuple[ModelText, tuple[str, ...]]:
+def _model_text(
+    model_dir: Path, config: ModelConfig, wanted: Wanted | None, chat_format: str | None
+) -> tuple[ModelText, tuple[str, ...]]:
     """The model's tokenizer and chat format, before its weights are fetched or loaded, and what to note about them."""
     from coordinator.model_text import read_model_text
 
-    text = read_model_text(model_dir, config)
+    text = read_model_text(model_dir, config, chat_format)
     if wanted is not None:
         text.check(wanted)
-        return text, ()
+        return text, text.notes(wanted)
     doubt = text.check_files()
-    return text, () if doubt is None else (doubt,)
+    return text, (*text.notes(), *(() if doubt is None else (doubt,)))
 
 
 def log_of(options: argparse.Namespace) -> Log:

@@ -16,7 +16,7 @@ from glm.demo import demo_model_dir
 from glm.errors import ConfigError, MissingTensorError, NoTokenizerError, TensorShapeError, TokenizerError
 from glm.model_source import check_weights, open_checkpoint
 from tests.tiny_checkpoints import CAUSAL, FAMILIES, NATIVE, write_checkpoint
-from tests.tiny_tokenizers import train_tokenizer_json
+from tests.tiny_tokenizers import train_chatglm2, train_tokenizer_json
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1018370\n"
 QKV = "transformer.encoder.layers.3.self_attention.query_key_value.weight"
@@ -71,6 +71,27 @@ def test_a_chat_format_that_cannot_be_is_told_first(tmp_path: Path, capsys: pyte
     assert "the model's chat template is not valid Jinja" in capsys.readouterr().err
     assert main(["generate", "--raw", "--prompt", "x", "--model", str(tmp_path)]) == 2
     assert "has no weights" in capsys.readouterr().err
+
+
+def test_the_chat_format_taken_is_said_and_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the reason, before anything loads; token ids have no use for it, but for how positions are understood."""
+    keys = {**CAUSAL, "padded_vocab_size": 4096, "seq_length": 8192}
+    (tmp_path / "config.json").write_text(json.dumps({**keys, "rope_ratio": 16}))
+    train_chatglm2(tmp_path)
+    for words, said in (
+        (["chat"], "note: chat format chatglm2 is a guess, as its rope_ratio is 16"),
+        (["chat", "--chat-format", "chatglm3"], "note: chat format chatglm3: as was asked for"),
+        (["generate", "--ids", "5"], "note: positions are divided by 16, as in ChatGLM2"),
+    ):
+        assert main([*words, "--model", str(tmp_path)]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert ("chat format" in err) is (words[0] == "chat")
+        assert "has no weights" in err
+    with pytest.raises(SystemExit):
+        main(["chat", "--chat-format", "llama"])
+    assert main(["chat", "--connect", "x", "--chat-format", "glm4"]) == 2
+    assert "drop --chat-format" in capsys.readouterr().err
 
 
 def test_impossible_generation_defaults_are_told_first(tmp_path: Path) -> None:

@@ -48,6 +48,31 @@ def test_rotary_bases() -> None:
     assert parse_config({**NATIVE, "partial_rotary_factor": 0.25}).rotary_dim == 4
 
 
+def test_rope_ratio_divides_positions_in_chatglm2_and_multiplies_the_base_later() -> None:
+    """The name decides where no file does; what was understood is said, and whether that was a guess."""
+    second = parse_config({**CAUSAL, "rope_ratio": 16, "_name_or_path": "THUDM/chatglm2-6b-32k"})
+    assert (second.rotary_base, second.rotary_scaling) == (10000, 16)
+    assert second.rotary_note == (
+        "positions are divided by 16, as in ChatGLM2: config.json calls it 'THUDM/chatglm2-6b-32k'"
+    )
+    third = parse_config({**CAUSAL, "rope_ratio": 16, "_name_or_path": "THUDM/chatglm3-6b-32k"})
+    assert (third.rotary_base, third.rotary_scaling) == (160_000, 1)
+    assert third.rotary_note.startswith("the rotary base is multiplied by 16, as in ChatGLM3 and GLM-4")
+    guessed = parse_config({**CAUSAL, "rope_ratio": 50}).rotary_note
+    assert 'for the other way put "rope_scaling": {"type": "linear", "factor": 50} into config.json' in guessed
+    assert parse_config({**CAUSAL, "rope_ratio": 1}).rotary_note == parse_config(CAUSAL).rotary_note == ""
+
+
+def test_rope_scaling_overrides_what_is_found_of_rope_ratio() -> None:
+    """Written by whoever knows better than the names: linear divides, default multiplies."""
+    keys = {**CAUSAL, "rope_ratio": 16}
+    linear = parse_config({**keys, "rope_scaling": {"type": "linear", "factor": 16}, "_name_or_path": "chatglm3-6b"})
+    assert (linear.rotary_base, linear.rotary_scaling) == (10000, 16)
+    default = parse_config({**keys, "rope_scaling": {"rope_type": "default"}, "_name_or_path": "chatglm2-6b"})
+    assert (default.rotary_base, default.rotary_scaling) == (160_000, 1)
+    assert parse_config({**NATIVE, "rope_scaling": {"type": "linear", "factor": 4}}).rotary_scaling == 4
+
+
 def test_mask_ids_of_early_revisions() -> None:
     """ChatGLM-6B's first revisions name neither mask id: both are counted back from bos."""
     keys = {key: value for key, value in PREFIX.items() if "mask" not in key}
@@ -145,6 +170,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (NATIVE, {"rope_parameters": "default"}, "rope_parameters is 'default', it must be an object"),
     (NATIVE, {"rope_scaling": [4]}, r"rope_scaling is \[4\], it must be an object"),
     (NATIVE, {"rope_scaling": {"type": "yarn", "factor": 4}}, "rotary scaling 'yarn' is not supported; remove"),
+    (CAUSAL, {"rope_scaling": {"type": "dynamic"}}, "rotary scaling 'dynamic' is not supported; remove"),
+    (NATIVE, {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is None, it must be a positive number"),
     (NATIVE, {"partial_rotary_factor": 2.0}, "a rotary width of 32 does not fit heads of 16"),
     (NATIVE, {"partial_rotary_factor": 0.01}, "a rotary width of 0 does not fit heads of 16"),
     (NATIVE, {"head_dim": 15}, "a rotary width of 7 does not fit heads of 15"),

@@ -1,5 +1,6 @@
 """Rung 1: every family's undivided model equals the outputs of the original implementation."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,3 +173,22 @@ def forward_pieces(model: Model, ids: list[int], sizes: list[int], layout: Promp
         segment = Segment(cache, cache.length, len(part), layout)
         logits.append(model.head.forward(model.layers.forward(model.embedding.forward(part), [segment])))
     return torch.cat(logits)
+
+
+POSITIONS_32K = (601, 603, 357, 205, 541, 297, 165, 220, 281, 551, 366)
+
+
+def test_the_longer_chatglm2_divides_its_positions(shared_dir: Path, tmp_path: Path) -> None:
+    """The ids are those of transformers' Glm with the same weights and a linear factor of 16."""
+    for file in GoldenSet(shared_dir, "chatglm2-safetensors").checkpoint_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = Checkpoint(tmp_path).fingerprint()
+    raw = json.loads((tmp_path / "config.json").read_text())
+    longer = {**raw, "rope_ratio": 16, "_name_or_path": "THUDM/chatglm2-6b-32k"}
+    (tmp_path / "config.json").write_text(json.dumps(longer))
+    greedy = Model.load(Checkpoint(tmp_path), load_config(tmp_path)).greedy(POSITIONS_32K, 12)
+    assert greedy == [425, 431, 265, 73, 262, 273, 578, 223, 457, 506, 73, 457]
+    divided = Checkpoint(tmp_path).fingerprint()
+    (tmp_path / "tokenizer_config.json").write_text('{"name_or_path": "THUDM/chatglm3-6b-32k"}')
+    assert load_config(tmp_path).rotary_base == 160_000
+    assert len({before, divided, Checkpoint(tmp_path).fingerprint()}) == 3  # two hosts would notice

@@ -51,6 +51,17 @@ CASES = {
     "glm-whole-head-rotation": Case(
         "glm", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}
     ),
+    "glm-divided-positions": Case(
+        "glm",
+        {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 3.0,
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ),
     "glm4": Case("glm4", {"attention_bias": True}),
     "glm4-z1-32b": Case(
         "glm4",
@@ -153,12 +164,14 @@ def test_rope_keys_are_read_in_both_styles(pair: Pair, tmp_path: Path) -> None:
     raw = json.loads((pair.model_dir / "config.json").read_text())
     rope = raw.pop("rope_parameters")
     old = {**raw, "rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
-    old |= {"rope_scaling": None, "torch_dtype": old.pop("dtype")}
+    linear = {"type": "linear", "factor": rope["factor"]} if rope["rope_type"] == "linear" else None
+    old |= {"rope_scaling": linear, "torch_dtype": old.pop("dtype")}
     for stored in pair.model_dir.iterdir():
         (tmp_path / stored.name).symlink_to(stored)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(old))
     new_config, old_config = load_config(pair.model_dir), load_config(tmp_path)
+    assert old_config.rotary_scaling == new_config.rotary_scaling
     assert (old_config.rotary_base, old_config.rotary_dim) == (new_config.rotary_base, new_config.rotary_dim)
     assert torch.equal(our_outputs(load(tmp_path), SHORT)["logits"], our_outputs(load(pair.model_dir), SHORT)["logits"])
 
