@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from coordinator.errors import GenerationError
 from coordinator.pipeline import FIRST_STEP_ID, Outcome, Pipeline
 from coordinator.recovery import Patience
 from coordinator.scheduler import Chunk, StepKind
+from coordinator.signals import signals_deferred
 from coordinator.timing import EndsClock
 from glm.ends import Embedding
+from glm.errors import faults_as
 from protocol.data import KvUpdate, Span, Step
 from protocol.limits import MAX_UPDATES
 
@@ -61,14 +64,12 @@ class Chain:
         return sum(flight.kind == kind for flight in self._in_flight)
 
     def send(self, kind: StepKind, chunks: tuple[Chunk, ...]) -> None:
-        """Embed the chunks' tokens and send them as one step."""
-        step_id = self._submit(kind, chunks)
-        for chunk in chunks:
-            sequence = chunk.sequence
-            sequence.num_sent = chunk.end
-            sequence.num_held = chunk.end + len(chunk.drafted)
-            sequence.num_steps_in_flight += 1
-            sequence.last_step_id = step_id
+        """Embed the chunks' tokens and send them as one step.
+
+        Raises:
+            GenerationError: they could not be embedded; nothing was sent.
+        """
+        self._submit(kind, chunks)
 
     def flush(self) -> None:
         """Send the updates although there is nothing to compute. Nobody waits for these steps' outcomes."""
@@ -121,16 +122,25 @@ class Chain:
         """How long to wait for the stages to take a step, or for an outcome."""
         return self._patience.limit_s((flight.kind, flight.num_tokens) for flight in self._in_flight if flight.kind)
 
-    def _submit(self, kind: StepKind | None, chunks: tuple[Chunk, ...]) -> int:
+    def _submit(self, kind: StepKind | None, chunks: tuple[Chunk, ...]) -> None:
+        """Send a step and remember it: both or neither, whatever interrupts."""
         updates = tuple(self.updates[:MAX_UPDATES])
         flight = InFlight(next(self._step_ids), kind, chunks, tuple(map(_span, chunks)))
-        with flight.clock.embedding:
+        with flight.clock.embedding, faults_as(GenerationError, "the coordinator could not embed the tokens"):
             ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
             hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
-        self._pipeline.submit(Step(self._epoch, flight.step_id, updates, flight.spans, ()), hidden, self._limit_s)
-        self._in_flight.append(flight)
-        del self.updates[: len(updates)]
-        return flight.step_id
+        step = Step(self._epoch, flight.step_id, updates, flight.spans, ())
+        self._pipeline.wait_for_room(self._limit_s)
+        with signals_deferred():
+            self._pipeline.submit(step, hidden, self._limit_s)
+            self._in_flight.append(flight)
+            del self.updates[: len(updates)]
+            for chunk in chunks:
+                sequence = chunk.sequence
+                sequence.num_sent = chunk.end
+                sequence.num_held = chunk.end + len(chunk.drafted)
+                sequence.num_steps_in_flight += 1
+                sequence.last_step_id = flight.step_id
 
 
 def _span(chunk: Chunk) -> Span:

@@ -43,6 +43,8 @@ class Engine:
         self._last_kind: StepKind = "decode"
         self._sequence_ids = itertools.count(1)
         self._is_suspended = False
+        self._failed: list[Sequence] = []
+        """Of whom no step could be made: told with the next outcome."""
 
     def new_sequence_id(self) -> int:
         """An id that no sequence of this engine had before."""
@@ -132,8 +134,9 @@ class Engine:
                     rejected += self._reject_stuck()
                     break
                 took_part = self._take(*self._chain.collect())
+        failed, self._failed = self._failed, []
         self._retire()
-        return [*((sequence, None) for sequence in rejected), *took_part]
+        return [*((sequence, None) for sequence in (*rejected, *failed)), *took_part]
 
     def prefill(self, sequence: Sequence) -> torch.Tensor:
         """Feed the whole prompt of an added sequence, alone, without sampling; the last layer's [num_tokens, hidden].
@@ -147,6 +150,8 @@ class Engine:
         with self._chain.doubted():
             while sequence.num_sent < sequence.num_prompt and sequence.error is None:
                 self._send(next_step([sequence], self.settings, kind="prefill"))
+                if sequence.error is not None:
+                    break
                 flight, outcome = self._chain.collect()
                 while not flight.chunks:  # carried updates only
                     flight, outcome = self._chain.collect()
@@ -254,7 +259,13 @@ class Engine:
     def _send(self, decision: Decision) -> None:
         growth = sum(max(0, c.end + len(c.drafted) - c.sequence.num_reserved) for c in decision.chunks)
         self._make_room(growth)
-        self._chain.send(decision.kind, decision.chunks)
+        try:
+            self._chain.send(decision.kind, decision.chunks)
+        except GenerationError as error:
+            for chunk in decision.chunks:
+                chunk.sequence.error = error
+                self._failed.append(chunk.sequence)
+            return
         self._last_kind = decision.kind
         if decision.kind == "prefill":
             self.pacing.disturb()
@@ -307,7 +318,7 @@ class Engine:
 
     def _reject_stuck(self) -> list[Sequence]:
         """A sequence that runs alone and cannot grow within the budget would wait for ever."""
-        return [self._over_budget(sequence) for sequence in self._running[:1]]
+        return [self._over_budget(sequence) for sequence in self._running[:1] if not sequence.is_finished]
 
     def _over_budget(self, sequence: Sequence) -> Sequence:
         sequence.error = GenerationError(
@@ -325,7 +336,8 @@ class Engine:
         self._running = [sequence for sequence in self._running if not sequence.is_finished]
         self._waiting = [sequence for sequence in self._waiting if not sequence.is_finished]
         if self.is_idle and self._chain.updates and not self._is_suspended:
-            with self._chain.doubted(), contextlib.suppress(StageLost):  # a lost stage has forgotten everything anyway
+            # A lost stage has forgotten everything anyway; what could not be sent goes along with the next step.
+            with self._chain.doubted(), contextlib.suppress(StageLost, GenerationError):
                 self._chain.flush()
 
     def _leave(self, sequence: Sequence) -> None:

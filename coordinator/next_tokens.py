@@ -8,6 +8,7 @@ from coordinator.errors import GenerationError
 from coordinator.scheduler import Chunk
 from coordinator.timing import EndsClock
 from glm.ends import Head
+from glm.errors import faults_as
 from glm.logprobs import token_logprobs
 from glm.speculation import verify
 
@@ -18,6 +19,8 @@ ROWS_AT_ONCE = 128
 def next_tokens(head: Head, chunks: tuple[Chunk, ...], hidden: torch.Tensor, clock: EndsClock) -> None:
     """Append to every sequence that a chunk completes; those that have finished meanwhile are left alone.
 
+    What fails for one sequence is that one's error; only the product for all of them fails all of them.
+
     Args:
         hidden: [num_tokens, hidden_size], the chunks' tokens one after the other.
     """
@@ -25,21 +28,24 @@ def next_tokens(head: Head, chunks: tuple[Chunk, ...], hidden: torch.Tensor, clo
     parts = [
         (chunk, hidden[start : start + len(chunk.token_ids)]) for chunk, start in zip(chunks, starts, strict=False)
     ]
-    live = [(chunk, rows) for chunk, rows in parts if not chunk.sequence.is_finished]
-    wanted = [(chunk, rows[chunk.num_tokens - 1 :]) for chunk, rows in live if chunk.completes]
-    try:
-        with clock.head:
-            for chunk, rows in live:
-                if chunk.sequence.wants_prompt_logprobs:
+    with clock.head:
+        for chunk, rows in parts:
+            if chunk.sequence.wants_prompt_logprobs and not chunk.sequence.is_finished:
+                with chunk.sequence.failing("the coordinator could not compute the logits"):
                     _score_prompt(head, chunk, rows)
-            logits = head.forward(torch.cat([rows for _, rows in wanted])) if wanted else hidden.new_empty(0)
-    except (RuntimeError, MemoryError) as error:  # torch says so when a device has no memory left
-        for chunk, _ in live:
-            chunk.sequence.error = GenerationError(f"the coordinator could not compute the logits: {error}")
-        return
+        live = [(chunk, rows) for chunk, rows in parts if not chunk.sequence.is_finished]
+        wanted = [(chunk, rows[chunk.num_tokens - 1 :]) for chunk, rows in live if chunk.completes]
+        try:
+            with faults_as(GenerationError, "the coordinator could not compute the logits"):
+                logits = head.forward(torch.cat([rows for _, rows in wanted])) if wanted else hidden.new_empty(0)
+        except GenerationError as error:  # torch says so when a device has no memory left
+            for chunk, _ in live:
+                chunk.sequence.error = error
+            return
     with clock.sampling:
         for (chunk, _), rows in zip(wanted, logits.split([len(rows) for _, rows in wanted]), strict=True):
-            _choose(chunk, rows)
+            with chunk.sequence.failing("the coordinator could not choose a token"):
+                _choose(chunk, rows)
 
 
 def _score_prompt(head: Head, chunk: Chunk, hidden: torch.Tensor) -> None:

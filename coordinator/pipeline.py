@@ -10,6 +10,7 @@ import torch
 import zmq
 
 from coordinator.errors import StageLost, StepStuck
+from coordinator.signals import signals_deferred
 from coordinator.stamps import believable
 from protocol.data import Span, Step, StepFailed
 from protocol.errors import ProtocolError
@@ -141,8 +142,8 @@ class Pipeline:
         except ProtocolError as error:
             raise StageLost(f"stage 1 cannot be connected to: {error}") from None
 
-    def submit(self, step: Step, hidden: torch.Tensor, limit_s: Limit | None = None) -> None:
-        """Send a step down the chain; waits, watching the stages' health, where the first queue is full or not there.
+    def wait_for_room(self, limit_s: Limit | None = None) -> None:
+        """Wait, watching the stages' health, while the first queue is full or not there.
 
         Raises:
             StepStuck: it took nothing for `limit_s()` seconds, although all stages live.
@@ -154,10 +155,19 @@ class Pipeline:
             self.took_nothing = True
             raise
         self._stood_still_s += waiting.stood_still_s
+
+    def submit(self, step: Step, hidden: torch.Tensor, limit_s: Limit | None = None) -> None:
+        """Send a step down the chain, whole whatever interrupts: the first frame of one must not begin the next.
+
+        Raises:
+            StepStuck: see `wait_for_room`.
+        """
+        self.wait_for_room(limit_s)
         submitted = _Submitted(time.monotonic(), self._stood_still_s, step.spans, tuple(hidden.shape))
-        self._submitted[step.step_id] = submitted
-        self.num_sent += 1
-        send(self._push, step, (to_raw(hidden),))
+        with signals_deferred():
+            self._submitted[step.step_id] = submitted
+            self.num_sent += 1
+            send(self._push, step, (to_raw(hidden),))
 
     def collect(self, epoch: int, limit_s: Limit | None = None) -> Outcome:
         """The next outcome of this epoch, in the order of submission.

@@ -8,6 +8,7 @@ from coordinator.errors import GenerationError
 from coordinator.scheduler import SchedulerSettings
 from glm.chat_format import ChatMessage, Role, chat_format_for
 from glm.config import ModelConfig
+from glm.errors import faults_as
 from glm.sampling_params import SamplingParams
 from glm.tokenizer import Tokenizer
 from protocol import client
@@ -16,13 +17,18 @@ Prompt = client.ChatPrompt | client.TextPrompt | client.TokenPrompt
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Callable[[], Tokenizer]) -> list[int]:
-    """The token ids a prompt becomes; `tokenizer` is asked for only where there is text."""
+    """The token ids a prompt becomes; `tokenizer` is asked for only where there is text.
+
+    Raises:
+        TokenizerError, ChatFormatError: the model cannot be asked so. GenerationError: nobody knows why it failed.
+    """
     if isinstance(prompt, client.TokenPrompt):
         return list(prompt.token_ids)
-    if isinstance(prompt, client.TextPrompt):
-        return tokenizer().encode_prompt(prompt.text)
-    messages = [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata) for turn in prompt.turns]
-    return chat_format_for(tokenizer()).encode(messages)
+    with faults_as(GenerationError, "the prompt could not be turned into token ids"):
+        if isinstance(prompt, client.TextPrompt):
+            return tokenizer().encode_prompt(prompt.text)
+        messages = [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata) for turn in prompt.turns]
+        return chat_format_for(tokenizer()).encode(messages)
 
 
 def max_model_len(config: ModelConfig, settings: SchedulerSettings) -> int:

@@ -1,8 +1,11 @@
 """One request on its way: its token ids, which are the only truth, and what follows from them."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
+from contextlib import contextmanager
 
 from coordinator.errors import GenerationError
+from glm.errors import GlmError, faults_as
 from glm.logprobs import TokenLogprob
 from glm.positions import PromptLayout
 from glm.sampling import Sampler
@@ -85,6 +88,15 @@ class Sequence:
     def num_reserved(self) -> int:
         """Tokens of KV cache that count as taken: a prompt as soon as its first part is fed."""
         return max(self.num_held, len(self.token_ids)) if self.is_prefilling else self.num_held
+
+    @contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong in this block is this sequence's error and nobody else's; `what` says what failed."""
+        try:
+            with faults_as(GenerationError, what):
+                yield
+        except (GenerationError, GlmError) as error:
+            self.error = error if isinstance(error, GenerationError) else GenerationError(str(error))
 
     def finish_prompt(self) -> None:
         """The whole prompt is cached; ends here when nothing is to be sampled."""

@@ -2,7 +2,9 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,13 @@ GLM4_SPECIAL = (
     "<|end_of_video|>",
 )
 
+LONGEST_BLANK = 100_000
+"""Characters of white space, line ends aside, that tiktoken's engine may walk back over; it gives up at 500,000."""
+# What Unicode calls white space, without line ends: Python's own `\s` has four more.
+BLANK_RUN = "[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{%d,}+"
+LONG_TEXT = 4096
+"""From so many characters on other threads go on while a text is cut; handing over costs more than a short text."""
+
 
 def load_tiktoken(path: Path, dialect: Dialect, config: ModelConfig, settings: Mapping[str, Any]) -> Tokenizer:
     """GLM-4's `tokenizer.model`: a line for each rank, its bytes in base64, a space, the rank."""
@@ -73,12 +82,34 @@ class TiktokenTokenizer(Tokenizer):
         )
         self._bytes = list(ranks)
         self._special_bytes = {token_id: name.encode() for name, token_id in special.items()}
-        self._encoding = tiktoken.Encoding(
-            "glm4", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens=dict(special)
-        )
+        self._ranks = dict(ranks)
+        self._encoding = self._encoding_of(SPLIT_PATTERN)
+        self._long_blank = re.compile(BLANK_RUN % LONGEST_BLANK)
+
+    def _encoding_of(self, pattern: str) -> tiktoken.Encoding:
+        special = dict(self.vocabulary.special)
+        return tiktoken.Encoding("glm4", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=special)
+
+    @cached_property
+    def _whole(self) -> tiktoken.Encoding:
+        """Takes a text as one word."""
+        return self._encoding_of("(?s:.+)")
 
     def _encode_text(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        """Long white space apart: by SPLIT_PATTERN it is a word of its own, without its last character where text
+        follows, or belongs to the line end behind it. Nothing before such a word changes where it is cut off.
+        """
+        ids: list[int] = []
+        start = 0
+        for run in self._long_blank.finditer(text):
+            behind = text[run.end() : run.end() + 1]
+            if behind in ("\r", "\n"):
+                continue
+            end = run.end() - 1 if behind else run.end()
+            ids += self._encoding.encode_ordinary(text[start : run.start()])
+            ids += self._whole.encode_ordinary(text[run.start() : end])
+            start = end
+        return ids + self._encoding.encode_ordinary(text[start:])
 
     def piece(self, token_id: int) -> Piece:
         if 0 <= token_id < len(self._bytes):
@@ -170,7 +201,9 @@ class JsonTokenizer(Tokenizer):
     def _encode_text(self, text: str) -> list[int]:
         if self._own_rules is not None:
             return self._own_rules.encode(text)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        if len(text) < LONG_TEXT:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode_batch([text], add_special_tokens=False)[0].ids  # this call lets other threads run
 
     def piece(self, token_id: int) -> Piece:
         added = self._added.get(token_id)

@@ -1,6 +1,7 @@
 """From a conversation to a prompt's token ids, as each published model wants it."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -43,12 +44,22 @@ class ChatFormat(Protocol):
         ...
 
 
+_making = threading.Lock()
+
+
 def chat_format_for(tokenizer: Tokenizer) -> ChatFormat:
-    """The chat format of a model's dialect.
+    """The chat format of a model's dialect, the same one each time: a template has a process of its own.
 
     Raises:
         ChatFormatError: the model has no chat template, or its tokenizer lacks the role tokens.
     """
+    with _making:
+        if tokenizer.chat_format is None:
+            tokenizer.chat_format = _new_chat_format(tokenizer)
+        return tokenizer.chat_format
+
+
+def _new_chat_format(tokenizer: Tokenizer) -> ChatFormat:
     if tokenizer.dialect == "chatglm":
         return RoundsFormat(tokenizer, first_round=0, newlines="\n", bare_first=True)
     if tokenizer.dialect == "chatglm2":

@@ -1,8 +1,10 @@
 """What a model brings along and others have written, run in a process that has seconds, some memory and no files."""
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any, Literal
@@ -11,19 +13,22 @@ _PROGRAM = Path(__file__).with_name("confined_program.py")
 
 
 class Confined:
-    """`confined_program.py`, begun with `source` and begun again where it was lost."""
+    """`confined_program.py`, begun with `source` and begun again where it was lost. Several threads may ask it."""
 
     def __init__(self, what: Literal["template", "words"], source: str) -> None:
         self._what = what
         self._source = source
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
         self.begun = self._start()
         """What it said to the source: nothing, `error` and a text, or None where it was lost."""
 
     def ask(self, question: Any) -> dict[str, Any] | None:
         """Its answer, which may be an `error`; None: it took more time or memory than it has, and was lost."""
-        if self.process.poll() is not None:
-            self._start()
-        return self._ask(question)
+        with self._lock:
+            if self.process.poll() is not None:
+                self._start()
+            return self._ask(question)
 
     def _start(self) -> dict[str, Any] | None:
         # A session of its own: Ctrl-C in a terminal is for the program that the user runs.
@@ -38,15 +43,29 @@ class Confined:
         return self._ask(self._source)
 
     def _ask(self, question: Any) -> dict[str, Any] | None:
-        process = self.process
-        assert process.stdin is not None and process.stdout is not None
+        """Whatever interrupts this ends the process: half a question or an answer nobody waits for is left in it."""
+        number = next(self._numbers)
         try:
-            process.stdin.write(json.dumps(question).encode() + b"\n")
-            process.stdin.flush()
-            answer: dict[str, Any] = json.loads(process.stdout.readline())
-        except (OSError, ValueError):  # it has ended: a broken pipe, or no whole line
+            self._write({"number": number, "question": question})
+            answer = self._read()
+            while answer["number"] < number:  # the interruption was interrupted: that process lives, and is behind
+                answer = self._read()
+        except (OSError, ValueError, TypeError, LookupError):  # it has ended: a broken pipe, or no whole line
             self._close()
             return None
+        except BaseException:
+            self._close()
+            raise
+        return answer
+
+    def _write(self, question: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(question).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
 
 

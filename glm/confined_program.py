@@ -2,8 +2,9 @@
 
     python -I confined_program.py template | words
 
-Reads lines of JSON from stdin: first the source of a chat template, or a tokenizer.json; then on each line the
-variables of a rendering, or a text. Answers each with a line: `{"text": ...}`, `{"ids": [...]}` or `{"error": ...}`.
+Reads lines of JSON from stdin, `{"number": ..., "question": ...}`: first the source of a chat template, or a
+tokenizer.json; then in each line the variables of a rendering, or a text. Answers each with a line that has the same
+number: `{"number": ..., "text": ...}`, or with `"ids"` or `"error"` in place of the text.
 What takes more processor time or memory than it may ends it. Started by `glm.confined` in isolated mode, so it imports
 nothing of this project.
 """
@@ -36,15 +37,15 @@ def main() -> None:
     _restrict(most_bytes)
     for line in sys.stdin:
         _allow_cpu_s(MOST_BEGIN_CPU_S if answer is None else MOST_CPU_S)
+        received = json.loads(line)
         try:
-            received = json.loads(line)
             if answer is None:
-                answer, said = begin(received), {}
+                answer, said = begin(received["question"]), {}
             else:
-                said = answer(received)
+                said = answer(received["question"])
         except BaseException as error:  # a template may raise anything, and a library's panic is no Exception
             said = {"error": f"{type(error).__name__}: {error}"[:1000] if str(error) else type(error).__name__}
-        print(json.dumps(said), flush=True)
+        print(json.dumps({**said, "number": received["number"]}), flush=True)
 
 
 def _restrict(most_bytes: int) -> None:

@@ -24,6 +24,8 @@ Every message names the culprit, the number and the remedy, and is meant to be s
 """
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class GlmError(Exception):
@@ -103,3 +105,18 @@ class ChatFormatError(GlmError):
 
 class SamplingError(GlmError):
     """Sampling params with impossible values."""
+
+
+@contextmanager
+def faults_as(kind: type[Exception], what: str) -> Iterator[None]:
+    """At the border to a library: whatever it raises in this block becomes a `kind` that says `what` failed.
+
+    That includes the panics of libraries written in Rust, which are no ordinary exceptions: one request's fault must
+    not end a program that serves others. Errors that say already what is wrong pass as they are.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, GlmError, kind):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {textwrap.shorten(str(error), 300) or type(error).__name__}") from error

@@ -35,7 +35,8 @@ class Sampler:
 
     @property
     def num_guarded(self) -> int:
-        """How often a score was NaN or infinite and the guard id was chosen: more than 0 means a broken model."""
+        """How often a score was NaN or infinite, or so large that a penalty made it infinite, and the guard id was
+        chosen: more than 0 means a broken model."""
         return self._num_guarded
 
     def sample(self, logits: Tensor) -> int:
@@ -48,14 +49,20 @@ class Sampler:
     def _choose(self, logits: Tensor) -> int:
         # A sum is taken in a tenth of the time, and is finite only if all of them are; finite ones may overflow it.
         if not math.isfinite(float(logits.sum())) and not bool(torch.isfinite(logits).all()):
-            self._num_guarded += 1
-            return self._guard_id
+            return self._guard()
         logits = self._penalise(logits)
+        # A penalty is a factor: of a huge score it makes an infinite one. Some of -inf are tokens without a chance.
+        if self._params.repetition_penalty != 1 and not math.isfinite(float(logits.max())):
+            return self._guard()
         if self._params.is_greedy:
             return int(logits.argmax())
         token_ids, scores = candidates(logits, self._params)
         chosen = int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
         return chosen if token_ids is None else int(token_ids[chosen])
+
+    def _guard(self) -> int:
+        self._num_guarded += 1
+        return self._guard_id
 
     def _penalise(self, logits: Tensor) -> Tensor:
         penalty = self._params.repetition_penalty

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from glm.config import ModelConfig
 from glm.decoding import DecodingRules, Piece, decode
 from glm.dialect import Dialect, detect_dialect
-from glm.errors import NoTokenizerError, TokenizerError
+from glm.errors import NoTokenizerError, TokenizerError, faults_as
 from glm.lineage import is_tiktoken_file, read_tokenizer_config
 from glm.small_file import is_file, read_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from glm.chat_format import ChatFormat
 
 
 MOST_TOKENIZER_BYTES = 64 << 20
@@ -50,6 +52,8 @@ class Tokenizer(ABC):
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
+        self.chat_format: ChatFormat | None = None
+        """Kept here by `glm.chat_format.chat_format_for`, once it was asked for."""
 
     @property
     def dialect(self) -> Dialect:
@@ -75,20 +79,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of text that holds no special tokens and no lone surrogates."""
+        """Ids of text that holds no special tokens and no lone surrogates. May raise anything, see `encode`."""
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of a text, without what a prompt has before and after it.
 
         With `allow_special` the names of special tokens in the text become their ids, as far as the published
         tokenizer does so.
+
+        Raises:
+            TokenizerError: the library behind it cannot take this text.
         """
         text = _without_surrogates(text)
-        if not allow_special:
-            return self._encode_text(text)
+        special = self.vocabulary.typed_special if allow_special else {}
         ids: list[int] = []
-        for part, special_id in split_special(text, self.vocabulary.typed_special):
-            ids.extend(self._encode_text(part) if special_id is None else [special_id])
+        with faults_as(TokenizerError, f"the tokenizer cannot take this text of {len(text)} characters"):
+            for part, special_id in split_special(text, special):
+                ids.extend(self._encode_text(part) if special_id is None else [special_id])
         return ids
 
     def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:

@@ -33,6 +33,9 @@ class InProcessPipeline:
         self.steps: list[Step] = []
         self._outcomes: deque[Outcome] = deque()
 
+    def wait_for_room(self, _limit_s: object = None) -> None:
+        """There always is."""
+
     def submit(self, step: Step, hidden: torch.Tensor, _limit_s: object = None) -> None:
         self.steps.append(step)
         started_at_s, timings = time.monotonic(), []

@@ -279,3 +279,50 @@ def test_speculation_changes_no_token(family: str, shared_dir: Path) -> None:
         found[speculate] = (greedy.new_ids, seeded.new_ids)
         assert (greedy.num_drafted > 0) is speculate
     assert found[True] == found[False]
+
+
+class _Panic(BaseException):
+    """As what libraries written in Rust raise: no Exception."""
+
+
+@pytest.mark.parametrize("fault", [_Panic("gave up"), RuntimeError("device lost"), IndexError("out of range")])
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_sampler_that_fails_fails_its_own_request_only(
+    fault: BaseException, speculate: bool, shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences in the same steps: one's error, of whatever class, and the other's tokens."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 5)], speculate=speculate)
+    bad, good = (sequence_for(engine, config, list(row.token_ids), 4) for _ in range(2))
+
+    def fail(_logits: object) -> int:
+        raise fault
+
+    monkeypatch.setattr(bad.sampler, "sample", fail)
+    drain(engine)
+    assert str(bad.error) == f"the coordinator could not choose a token: {fault}"
+    assert tuple(good.new_ids) == row.greedy_ids[:4]
+    assert pipeline.stages[0].num_sequences == 0
+
+
+def test_an_embedding_that_fails_fails_the_step_only(shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory for a prompt's embeddings: that request is told, the stages never hear of it."""
+    golden = GoldenSet(shared_dir, "chatglm2")
+    row = next(row for row in golden.rows() if row.case == "short")
+    engine, pipeline, config = in_process_engine(golden.checkpoint_dir, [(0, 5)])
+    good = sequence_for(engine, config, list(row.token_ids), 4)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.embedding, "forward", _no_memory)
+        failed = sequence_for(engine, config, list(row.token_ids), 4)
+        told = [sequence for _ in range(2) for sequence, _ in engine.step()]
+    assert failed in told and "could not embed the tokens: no memory" in str(failed.error)
+    again = sequence_for(engine, config, list(row.token_ids), 4)
+    drain(engine)
+    assert tuple(again.new_ids) == row.greedy_ids[:4]
+    assert good.is_finished and pipeline.stages[0].num_sequences == 0
+
+
+def _no_memory(_: object) -> None:
+    raise RuntimeError("no memory")

@@ -1,6 +1,7 @@
 """The coordinator's two ends of the chain, with the test in the stages' place."""
 
 import itertools
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -197,3 +198,28 @@ def test_wire_time_is_what_the_stages_did_not_spend(chain: Chain) -> None:
     assert last.wire_s == pytest.approx(0.125 + max(0.0, outcome.arrived_at_s - timings[1].sent_at_s))
     assert timing.ends.wire_s == pytest.approx(last.wire_s - 0.125)
     assert timing.ends.compute_s == 0
+
+
+class _InterruptedBetweenFrames:
+    """A socket behind whose first frame Ctrl-C arrives."""
+
+    def __init__(self, socket: Socket) -> None:
+        self._socket = socket
+
+    def send(self, frame: bytes, flags: int, **options: object) -> None:
+        self._socket.send(frame, flags, **options)
+        if flags & zmq.SNDMORE:
+            signal.raise_signal(signal.SIGINT)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._socket, name)
+
+
+def test_an_interruption_between_two_frames_leaves_a_whole_step(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first frame would begin the next step, which no stage would understand: what it says is done is lost."""
+    hidden = torch.randn(2, 3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chain.pipeline, "_push", _InterruptedBetweenFrames(chain.pipeline._push))
+        chain.pipeline.submit(a_step(1), hidden)
+    chain.pipeline.submit(a_step(2), hidden)
+    assert [decode(receive(chain.pull))[0].step_id for _ in range(2)] == [1, 2]  # type: ignore[union-attr]

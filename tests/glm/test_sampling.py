@@ -1,5 +1,7 @@
 """Choosing the next token: equal to transformers' rules, reproducible, and robust against broken scores."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,3 +157,38 @@ def test_impossible_values_are_listed_at_once() -> None:
         assert fault in message
     for fault in ("seed is -1", "stop is ('',)", "max_new_tokens is 0", "greedy is 1"):
         assert fault in message
+
+
+@pytest.mark.parametrize("huge", [1e38, 3e38])
+@pytest.mark.parametrize("penalty", [0.01, 0.5, 100])
+@pytest.mark.parametrize("params", [{"greedy": True}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1, "top_p": 0.9}])
+def test_scores_that_a_penalty_makes_infinite_give_the_guard_id(
+    huge: float, penalty: float, params: dict[str, Any]
+) -> None:
+    """Finite ones, of either sign, that overflow once they are penalised: a token each time, never an error."""
+    for sign in (1, -1):
+        sampler = Sampler(SamplingParams(repetition_penalty=penalty, seed=1, **params), range(8), guard_id=5)
+        token_id = sampler.sample(torch.full((8,), sign * huge))
+        overflows = huge / penalty > 3.4e38 if sign > 0 else huge * penalty > 3.4e38
+        assert sampler.num_guarded == overflows
+        assert token_id == 5 or not overflows
+
+
+PARAMS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 1e-5, 1.0, 100.0]),
+        "top_k": st.sampled_from([0, 1, 3, 2**31 - 1]),
+        "top_p": st.sampled_from([5e-324, 1e-9, 0.5, 1.0]),
+        "min_p": st.sampled_from([0.0, 5e-324, 0.5, 1.0]),
+        "repetition_penalty": st.sampled_from([0.01, 0.9, 1.0, 100.0]),
+    }
+)
+SCORES = st.floats(width=32) | st.sampled_from([3.4e38, -3.4e38, 1e-45, 0.0, float("inf"), float("-inf"), float("nan")])
+
+
+@given(scores=st.lists(SCORES, min_size=1, max_size=8), params=PARAMS)
+def test_any_scores_and_params_give_a_token(scores: list[float], params: dict[str, Any]) -> None:
+    """Whatever a model says and whatever a user wishes within the bounds: one of the tokens there are."""
+    sampler = Sampler(SamplingParams(seed=1, **params), range(len(scores)))
+    for _ in range(2):
+        assert 0 <= sampler.sample(torch.tensor(scores)) < len(scores)

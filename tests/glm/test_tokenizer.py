@@ -1,10 +1,14 @@
 """Tokenizers of every kind, on small ones trained on the spot: loading, special tokens, broken files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from glm.byte_level_tokenizer import BLANK_RUN, TiktokenTokenizer
 from glm.config import ModelConfig
 from glm.errors import TokenizerError
 from glm.tokenizer import Tokenizer, load_tokenizer
@@ -159,3 +163,39 @@ def test_a_decoder_that_is_not_byte_level_is_refused(directories: dict[str, Path
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(TokenizerError, match="ByteLevel"):
         load_tokenizer(tmp_path, config_of("template"))
+
+
+BLANKS = st.sampled_from([" ", "\t", "\n", "\r", "\u00a0", "\u3000", "\x85", "\x1c", "\u180e", "\u200b", "\u2028"])
+PIECES = st.one_of(
+    BLANKS, BLANKS.map(lambda blank: 5 * blank), st.sampled_from(["a", "你", "'s", ".", "!?", "12", "\0"])
+)
+
+
+@given(text=st.lists(PIECES, max_size=12).map("".join), longest=st.integers(2, 6))
+def test_long_blanks_apart_change_no_id(text: str, longest: int, directories: dict[str, Path]) -> None:
+    """Wherever white space is taken out of the library's hands, the ids are those it gives for the whole text."""
+    tokenizer = load_tokenizer(directories["glm4"], config_of("glm4"))
+    assert isinstance(tokenizer, TiktokenTokenizer)
+    tokenizer._long_blank = re.compile(BLANK_RUN % longest)
+    assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+
+
+class _PanicException(BaseException):
+    """As what libraries written in Rust raise when they give up: no Exception."""
+
+
+@pytest.mark.parametrize("fault", [_PanicException("gave up"), MemoryError(), RecursionError("deep"), IndexError()])
+def test_a_librarys_fault_over_a_text_is_one_typed_error(
+    fault: BaseException, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whatever class it is; only what ends programs passes."""
+
+    def fail(_: str) -> list[int]:
+        raise fault
+
+    monkeypatch.setattr(tokenizer, "_encode_text", fail)
+    with pytest.raises(TokenizerError, match=f"this text of 2 characters: {str(fault) or type(fault).__name__}"):
+        tokenizer.encode_prompt("ab")
+    fault = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("ab")

@@ -195,3 +195,12 @@ def test_random_ids_of_glm4(ids: list[int], skip_special: bool) -> None:
         pieces = [tokenizer.piece(token_id) for token_id in ids]
         data = b"".join(piece.data for piece in pieces if not piece.is_special)
         assert text == data.decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("tail", ["", "x", "\n1"])
+@pytest.mark.parametrize("blank", [" ", "\u00a0", "\u3000"])
+def test_a_million_blanks_are_taken(blank: str, tail: str) -> None:
+    """More than the library behind GLM-4's tokenizer bears in one piece; nothing of them is lost."""
+    tokenizer = load("glm-4-9b-chat")
+    text = "\u4f60" + 999_999 * blank + tail
+    assert b"".join(tokenizer.piece(token_id).data for token_id in tokenizer.encode(text)) == text.encode()
