@@ -27,6 +27,7 @@ from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
 from coordinator.whereabouts import IDLE_HEARTBEATS, MOST_IDLE_BYTES, IdleWatch, Place, locate
 from protocol.control import HostModel, Inspect, InspectedPart, Join, Ping, Pong, Progress, Ready
+from protocol.descriptors import raise_descriptor_limit
 from protocol.sockets import Socket
 
 JOIN_DEADLINE_S = 120.0
@@ -335,6 +336,7 @@ class Cluster(Closing):
         self._resources.close()
 
     def _bring_up(self, stack: ExitStack, on_log: LogSink | None, listening: Listening | None) -> None:
+        raise_descriptor_limit()
         stages = self.plan.stages
         hosts = tuple(stage.host for stage in stages)
         self.runtime_dir = stack.enter_context(RuntimeDir())

@@ -101,8 +101,11 @@ class Door:
         def report(flood: Flood) -> None:
             names = sorted({name for key in flood.keys if (name := self.allowed.name_of(key)) is not None})
             who = f"{flood.address} ({' or '.join(names)})" if names else flood.address
-            held_mb = flood.held_bytes / 1e6
-            say(f"ended {_FLOODED[flood.domain].format(who)}: {held_mb:.0f} MB came that were no messages")
+            what = _FLOODED[flood.domain].format(who)
+            if flood.num_strangers:
+                say(f"ended {flood.num_strangers} times {what}: nobody has shaken hands there")
+            else:
+                say(f"ended {what}: {flood.held_bytes / 1e6:.0f} MB came that were no messages")
 
         return Gatekeeper(context, report)
 

@@ -19,11 +19,12 @@ from types import MappingProxyType
 from typing import IO, Self
 
 from coordinator.closing import Closing
-from coordinator.errors import LaunchError, WorkerDied
+from coordinator.errors import LaunchError, StageLost, WorkerDied
 from coordinator.log import WorkerLine
 from coordinator.plan import StagePlan
 from coordinator.signals import signals_deferred
 from coordinator.worker_command import usable_cores, worker_command, worker_environment
+from protocol.descriptors import PASSING, descriptor_limit
 
 LogSink = Callable[[str], None]
 """Takes one line of a worker's output, a `WorkerLine`. Called from the launcher's reader threads."""
@@ -122,7 +123,7 @@ class Launcher(Closing):
         """Put another process in the place of a stage's worker, which is killed if it still lives.
 
         Raises:
-            LaunchError: it cannot be spawned.
+            LaunchError: it cannot be spawned. StageLost: not just now, for want of descriptors or memory.
         """
         assert self._lifeline is not None
         place = next(i for i, worker in enumerate(self._workers) if worker.stage_index == index)
@@ -131,6 +132,11 @@ class Launcher(Closing):
             with signals_deferred():
                 self._workers[place] = self._spawn(index, self._lifeline[0])
         except OSError as error:
+            if error.errno in PASSING:
+                raise StageLost(
+                    f"stage {index + 1} ({self._stages[index].device} of this host) is gone, and its worker cannot be "
+                    f"started just now: {error.strerror} ({descriptor_limit()} descriptors are allowed)"
+                ) from None
             raise LaunchError(f"{self._command[0]} cannot be started: {error.strerror}") from None
 
     def keep_only(self, left: Sequence[int], stages: Sequence[StagePlan]) -> None:

@@ -6,6 +6,7 @@ ProtocolError
 ├── MessageError    an unknown type, a missing, unknown, mistyped or impossible field
 ├── TensorError     a descriptor beyond the limits, or a buffer that does not match it
 ├── EndpointError   an address that is malformed, or that nobody may bind or connect so
+├── DescriptorError this process has no file descriptor left for a socket, which passes
 └── SecurityError   a key that is malformed, missing, or in a file that others may read
     └── KeyFileError    a file of keys that cannot be read or written
 """
@@ -38,6 +39,10 @@ class TensorError(ProtocolError):
 
 class EndpointError(ProtocolError):
     """An address that is malformed or not allowed."""
+
+
+class DescriptorError(ProtocolError):
+    """This process, or this host, has no file descriptor left for a socket just now."""
 
 
 class SecurityError(ProtocolError):

@@ -4,41 +4,43 @@ ZeroMQ bounds a frame, and how many whole messages wait, but it keeps every fram
 there. Linux counts the bytes that have come by a TCP connection; whoever receives counts those of the messages that it
 was handed. What lies between waits in this process, whole or not, and that is what is bounded here.
 
+Connections cost descriptors, too, before anybody has shown a key: those that have not shaken hands are bounded in
+number, and so are those that one host holds.
+
 It covers sockets with keys, over TCP. Files are their own user's alone; systems that count nothing (all but Linux) are
 as unprotected as ZeroMQ leaves them.
 """
 
 import contextlib
-import os
-import socket as sockets
-import stat
-import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import inf
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
+from protocol.connections import IS_SUPPORTED, Connection, borrowed, num_open, open_sockets
+from protocol.descriptors import descriptor_limit
+
+Who = TypeVar("Who")
 LOOK_S = 0.1
-"""How often somebody should `look`."""
+"""How often somebody should `look`, at least: see `FloodGuard.pause_s`."""
+CROWDED_LOOK_S = 0.02
+FEW_DESCRIPTORS = 8192
+"""Below this limit a tenth of a second is enough for strangers to take all there are: some ten thousand a second."""
+MOST_STRANGERS = 256
+"""Connections, of all hosts, that nobody knows to have shaken hands; and no more than a quarter of the descriptors."""
+STRANGER_S = 3.0
+"""Whoever is still connected after so long has shaken hands, or ZeroMQ would have ended it (`sockets.HANDSHAKE_MS`)."""
+MOST_OF_ONE_ADDRESS = 64
+MOST_CONNECTIONS = 512
+"""That have shaken hands, at one socket."""
 BENCH_S = 10.0
 """How long whoever was put out is not let in again."""
-HEARTBEAT_BYTES_PER_S = 48.0
-"""What connections carry beside messages: ZeroMQ's heartbeats, encrypted. What comes no faster is no flood."""
 MAX_KEYS = 16
 _FRAME_BYTES = 42
 """What encryption and framing add to a frame, at most."""
-_RECEIVED = struct.Struct("=Q")
-_RECEIVED_AT = 128
-"""Of `tcpi_bytes_received` in what Linux says about a connection."""
-_RESET = struct.pack("ii", 1, 0)
-"""As a linger: nothing of a connection stays, here or in the peer's queue, when ZeroMQ closes it."""
-_DESCRIPTORS = Path("/proc/self/fd")
-IS_SUPPORTED = hasattr(sockets, "TCP_INFO") and _DESCRIPTORS.is_dir()
 
 
 class Inflow:
@@ -81,49 +83,14 @@ class Flood:
     """A connection that was ended, with so many bytes that nobody could take.
 
     `domain` is the rule by which it was let in, `keys` those that its host has connected with: one of them did it.
+    `num_strangers` instead: so many of that host were ended that had not shaken hands.
     """
 
     domain: str
     address: str
     keys: tuple[str, ...]
     held_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class _Connection:
-    domain: str
-    fd: int
-    inode: int
-    address: str
-    offset_bytes: float = inf
-    held_bytes: float = 0.0
-
-    def count(self, taken_bytes: int, passed_s: float) -> bool:
-        """Look how much waits; false if the connection is gone."""
-        try:
-            with _borrowed(self.fd, self.inode) as tcp:
-                if tcp is None:
-                    return False
-                balance = _received_bytes(tcp) - taken_bytes
-        except OSError:
-            return False
-        self.offset_bytes = min(self.offset_bytes + HEARTBEAT_BYTES_PER_S * passed_s, balance)
-        self.held_bytes = balance - self.offset_bytes
-        return True
-
-    def end(self) -> None:
-        """ZeroMQ frees what it had of the message."""
-        copy = None
-        with contextlib.suppress(OSError):  # as when there are too many: then without
-            copy = os.dup(self.fd)  # nobody else closes it, so that it is the one that was looked at
-        try:
-            with contextlib.suppress(OSError), _borrowed(self.fd if copy is None else copy, self.inode) as tcp:
-                if tcp is not None:
-                    tcp.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, _RESET)
-                    tcp.shutdown(sockets.SHUT_RDWR)
-        finally:
-            if copy is not None:
-                os.close(copy)
+    num_strangers: int = 0
 
 
 class FloodGuard:
@@ -136,11 +103,12 @@ class FloodGuard:
         self._on_flood = on_flood
         self._clock = clock
         self._inflows: dict[str, Inflow] = {}
-        self._connections: list[_Connection] = []
+        self._connections: list[Connection] = []
         self._keys: dict[tuple[str, str], list[str]] = {}
         self._benched_until_s: dict[tuple[str, str], float] = {}
         self._looked_at_s = clock()
         self._is_search_due = False
+        self._is_crowded = False
 
     def watch(self, domain: str, inflow: Inflow) -> None:
         """Bound what comes in under this rule."""
@@ -151,10 +119,18 @@ class FloodGuard:
         """How many it knows."""
         return len(self._connections)
 
+    @property
+    def pause_s(self) -> float:
+        """How long it may take until the next `look`."""
+        return CROWDED_LOOK_S if self._is_crowded or descriptor_limit() < FEW_DESCRIPTORS else LOOK_S
+
     def refuses(self, domain: str, address: str, key: str) -> bool:
-        """Whether this key or address was put out a moment ago."""
+        """Whether this key or address was put out a moment ago, or that host has as many connections as it may have."""
         now_s = self._clock()
-        return any(self._benched_until_s.get((domain, who), 0.0) > now_s for who in (address, key))
+        if any(self._benched_until_s.get((domain, who), 0.0) > now_s for who in (address, key)):
+            return True
+        there = [c for c in self._connections if c.domain == domain and now_s - c.since_s > STRANGER_S]
+        return len(there) >= MOST_CONNECTIONS or sum(c.address == address for c in there) >= MOST_OF_ONE_ADDRESS
 
     def let_in(self, domain: str, address: str, key: str) -> None:
         """Somebody is about to be: before its first message comes, its connection is found."""
@@ -164,8 +140,10 @@ class FloodGuard:
             self._is_search_due = not (self._search(is_new=True) and self._inflows[domain].port)
 
     def look(self) -> None:
-        """Count what waits, at most every LOOK_S, and end connections until it is no more than the limits."""
+        """End strangers beyond their number; count what waits, at most every LOOK_S, and end connections until it is
+        no more than the limits."""
         now_s = self._clock()
+        self._thin_out(now_s)
         passed_s = now_s - self._looked_at_s
         if passed_s < LOOK_S:
             return
@@ -178,13 +156,46 @@ class FloodGuard:
                 self._put_out(worst)
         self._forget()
 
+    def _thin_out(self, now_s: float) -> None:
+        """Of the host that has most strangers here the oldest goes, until they are few."""
+        most = min(MOST_STRANGERS, descriptor_limit() // 4)
+        if not IS_SUPPORTED or num_open() - len(self._connections) + len(self._strangers(now_s)) <= most:
+            self._is_crowded = False
+            return
+        self._search(is_new=True)
+        crowds: dict[tuple[str, str], list[Connection]] = {}
+        strangers = self._strangers(now_s)
+        for stranger in strangers:
+            crowds.setdefault((stranger.domain, stranger.address), []).append(stranger)
+        self._is_crowded = len(strangers) > most
+        for (domain, address), num_gone in surplus({who: len(crowd) for who, crowd in crowds.items()}, most).items():
+            self._end_strangers(domain, address, crowds[domain, address][:num_gone])
+
+    def _strangers(self, now_s: float) -> list[Connection]:
+        """Connections to here, the oldest first, that are new and have said nothing yet which anybody took."""
+        return [
+            connection
+            for connection in self._connections
+            if connection.is_inbound
+            and now_s - connection.since_s <= STRANGER_S
+            and self._taken_bytes(connection) == connection.taken_before
+        ]
+
+    def _end_strangers(self, domain: str, address: str, gone: list[Connection]) -> None:
+        left = {connection.inode for connection in gone}
+        self._connections = [connection for connection in self._connections if connection.inode not in left]
+        with contextlib.suppress(Exception):  # the gatekeeper must go on
+            self._on_flood(Flood(domain, address, (), 0, len(gone)))
+        for connection in gone:
+            connection.end()
+
     def _must_search(self) -> bool:
         """Whether a connection may be there that is not known yet; those to here are found when they are let in."""
         found = {connection.domain for connection in self._connections}
         lacking = any(inflow.peer is not None and domain not in found for domain, inflow in self._inflows.items())
         return IS_SUPPORTED and (self._is_search_due or lacking)
 
-    def _taken_bytes(self, connection: _Connection) -> int:
+    def _taken_bytes(self, connection: Connection) -> int:
         return self._inflows[connection.domain].taken_bytes.get(connection.fd, 0)
 
     def _search(self, *, is_new: bool) -> bool:
@@ -194,25 +205,27 @@ class FloodGuard:
         """
         known = {connection.inode for connection in self._connections}
         try:
-            for fd, inode in _open_sockets():
+            for fd, inode in open_sockets():
                 if inode not in known and (found := self._recognise(fd, inode)) is not None:
-                    is_counted = is_new or self._inflows[found.domain].peer is not None
-                    found.offset_bytes = -self._taken_bytes(found) if is_counted else inf
+                    found.taken_before = self._taken_bytes(found)
+                    if is_new or not found.is_inbound:
+                        found.offset_bytes = -found.taken_before
                     self._connections.append(found)
         except OSError:  # too many open files
             return False
         return True
 
-    def _recognise(self, fd: int, inode: int) -> _Connection | None:
-        with contextlib.suppress(OSError), _borrowed(fd, inode) as tcp:  # one that listens has no peer
+    def _recognise(self, fd: int, inode: int) -> Connection | None:
+        with contextlib.suppress(OSError), borrowed(fd, inode) as tcp:  # one that listens has no peer
             if tcp is not None:
                 port, peer = tcp.getsockname()[1], tcp.getpeername()[:2]
                 for domain, inflow in self._inflows.items():
                     if port == inflow.port or peer == inflow.peer:
-                        return _Connection(domain, fd, inode, peer[0])
+                        is_inbound = port == inflow.port
+                        return Connection(domain, fd, inode, peer[0], self._clock(), 0, is_inbound)
         return None
 
-    def _worst(self, domain: str, limit_bytes: int) -> _Connection | None:
+    def _worst(self, domain: str, limit_bytes: int) -> Connection | None:
         """The fullest connection of the host that has most waiting here, if all have more than the limit."""
         connections = sorted((c for c in self._connections if c.domain == domain), key=lambda c: c.address)
         if sum(connection.held_bytes for connection in connections) <= limit_bytes:
@@ -221,7 +234,7 @@ class FloodGuard:
         fullest = max(hosts, key=lambda group: sum(connection.held_bytes for connection in group))
         return max(fullest, key=lambda connection: connection.held_bytes)
 
-    def _put_out(self, connection: _Connection) -> None:
+    def _put_out(self, connection: Connection) -> None:
         self._connections.remove(connection)
         keys = tuple(self._keys.get((connection.domain, connection.address), ()))
         for who in (connection.address, *keys):
@@ -238,37 +251,19 @@ class FloodGuard:
         self._benched_until_s = {who: until_s for who, until_s in self._benched_until_s.items() if until_s > now_s}
 
 
+def surplus(crowds: Mapping[Who, int], most: int) -> dict[Who, int]:
+    """How many of each crowd must go for `most` to be left: the largest are cut down until they are like the next."""
+    sizes, level = sorted(crowds.values(), reverse=True), max(crowds.values(), default=0)
+    too_many = sum(sizes) - most
+    for num_larger, following in enumerate([*sizes[1:], 0], start=1):
+        if too_many <= 0:
+            break
+        step = min(level - following, -(-too_many // num_larger))
+        level, too_many = level - step, too_many - num_larger * step
+    return {who: size - level for who, size in crowds.items() if size > level}
+
+
 def _address(endpoint: str) -> tuple[str, int]:
     """Of tcp://ADDRESS:PORT; port 0 of a file."""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     return host.strip("[]"), int(port) if port.isdecimal() else 0
-
-
-def _open_sockets() -> Iterator[tuple[int, int]]:
-    """Descriptors of this process, and which sockets they stand for: a number that a later one does not get."""
-    for entry in _DESCRIPTORS.iterdir():
-        with contextlib.suppress(OSError):
-            status = os.fstat(int(entry.name))
-            if stat.S_ISSOCK(status.st_mode):
-                yield int(entry.name), status.st_ino
-
-
-@contextlib.contextmanager
-def _borrowed(fd: int, inode: int) -> Iterator[sockets.socket | None]:
-    """ZeroMQ's descriptor as a socket; None if it is not this one (any more), or not of a TCP connection."""
-    try:
-        tcp = sockets.socket(fileno=fd)
-    except OSError:
-        yield None
-        return
-    try:
-        is_tcp = tcp.family in (sockets.AF_INET, sockets.AF_INET6) and tcp.type == sockets.SOCK_STREAM
-        yield tcp if is_tcp and os.fstat(fd).st_ino == inode else None
-    finally:
-        tcp.detach()
-
-
-def _received_bytes(tcp: sockets.socket) -> int:
-    """Since it was connected; 0 from a kernel that does not count."""
-    info = tcp.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _RECEIVED_AT + _RECEIVED.size)
-    return int(_RECEIVED.unpack_from(info, _RECEIVED_AT)[0]) if len(info) >= _RECEIVED_AT + _RECEIVED.size else 0

@@ -17,7 +17,7 @@ import zmq
 from zmq.utils import z85
 
 from protocol.errors import SecurityError
-from protocol.flood_guard import LOOK_S, Flood, FloodGuard, Inflow
+from protocol.flood_guard import Flood, FloodGuard, Inflow
 
 Socket = zmq.Socket[bytes]
 Rule = Callable[[str], bool]
@@ -147,7 +147,7 @@ class Gatekeeper:
         poller.register(self._handler, zmq.POLLIN)
         poller.register(self._wake_receiver, zmq.POLLIN)
         try:
-            while self._wake_receiver.fileno() not in (ready := dict(poller.poll(int(1000 * LOOK_S)))):
+            while self._wake_receiver.fileno() not in (ready := dict(poller.poll(int(1000 * self._floods.pause_s)))):
                 if self._handler in ready:
                     self._handler.send_multipart(self._answer(self._handler.recv_multipart()))
                 self._floods.look()

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import zmq
 
+from protocol.descriptors import PASSING, descriptor_limit
 from protocol.endpoints import checked_endpoint, checked_own_address, is_local, needs_ipv6
-from protocol.errors import EndpointError
+from protocol.errors import DescriptorError, EndpointError
 from protocol.flood_guard import Inflow
 from protocol.limits import MAX_CLIENT_HEADER_BYTES, MAX_DATA_HEADER_BYTES, MAX_INSPECTED_BYTES, MAX_STEP_BYTES
 from protocol.messages import Message
@@ -181,8 +182,19 @@ def _talking_socket(context: "zmq.Context[Socket]", kind: int, max_frame_bytes: 
 
 
 def _socket(context: "zmq.Context[Socket]", kind: int, queue: int, max_frame_bytes: int) -> Socket:
-    """Whoever sends a larger frame is disconnected before it is read, and before keys are looked at."""
-    socket = context.socket(kind)
+    """Whoever sends a larger frame is disconnected before it is read, and before keys are looked at.
+
+    Raises DescriptorError.
+    """
+    try:
+        socket = context.socket(kind)
+    except zmq.ZMQError as error:
+        if error.errno not in PASSING:
+            raise
+        raise DescriptorError(
+            f"no socket can be made just now: {_words(error)} ({descriptor_limit()} descriptors are allowed: `ulimit "
+            "-n`, or LimitNOFILE= of a service, grants more)"
+        ) from None
     socket.setsockopt(zmq.SNDHWM, queue)
     socket.setsockopt(zmq.RCVHWM, queue)
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes + _ENVELOPE_BYTES)

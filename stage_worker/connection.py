@@ -7,7 +7,8 @@ from enum import Enum
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from protocol.errors import SecurityError
+from protocol.descriptors import PASSING
+from protocol.errors import DescriptorError, SecurityError
 from protocol.security import KeyPair, be_client
 from protocol.sockets import Socket, connect, control_socket
 
@@ -61,7 +62,13 @@ class Connection:
             self.dealer.setsockopt(zmq.ROUTING_ID, routing_id)
         else:
             be_client(self.dealer, self._keys, self._server_key)
-            self.monitor = self.dealer.get_monitor_socket(_EVENTS)
+            try:
+                self.monitor = self.dealer.get_monitor_socket(_EVENTS)
+            except zmq.ZMQError as error:
+                if error.errno not in PASSING:
+                    raise
+                self._plan_reopening()  # nobody would hear of a refusal
+                return
         connect(self.dealer, self._endpoint)
 
     @property
@@ -108,8 +115,13 @@ class Connection:
             return False
         self._due_at_s = None
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        try:
+            dealer = control_socket(self._context, zmq.DEALER)
+        except DescriptorError:
+            self._plan_reopening()
+            return False
         self.close()
-        self.dealer = control_socket(self._context, zmq.DEALER)
+        self.dealer = dealer
         self.open(b"")
         return True
 

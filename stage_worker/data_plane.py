@@ -100,6 +100,9 @@ class DataPlane:
 
 
 def _report(flood: Flood) -> None:
+    if flood.num_strangers:
+        logger.warning("ended %d connections of %s that had not shaken hands", flood.num_strangers, flood.address)
+        return
     whose = "previous" if flood.domain == "data" else "next"
     held_mb = flood.held_bytes / 1e6
     logger.warning(

@@ -10,7 +10,8 @@ import zmq
 from glm.errors import GlmError
 from glm.kernels.diagnosis import native_state
 from protocol.control import HostModel, Join
-from protocol.errors import EndpointError, SecurityError
+from protocol.descriptors import raise_descriptor_limit
+from protocol.errors import DescriptorError, EndpointError, SecurityError
 from protocol.key_files import KeyDirectory
 from protocol.limits import MAX_NAME, clip_text
 from protocol.sockets import Socket
@@ -31,6 +32,7 @@ from stage_worker.worker import Worker
 def run_worker(options: WorkerOptions, signal_fd: int) -> int:
     """Join, serve, leave; returns the exit code. `signal_fd` becomes readable when a signal asks to leave."""
     set_up_logging(as_json=options.log_json)
+    raise_descriptor_limit()
     facts.update(worker=options.worker_id, device=options.device)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
@@ -43,7 +45,7 @@ def run_worker(options: WorkerOptions, signal_fd: int) -> int:
         is_guarded = keys is not None or options.listen is not None
         with closing(DataPlane(context, endpoint, is_guarded=is_guarded)) as data_plane:
             return _serve(options, context, data_plane, device, signal_fd, keys, model)
-    except (DeviceError, EndpointError, GlmError, SecurityError) as error:
+    except (DescriptorError, DeviceError, EndpointError, GlmError, SecurityError) as error:
         logger.error("%s", error)
         return EXIT_USAGE
     except Exception:

@@ -9,7 +9,7 @@ import zmq
 from glm.model import LayerStack
 from protocol.control import Assign, Failed, Inspect, Inspected, Progress, Ready, Release, Released
 from protocol.data import DataMessage, StageTiming, Step, StepFailed
-from protocol.errors import EndpointError, ProtocolError, SecurityError
+from protocol.errors import DescriptorError, EndpointError, ProtocolError, SecurityError
 from protocol.limits import MAX_INSPECTED_BYTES, clip_text
 from protocol.messages import Plane
 from protocol.records import with_changes
@@ -28,6 +28,8 @@ from stage_worker.stage import Stage
 from stage_worker.status import Status
 
 SEND_TIMEOUT_S = 30.0
+DESCRIPTORS_WAIT_S, DESCRIPTORS_LOOK_S = 30.0, 0.1
+"""How long a worker without a descriptor left waits for one."""
 _WIRE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,10 +103,7 @@ class Worker:
         if self._data_out is not None:
             self._data_out.close()
             self._data_out = None
-        try:
-            self._data_out = self._data_plane.open_next(assign)
-        except (EndpointError, SecurityError) as error:
-            raise LoadError("unreachable", f"next hop: {error}") from None
+        self._data_out = self._open_next(assign)
 
         def report(layers_done: int, layers_total: int, weight_bytes: int) -> None:
             if self._link.abandoned():
@@ -120,6 +119,21 @@ class Worker:
             self._stage = load_stage(assign, self._device, report, self._model)
         self._assign, self._last_step_id, self._link.num_taken = assign, 0, 0
         self._announce(assign, self._stage, time.monotonic() - started_s)
+
+    def _open_next(self, assign: Assign) -> Socket:
+        """The way to the next hop; what this process lacks for a moment is waited for."""
+        give_up_at_s = time.monotonic() + DESCRIPTORS_WAIT_S
+        while True:
+            try:
+                return self._data_plane.open_next(assign)
+            except (EndpointError, SecurityError) as error:
+                raise LoadError("unreachable", f"next hop: {error}") from None
+            except DescriptorError as error:
+                if time.monotonic() >= give_up_at_s:
+                    raise LoadError("internal", str(error)) from None
+            if self._link.abandoned():
+                raise AbandonedError(f"loading epoch {assign.epoch}")
+            time.sleep(DESCRIPTORS_LOOK_S)
 
     def _weights_for(self, assign: Assign) -> LayerStack | None:
         """The layers held already, if they are what is assigned: only the KV caches are given up then."""

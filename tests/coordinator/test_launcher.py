@@ -1,5 +1,6 @@
 """The launcher: workers are started, listened to, noticed when they die, and never left behind."""
 
+import errno
 import os
 import queue
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.errors import LaunchError
+from coordinator.errors import LaunchError, StageLost
 from coordinator.launcher import Launcher
 from coordinator.plan import StagePlan
 from coordinator.worker_command import usable_cores, worker_command, worker_environment
@@ -187,3 +188,20 @@ def test_the_worker_command_works_from_any_directory(tmp_path: Path) -> None:
     command = [*worker_command()[:2], "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=worker_environment({}), capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == ROOT / "stage_worker"
+
+
+def test_a_worker_that_cannot_be_started_just_now_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptors left: that passes, unlike a command that is not there; the next attempt starts it."""
+    with launcher("waits", Log()) as running:
+        start = subprocess.Popen
+
+        def none_left(*_: object, **__: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr(subprocess, "Popen", none_left)
+        with pytest.raises(StageLost, match="cannot be started just now: Too many open files"):
+            running.restart(1)
+        monkeypatch.setattr(subprocess, "Popen", start)
+        assert [dead.stage_index for dead in running.dead()] == [1]
+        running.restart(1)
+        assert running.dead() == []

@@ -11,7 +11,7 @@ import pytest
 import coordinator
 from coordinator.chat_model import ChatModel
 from coordinator.cluster_settings import Listening
-from protocol.flood_guard import IS_SUPPORTED
+from protocol.connections import IS_SUPPORTED
 from protocol.key_files import KeyDirectory
 from protocol.security import KeyPair, new_key_pair
 from protocol.sockets import control_inflow_bytes, data_inflow_bytes

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from protocol.flood_guard import BENCH_S, HEARTBEAT_BYTES_PER_S, IS_SUPPORTED, LOOK_S, Flood, FloodGuard, Inflow
+from protocol import flood_guard
+from protocol.connections import HEARTBEAT_BYTES_PER_S, IS_SUPPORTED
+from protocol.flood_guard import BENCH_S, CROWDED_LOOK_S, LOOK_S, STRANGER_S, Flood, FloodGuard, Inflow, surplus
 from protocol.security import Gatekeeper, KeyPair, be_client, new_key_pair
 from protocol.sockets import Socket, bind, connect, data_socket, receive_from
 
@@ -270,3 +272,49 @@ def test_what_this_process_sends_itself_is_not_counted() -> None:
     inflow = Inflow(1)
     inflow.note([zmq.Frame(b"wake")])
     assert inflow.taken_bytes == {}
+
+
+@pytest.mark.parametrize(
+    ("crowds", "most", "gone"),
+    [
+        ({}, 3, {}),
+        ({"a": 2, "b": 1}, 3, {}),
+        ({"a": 9, "b": 1}, 5, {"a": 5}),
+        ({"a": 9, "b": 7, "c": 1}, 9, {"a": 5, "b": 3}),
+        ({"a": 3, "b": 3}, 5, {"a": 1, "b": 1}),
+        ({"a": 5}, 0, {"a": 5}),
+    ],
+)
+def test_the_largest_crowds_are_cut_down(crowds: dict[str, int], most: int, gone: dict[str, int]) -> None:
+    """Until no more than the most are left; a small one loses nothing beside a large one."""
+    assert surplus(crowds, most) == gone
+
+
+def test_strangers_beyond_their_number_go_the_oldest_first(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has said something, who has been there for long, and a quieter host's own stay."""
+    monkeypatch.setattr(flood_guard, "MOST_STRANGERS", 6)
+    old = door.let_in("127.0.0.3", "friend")
+    door.look(STRANGER_S + 1.0)
+    heard = door.let_in("127.0.0.2", "friend")
+    door.inflow.taken_bytes[heard[0].fileno()] = 100
+    quiet = door.let_in("127.0.0.4", "new")
+    door.guard.let_in = lambda *_: None  # type: ignore[method-assign]
+    crowd = []
+    for _ in range(20):
+        crowd.append(door.let_in("127.0.0.2"))
+        door.look(0.01)
+        for own, _ in (ended for ended in crowd if is_ended(ended[1])):
+            own.close()  # as ZeroMQ does
+    assert [is_ended(peer) for _, peer in crowd] == [True] * 15 + [False] * 5
+    assert not any(is_ended(peer) for _, peer in (old, heard, quiet))
+    assert {(f.address, f.held_bytes, f.num_strangers) for f in door.floods} == {("127.0.0.2", 0, 1)}
+    assert door.guard.pause_s == CROWDED_LOOK_S
+
+
+def test_nobody_holds_more_connections_than_a_host_needs(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that is let in: the next one is refused for now, another host's is not."""
+    monkeypatch.setattr(flood_guard, "MOST_OF_ONE_ADDRESS", 3)
+    for _ in range(3):
+        door.let_in("127.0.0.2", "friend")
+    door.look(STRANGER_S + 1.0)
+    assert door.guard.refuses("data", "127.0.0.2", "friend") and not door.guard.refuses("data", "127.0.0.3", "other")
