@@ -1,5 +1,7 @@
 """From started workers to stages that serve, and the two ends of the model beside them."""
 
+from dataclasses import replace
+
 import torch
 
 from coordinator.cluster import Cluster
@@ -7,9 +9,9 @@ from coordinator.memory import NoteSink, fitting_kv_budget
 from coordinator.mending import Mender
 from coordinator.plan import EndsPlan
 from coordinator.recovery import MemoryKills
-from glm.checkpoint import ModelSource
+from glm.checkpoint import ModelSource, UnitSource
 from glm.config import ModelConfig
-from glm.ends import Embedding, Head, end_placement
+from glm.ends import Embedding, Head, end_placement, has_own_lm_head
 from glm.host_memory import num_oom_kills
 from glm.layer_cache import with_cache
 from glm.precision import Precision
@@ -43,10 +45,22 @@ def bring_up(
         if on_note is not None:
             on_note(line)
 
+    config = _untied(checkpoint, config, on_note or (lambda _: None))
     cluster.assign(fitting_kv_budget(plan, config, cluster.join(), most_kv_tokens, note, refuse=refuse))
     ends = _load_ends(checkpoint, config, plan.ends)  # while the workers load
     mender.load(kills, memory)
     return ends
+
+
+def _untied(checkpoint: ModelSource, config: ModelConfig, note: NoteSink) -> ModelConfig:
+    """The config of what the files hold: their lm_head goes before a word that there is none but the embedding."""
+    if isinstance(checkpoint, UnitSource) or not has_own_lm_head(checkpoint, config):
+        return config
+    note(
+        f"note: {checkpoint.model_dir} holds an lm_head that differs from its embedding, though config.json ties them: "
+        "the stored one is used"
+    )
+    return replace(config, tied_ends=False)
 
 
 def _load_ends(checkpoint: ModelSource, config: ModelConfig, ends: EndsPlan) -> tuple[Embedding, Head]:

@@ -10,6 +10,7 @@ from glm.layout import Unit, embedding_unit, final_norm_unit, lm_head_unit
 from glm.linear import Weight, make_linear, make_weight, owned, pack, tensor_bytes
 from glm.norm import LayerNorm, RMSNorm
 from glm.precision import Precision
+from glm.quantization import QuantizedWeight
 from glm.weights import Placement, build_vector, build_weight, place, read_parts
 
 
@@ -23,6 +24,31 @@ def stored_lm_head(checkpoint: ModelSource, config: ModelConfig) -> Unit:
     unit = lm_head_unit(config)
     is_shared = config.tied_ends and unit.sources["table"].names[0] not in checkpoint
     return embedding_unit(config) if is_shared else unit
+
+
+def has_own_lm_head(checkpoint: ModelSource, config: ModelConfig) -> bool:
+    """Whether a tied model's files hold an output projection that is not its embedding: the model is then made of that.
+
+    Both are read and compared whole: a fine-tune may differ in a few rows.
+
+    Raises:
+        CheckpointError: one of them is damaged or misshapen.
+    """
+    unit = stored_lm_head(checkpoint, config)
+    if not config.tied_ends or unit == embedding_unit(config):
+        return False
+    table, head = (read_parts(checkpoint, end, config)["table"] for end in (embedding_unit(config), unit))
+    if isinstance(head, QuantizedWeight) and isinstance(table, torch.Tensor):
+        table = make_weight(table, Precision(f"int{head.bits}"), torch.float32, table.device)
+    return not _is_same(table, head)
+
+
+def _is_same(table: Weight, head: Weight) -> bool:
+    if isinstance(table, QuantizedWeight) and isinstance(head, QuantizedWeight):
+        return torch.equal(table.values, head.values) and torch.equal(table.scales, head.scales)
+    if not isinstance(table, torch.Tensor) or not isinstance(head, torch.Tensor):
+        return False
+    return torch.equal(table, head) if table.dtype == head.dtype else torch.equal(table.float(), head.float())
 
 
 class Embedding:
@@ -40,7 +66,7 @@ class Embedding:
     def load(
         cls, checkpoint: ModelSource, config: ModelConfig, placement: Placement, lm_head: Placement | None = None
     ) -> "Embedding":
-        """Read the table. A tied model's serves lm_head too where that is held in the same way.
+        """Read the table. A tied model's serves lm_head too where that is held in the same way, and is no other.
 
         Where it is not, lm_head has a copy of its own: quantised, that is read for every token in a fraction of the
         time, and takes little memory beside the table.
@@ -49,7 +75,7 @@ class Embedding:
             CheckpointError: it is missing or misshapen.
         """
         stored = read_parts(checkpoint, embedding_unit(config), config)["table"]
-        if config.tied_ends and lm_head == placement:
+        if config.tied_ends and lm_head == placement and not has_own_lm_head(checkpoint, config):
             return cls(pack(build_weight(stored, placement), placement.kernels), placement, is_shared=True)
         if isinstance(stored, torch.Tensor) and not placement.precision.is_quantized:
             is_narrow = torch.promote_types(stored.dtype, placement.dtype) == placement.dtype

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from glm.config import ModelConfig, parse_config
-from glm.layout import stored_shapes
+from glm.layout import embedding_source, lm_head_source, stored_shapes
 
 CAUSAL: dict[str, Any] = {
     "model_type": "chatglm",
@@ -83,26 +83,34 @@ def write_checkpoint(
     seed: int = 0,
     suffix: str = "safetensors",
     legacy: bool = False,
+    has_own_lm_head: bool = False,
 ) -> ModelConfig:
     """Write config.json and random weights (`suffix`: "safetensors" or "bin"); returns the parsed config.
 
     Weights have the config's dtype. With `quantization_bit` in the config the linear layers of the blocks are stored
     packed, as published; with `quantization_embeddings` both ends too. Several shards get equal numbers of tensors,
     which cuts layers in two as in the published models; one shard at a time is in memory. `legacy` writes the format
-    that `.bin` files had before they were zip files.
+    that `.bin` files had before they were zip files. ChatGLM-6B's lm_head is the embedding stored once more;
+    `has_own_lm_head` stores another one, of any tied model.
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     config = parse_config(keys, name=model_dir.name)
     (model_dir / "config.json").write_text(json.dumps(keys))
     generator = torch.Generator().manual_seed(seed)
     stem = "model" if suffix == "safetensors" else "pytorch_model"
-    shapes = stored_shapes(config)
+    table, head = embedding_source(config).names[0], lm_head_source(config)
+    shapes = stored_shapes(config) | (head.shapes if has_own_lm_head else {})
+    tied = None if has_own_lm_head or not config.tied_ends else torch.empty(0)
     weight_map: dict[str, str] = {}
     for number in range(num_shards):
         first, end = (len(shapes) * n // num_shards for n in (number, number + 1))
         tensors: dict[str, torch.Tensor] = {}
         for name in list(shapes)[first:end]:
-            tensors |= _stored(name, _random(name, shapes[name], generator), config)
+            values = _random(name, shapes[name], generator)
+            if tied is not None:
+                tied = values if name == table else tied
+                values = tied.clone() if name == head.names[0] else values
+            tensors |= _stored(name, values, config)
         file_name = f"{stem}.{suffix}" if num_shards == 1 else f"{stem}-{number + 1:05}-of-{num_shards:05}.{suffix}"
         if suffix == "safetensors":
             save_file(tensors, model_dir / file_name)

@@ -149,3 +149,17 @@ def test_missing_and_misshapen_tensors_are_told_before_a_worker_starts(
     index.write_text(json.dumps({"weight_map": {name: file for name, file in weight_map.items() if name != QKV}}))
     with pytest.raises(MissingTensorError, match=f"tensor {QKV} is in no shard"):
         check_weights(open_checkpoint(tmp_path), config)
+
+
+def test_a_head_that_config_json_denies_is_used_and_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer is that of the same files with a config.json that does not tie them."""
+    tied = {**CAUSAL, "tie_word_embeddings": True}
+    write_checkpoint(tmp_path, tied, has_own_lm_head=True)
+    command = ["generate", "--ids", "5,17,40", "--greedy", "--max-new-tokens", "8", "--model", str(tmp_path)]
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert f"note: {tmp_path} holds an lm_head that differs from its embedding, though config.json ties" in told.err
+    (tmp_path / "config.json").write_text(json.dumps(CAUSAL))
+    assert main(command) == 0
+    plain = capsys.readouterr()
+    assert (told.out, "lm_head that differs" in plain.err) == (plain.out, False)

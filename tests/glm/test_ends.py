@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm.checkpoint import Checkpoint
-from glm.ends import Embedding, Head, end_placement
+from glm.checkpoint import Checkpoint, ModelSource
+from glm.convert import convert
+from glm.converted import ConvertedCheckpoint
+from glm.ends import Embedding, Head, end_placement, has_own_lm_head
 from glm.errors import GlmError
-from glm.layout import embedding_source
+from glm.layout import embedding_source, lm_head_unit
+from glm.linear import make_linear
 from glm.precision import Precision
-from tests.tiny_checkpoints import NATIVE, PREFIX, write_checkpoint
+from glm.weights import build_weight, read_parts
+from tests.tiny_checkpoints import CAUSAL, NATIVE, PREFIX, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -36,6 +40,46 @@ def test_a_tied_head_shares_the_table(keys: dict[str, object], precision: Precis
     assert shared._lm_head.weight is embedding.table  # type: ignore[attr-defined]
     apart = Head.load(checkpoint, config, placement, other, embedding)
     assert apart.num_bytes == 2 * config.vocab_size * config.hidden_size
+
+
+TIED = [PREFIX, {**NATIVE, "tie_word_embeddings": True}, {**CAUSAL, "tie_word_embeddings": True}]
+
+
+@pytest.mark.parametrize("keys", TIED)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("precision", list(Precision))
+def test_a_stored_head_that_is_another_is_used(
+    keys: dict[str, object], suffix: str, precision: Precision, tmp_path: Path
+) -> None:
+    """In every precision, whatever config.json says of tying; so it is after a conversion."""
+    config = write_checkpoint(tmp_path / "model", keys, suffix=suffix, has_own_lm_head=True)
+    checkpoint: ModelSource = Checkpoint(tmp_path / "model")
+    assert has_own_lm_head(checkpoint, config)
+    stored = read_parts(checkpoint, lm_head_unit(config), config)["table"]
+    for source in (checkpoint, _converted(tmp_path, precision)) if precision.is_quantized else (checkpoint,):
+        place = end_placement(precision, CPU, config)
+        embedding = Embedding.load(source, config, place, place)
+        head = Head.load(source, config, place, place, embedding)
+        normed = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(place.dtype)
+        wanted = make_linear(build_weight(stored, place), None, place.kernels)(normed).float()
+        assert torch.equal(head.logits(normed), wanted)
+
+
+def _converted(tmp_path: Path, precision: Precision) -> ModelSource:
+    convert(tmp_path / "model", tmp_path / "converted", precision, precision)
+    return ConvertedCheckpoint(tmp_path / "converted")
+
+
+@pytest.mark.parametrize("keys", TIED)
+@pytest.mark.parametrize("lm_head_precision", [None, Precision.INT8, Precision.INT4])
+def test_a_converted_tied_head_is_known_to_be_the_embedding(
+    keys: dict[str, object], lm_head_precision: Precision | None, tmp_path: Path
+) -> None:
+    """Quantised or as published, so that one table serves both where they are held alike."""
+    config = write_checkpoint(tmp_path / "model", keys)
+    assert not has_own_lm_head(Checkpoint(tmp_path / "model"), config)
+    convert(tmp_path / "model", tmp_path / "converted", Precision.INT8, lm_head_precision)
+    assert not has_own_lm_head(ConvertedCheckpoint(tmp_path / "converted"), config)
 
 
 @pytest.mark.parametrize("keys", [PREFIX, {**NATIVE, "tie_word_embeddings": True}, NATIVE])
