@@ -16,6 +16,7 @@ from coordinator.conversation import WANTED, Wanted, wanted_of
 from coordinator.errors import CoordinatorError, GenerationError, PromptFileError
 from coordinator.signals import signals_deferred
 from glm.errors import GlmError
+from glm.sampling_params import chosen_over
 from protocol.records import with_changes
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ class _Batch:
         self._defaults = backend.describe().defaults
 
     def submit(self, job: Job) -> None:
-        sampling = with_changes(self._defaults, **job.line.sampling)
+        sampling = with_changes(self._defaults, **chosen_over(job.line.sampling))
         if sampling.seed is not None:
             sampling = with_changes(sampling, seed=sampling.seed + job.indexes[0])
         request = Request(job.line.prompt, sampling, len(job.indexes), job.line.num_logprobs)

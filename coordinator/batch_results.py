@@ -15,6 +15,7 @@ from typing import Any
 from coordinator.batch_prompts import BatchLine, Key
 from coordinator.closing import Closing
 from coordinator.errors import ResultFileError, ResultsError
+from coordinator.report import cut_note
 from glm.logprobs import TokenLogprob
 from protocol.client import Finished
 
@@ -140,6 +141,7 @@ def answer(
         "text": finished.text,
         "token_ids": list(finished.token_ids),
         "finish_reason": finished.finish_reason,
+        **({"note": note} if (note := cut_note(finished, line.sampling.get("max_new_tokens"))) else {}),
         "prompt_tokens": finished.stats.prompt_tokens,
         "new_tokens": finished.stats.new_tokens,
         **({} if logprobs is None else {"logprobs": logprobs_as_json(logprobs)}),

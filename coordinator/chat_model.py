@@ -1,6 +1,7 @@
 """A GLM model that runs in stage workers, for use from Python: `with launch(model, plan) as chat_model: ...`."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ from coordinator.planning import PlanSource, plan_for
 from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
 from coordinator.recovery import DEFAULT_RECOVERY, RecoveryPolicy
 from coordinator.replanning import Replanner
+from coordinator.report import cut_note
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
@@ -36,6 +38,7 @@ from glm.logprobs import TokenLogprob
 from glm.model_source import check_weights, made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.sampling import Sampler, SamplingParams
+from glm.sampling_params import chosen_over
 from glm.tokenizer import Tokenizer
 from protocol import client
 from protocol.limits import MAX_NAME, clip_text
@@ -205,12 +208,17 @@ class ChatModel(Closing):
     def stream_chat(
         self, query: str, history: AbstractSequence[Mapping[str, str]] = (), **sampling: Any
     ) -> Iterator[tuple[str, History]]:
-        """As `chat`, yielding the answer so far and the history with it, each time it has grown."""
+        """As `chat`, yielding the answer so far and the history with it, each time it has grown.
+
+        An answer that breaks off, for want of context or by a bound of the model's files, is warned of.
+        """
         asked = [*map(dict, history), {"role": "user", "content": query}]
         turns = tuple(client.ChatTurn(m["role"], m.get("metadata", ""), m["content"]) for m in asked)
         text = ""
         for event in self.stream(client.ChatPrompt(turns), self._sampling(sampling)):
             text = event.text if isinstance(event, client.Finished) else text + event.text
+            if isinstance(event, client.Finished) and (note := cut_note(event, sampling.get("max_new_tokens"))):
+                warnings.warn(note, stacklevel=2)
             yield text, [*asked, {"role": "assistant", "content": text}]
 
     def generate(self, token_ids: AbstractSequence[int], **sampling: Any) -> client.Finished:
@@ -268,6 +276,8 @@ class ChatModel(Closing):
         params = self.defaults.sampling if sampling is None else from_wire(sampling)
         ids = self.prompt_ids(prompt)
         check_prompt(ids, self.config, self.engine.settings)
+        # A prompt beyond a bound that is not the model's own has all of its context.
+        max_length = self.defaults.max_length if len(ids) < self.defaults.max_length else self.config.max_context
         sequence = Sequence(
             self.engine.new_sequence_id(),
             ids,
@@ -275,7 +285,7 @@ class ChatModel(Closing):
             layout=prompt_layout(ids, self.config),
             end_ids=frozenset() if params.ignore_eos else frozenset(self.defaults.end_ids),
             max_new_tokens=params.max_new_tokens,
-            max_length=self.defaults.max_length,
+            max_length=max_length,
             max_context=max_model_len(self.config, self.engine.settings),
             num_logprobs=num_logprobs,
             leader=leader,
@@ -378,4 +388,4 @@ class ChatModel(Closing):
         return prompt_ids(prompt, lambda: self.tokenizer)
 
     def _sampling(self, given: Mapping[str, Any]) -> client.SamplingParams:
-        return to_wire(replace(self.defaults.sampling, **given))
+        return to_wire(replace(self.defaults.sampling, **chosen_over(given)))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from glm.logprobs import TokenLogprob
-from protocol.client import GenerationStats
+from protocol.client import Finished, GenerationStats
 
 _COLUMNS = ("stage", "device", "layers", "precision", "compute", "share", "wire", "KV tokens")
 
@@ -47,6 +47,23 @@ def warnings(stats: GenerationStats) -> tuple[str, ...]:
         f"warning: the scores of {stats.guarded_tokens} of {stats.new_tokens} tokens were not finite, so that a fixed "
         "token stands in their places: the arithmetic overflows, or weights are damaged; try bf16 or fp32",
     )
+
+
+def cut_note(finished: Finished, max_new_tokens: int | None) -> str:
+    """A line about an answer that ends where neither the model nor the user ended it; empty for others.
+
+    `max_new_tokens`: what the user said, None for nothing.
+    """
+    stats = finished.stats
+    num_tokens = f"{stats.prompt_tokens} tokens of prompt and {stats.new_tokens} of answer"
+    if finished.finish_reason == "context_full":
+        return f"the answer breaks off here, as the context is full: {num_tokens}"
+    if finished.finish_reason == "length" and max_new_tokens is None:
+        return (
+            f"the answer breaks off here, after {num_tokens}, as max_length or max_new_tokens of the model's "
+            "generation_config.json says: another max_new_tokens allows more"
+        )
+    return ""
 
 
 def logprob_lines(logprobs: Iterable[TokenLogprob], spell: Callable[[int], str]) -> Iterator[str]:

@@ -12,14 +12,17 @@ from glm.json_file import read_json_object
 from glm.sampling_params import SamplingParams
 from glm.tokenizer import Tokenizer
 
-# (max_length, temperature, top_p) of the published chat() of each dialect.
+# (temperature, top_p) of the published chat() of each dialect. Its max_length, 8192 for models of any context, is a
+# habit of that function and no bound of theirs.
 PUBLISHED = {
-    "chatglm": (2048, 0.95, 0.7),
-    "chatglm2": (8192, 0.8, 0.8),
-    "chatglm3": (8192, 0.8, 0.8),
-    "codegeex2": (8192, 0.8, 0.8),
-    "glm4": (8192, 0.8, 0.8),
+    "chatglm": (0.95, 0.7),
+    "chatglm2": (0.8, 0.8),
+    "chatglm3": (0.8, 0.8),
+    "codegeex2": (0.8, 0.8),
+    "glm4": (0.8, 0.8),
 }
+TOP_K = 50
+"""What transformers takes where generation_config.json says nothing of it."""
 CHATGLM3_USER, CHATGLM3_OBSERVATION = 64795, 64797
 CHATGLM_IMAGE_TOKENS = 20000
 
@@ -29,7 +32,7 @@ class GenerationDefaults:
     """What holds for an answer unless the user says otherwise."""
 
     max_length: int
-    """Most tokens of prompt and answer together, never more than the model's context."""
+    """Most tokens of prompt and answer together: of generation_config.json, else and at most the model's context."""
     end_ids: tuple[int, ...]
     """Token ids that end an answer; none of them is part of it."""
     guard_id: int
@@ -46,15 +49,28 @@ def generation_defaults(config: ModelConfig, model_dir: Path, tokenizer: Tokeniz
         ConfigError: generation_config.json is unreadable or has impossible values.
     """
     dialect = tokenizer.dialect if tokenizer is not None else detect_dialect(config, model_dir)
+    path = model_dir / "generation_config.json"
     if config.family in ("glm", "glm4"):
-        return _transformers_defaults(config, model_dir)
-    max_length, temperature, top_p = PUBLISHED.get(dialect, PUBLISHED["glm4"])
+        return _transformers_defaults(config, path)
+    temperature, top_p = PUBLISHED.get(dialect, PUBLISHED["glm4"])
     return GenerationDefaults(
-        max_length=min(max_length, config.max_context),
+        max_length=_max_length(_said(path), path, config),
         end_ids=_end_ids(config, dialect, tokenizer),
         guard_id=_guard_id(config, dialect),
         sampling=SamplingParams(temperature=temperature, top_p=top_p),
     )
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What the file says; null says nothing."""
+    return {key: value for key, value in read_json_object(path, ConfigError).items() if value is not None}
+
+
+def _max_length(said: Mapping[str, Any], path: Path, config: ModelConfig) -> int:
+    max_length = said.get("max_length", config.max_context)
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length <= 0:
+        raise ConfigError(f"{path}: max_length is {max_length!r}, it must be a positive whole number")
+    return min(max_length, config.max_context)
 
 
 def _end_ids(config: ModelConfig, dialect: Dialect, tokenizer: Tokenizer | None) -> tuple[int, ...]:
@@ -76,32 +92,34 @@ def _guard_id(config: ModelConfig, dialect: Dialect) -> int:
     return min(guard_id, config.vocab_size - 1)
 
 
-def _transformers_defaults(config: ModelConfig, model_dir: Path) -> GenerationDefaults:
-    path = model_dir / "generation_config.json"
-    raw = read_json_object(path, ConfigError)
-    eos = raw.get("eos_token_id", list(config.eos_ids))
+def _transformers_defaults(config: ModelConfig, path: Path) -> GenerationDefaults:
+    said = _said(path)
+    eos = said.get("eos_token_id", list(config.eos_ids))
     end_ids = eos if isinstance(eos, list) else [eos]
     if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < config.vocab_size for i in end_ids):
         raise ConfigError(f"{path}: eos_token_id is {eos!r}, it must be a token id below {config.vocab_size} or a list")
-    max_length = raw.get("max_length", config.max_context)
-    if not isinstance(max_length, int) or max_length <= 0:
-        raise ConfigError(f"{path}: max_length is {max_length!r}, it must be a positive whole number")
     return GenerationDefaults(
-        max_length=min(max_length, config.max_context),
+        max_length=_max_length(said, path, config),
         end_ids=tuple(dict.fromkeys(end_ids)),
         guard_id=_guard_id(config, "template"),
-        sampling=_sampling_of(raw, path),
+        sampling=_sampling_of(said, path),
     )
 
 
-def _sampling_of(raw: Mapping[str, Any], path: Path) -> SamplingParams:
-    """What the file says; without the file GLM-4's defaults, which models in this layout were published with."""
-    if not raw:
-        _, temperature, top_p = PUBLISHED["glm4"]
+def _sampling_of(said: Mapping[str, Any], path: Path) -> SamplingParams:
+    """As transformers reads the file, which is greedily where do_sample is not true.
+
+    Without the file GLM-4's defaults, which models in this layout were published with.
+    """
+    if not path.is_file():
+        temperature, top_p = PUBLISHED["glm4"]
         return SamplingParams(temperature=temperature, top_p=top_p)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = {name: raw[name] for name in names if raw.get(name) is not None}
+    do_sample = said.get("do_sample", False)
+    if not isinstance(do_sample, bool):
+        raise ConfigError(f"{path}: do_sample is {do_sample!r}, it must be true or false")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    given = {"top_k": TOP_K, **{name: said[name] for name in names if name in said}}
     try:
-        return SamplingParams(**given, greedy=raw.get("do_sample", True) is False)
+        return SamplingParams(**given, greedy=not do_sample)
     except SamplingError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -1,6 +1,6 @@
 """What a user may say about how the next token is chosen. Imports nothing heavy: clients without a model use it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,15 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.greedy or self.temperature < COLDEST
+
+
+def chosen_over(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What to change of a model's defaults where somebody has given these params.
+
+    A temperature, or another rule for choosing among tokens, asks for a choice: greedy by default is not meant then.
+    """
+    chooses = any(name in given for name in ("temperature", "top_k", "top_p", "min_p"))
+    return {**({"greedy": False} if chooses else {}), **given}
 
 
 def _is_number(value: object, low: float, high: float) -> bool:

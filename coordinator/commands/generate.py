@@ -186,8 +186,8 @@ def _as_json(finished: Finished, logprobs: Logprobs | None = None) -> dict[str, 
 
 
 def _report(finished: Finished, options: argparse.Namespace) -> None:
-    from coordinator.report import report_lines, warnings
+    from coordinator.report import cut_note, report_lines, warnings
 
-    if finished.finish_reason == "context_full" and not options.json:
-        say("note: the model's context is full, the answer ends here")
+    if note := cut_note(finished, options.max_new_tokens):
+        say(f"note: {note}")
     say(*(report_lines(finished.stats) if options.stats else warnings(finished.stats)))

@@ -33,9 +33,10 @@ and, where wanted, "id", "n", "logprobs", and sampling options by their names ("
 which go before the command's. Every line is checked before a model is loaded.
 
 --out gets a JSON object for each answer, as soon as it is complete: "id", "line", "index" (of n), "text", "token_ids",
-"finish_reason", "prompt_tokens", "new_tokens", "logprobs" where wanted, "prompt_digest". A request that failed by
-itself has "error" in place of its answer. The same command again does what is missing, failed ones included; an answer
-is recognised by its "id", or else by the number of its prompt's line.
+"finish_reason", "note" where the answer breaks off unasked, "prompt_tokens", "new_tokens", "logprobs" where wanted,
+"prompt_digest". A request that failed by itself has "error" in place of its answer. The same command
+again does what is missing, failed ones included; an answer is recognised by its "id", or else by the number of its
+prompt's line.
 """
 
 

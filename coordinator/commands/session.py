@@ -293,7 +293,9 @@ def _cache_notes(model_dir: Path, config: ModelConfig, plan: Plan) -> tuple[str,
 
 def chosen_sampling(options: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """The model's defaults with what the options override."""
-    return with_changes(defaults, **sampling_overrides(options))
+    from glm.sampling_params import chosen_over
+
+    return with_changes(defaults, **chosen_over(sampling_overrides(options)))
 
 
 def check_sampling(options: argparse.Namespace) -> None:

@@ -151,3 +151,20 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         file._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, PTH123
         with pytest.raises(ResultsError, match=r"No space left.*make room, then the same command goes on"):
             file.add(answer(LINE, 0, FINISHED))
+
+
+def test_an_answer_that_broke_off_unasked_has_a_note(tmp_path: Path) -> None:
+    """By the context, or by the model's files; not where the line says how many tokens are wanted."""
+    full = answer(LINE, 0, replace_reason("context_full"))
+    assert full["note"].startswith("the answer breaks off here, as the context is full: 50 tokens of prompt and 21")
+    assert "generation_config.json" in answer(LINE, 0, replace_reason("length"))["note"]
+    asked = replace(LINE, sampling={"max_new_tokens": 21})
+    assert "note" not in answer(asked, 0, replace_reason("length"))
+    path = tmp_path / "out"
+    write(path, full)
+    with ResultFile(path) as file:
+        assert file.missing(LINE) == (1, 2, 3)
+
+
+def replace_reason(reason: Any) -> Finished:
+    return Finished(1, reason, "你好", (1, 2), STATS)

@@ -1,6 +1,7 @@
 """What a chat model says of itself and writes down, without workers."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from glm.config import load_config
 from protocol.client import Delta, Finished, TokenPrompt
 from protocol.records import with_changes
 from protocol.wire import encode
+from tests.coordinator.fake_backend import STATS
 from tests.golden import GoldenSet
 from tests.in_process import in_process_engine
 from tests.tiny_checkpoints import CAUSAL, PREFIX, write_checkpoint
@@ -65,6 +67,43 @@ def test_a_recovery_that_brings_the_same_stages_back_leaves_what_they_cost(chat_
     assert answer.close()[1].stats.stages[0].compute_s == 2.0
     answer.follow(dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], host="lab3"),)))
     assert answer.close()[1].stats.stages[0].compute_s == 0.0
+
+
+@pytest.mark.parametrize("bound", [None, 8192])
+def test_a_prompt_beyond_a_published_bound_has_the_rest_of_the_context(bound: int | None, tmp_path: Path) -> None:
+    """8192 tokens are what chat() was published with, not what the model holds; below a file's bound it ends there."""
+    write_checkpoint(tmp_path, {**CAUSAL, "seq_length": 32768})
+    if bound is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"max_length": bound}))
+    cluster: Any = SimpleNamespace(plan=plan_for(None, 4, ["cpu"]), kv_budgets=(100_000,))
+    engine: Any = SimpleNamespace(
+        new_sequence_id=lambda: 1, add=lambda _: None, settings=SchedulerSettings(100_000), cancel=lambda _: None
+    )
+    model = ChatModel(cluster, engine, load_config(tmp_path), tmp_path, None)
+    for num_prompt, most in ((9000, 100), (8100, 100 if bound is None else 92)):
+        sequence = model.begin(TokenPrompt((5,) * num_prompt)).sequence
+        while not sequence.is_finished and len(sequence.new_ids) < 100:
+            sequence.append(7)
+        assert (len(sequence.new_ids), sequence.finish_reason) == (most, None if most == 100 else "length")
+
+
+def test_a_temperature_is_not_lost_on_a_model_that_is_greedy_by_default(chat_model: ChatModel) -> None:
+    """Who gives a rule for choosing wants a choice, unless greedy is said as well."""
+    greedy = dataclasses.replace(chat_model.defaults.sampling, greedy=True, top_k=50)
+    chat_model.defaults = dataclasses.replace(chat_model.defaults, sampling=greedy)
+    assert chat_model._sampling({"temperature": 0.3}).greedy is False
+    assert chat_model._sampling({"temperature": 0.3, "greedy": True}).greedy is True
+    assert chat_model._sampling({"max_new_tokens": 3}).greedy is True
+
+
+def test_an_answer_that_breaks_off_is_warned_of_in_python(
+    chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`chat` gives a text and a history, which do not tell it."""
+    finished = Finished(0, "context_full", "so far", (5,), STATS)
+    monkeypatch.setattr(chat_model, "stream", lambda *_: iter([finished]))
+    with pytest.warns(UserWarning, match="breaks off here, as the context is full"):
+        assert chat_model.chat("Hello")[0] == "so far"
 
 
 def test_a_dump_that_cannot_be_written_says_so(

@@ -1,7 +1,7 @@
 """The report of an answer: every number the user was promised, and speeds that are divided rightly."""
 
-from coordinator.report import average_tokens_per_s, report_lines, warnings
-from protocol.client import GenerationStats, StageStats
+from coordinator.report import average_tokens_per_s, cut_note, report_lines, warnings
+from protocol.client import Finished, GenerationStats, StageStats
 from protocol.records import with_changes
 
 STATS = GenerationStats(
@@ -55,3 +55,16 @@ def test_scores_that_were_no_numbers_are_told() -> None:
     (warning,) = warnings(broken)
     assert "scores of 3 of 21 tokens were not finite" in warning and "try bf16 or fp32" in warning
     assert report_lines(broken) == (*report_lines(STATS), warning)
+
+
+def test_an_answer_that_breaks_off_says_why() -> None:
+    """By its reason; who asked for so many tokens, or stopped it, knows."""
+    told = {
+        ("context_full", None): "as the context is full: 50 tokens of prompt and 21 of answer",
+        ("context_full", 500): "as the context is full",
+        ("length", None): "as max_length or max_new_tokens of the model's generation_config.json says",
+    }
+    for (reason, asked), said in told.items():
+        assert said in cut_note(Finished(1, reason, "", (), STATS), asked)  # type: ignore[arg-type]
+    for reason, asked in (("length", 21), ("stop", None), ("stop_string", None), ("cancelled", None)):
+        assert cut_note(Finished(1, reason, "", (), STATS), asked) == ""  # type: ignore[arg-type]
