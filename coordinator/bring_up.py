@@ -1,6 +1,8 @@
 """From started workers to stages that serve, and the two ends of the model beside them."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,15 +23,17 @@ from glm.weights import Placement
 def bring_up(
     cluster: Cluster,
     mender: Mender,
-    checkpoint: ModelSource,
+    here: ModelSource | None,
+    fetch: Callable[[], ModelSource],
     config: ModelConfig,
-    on_note: NoteSink | None,
+    on_note: NoteSink,
     *,
     refuse: bool,
-) -> tuple[Embedding, Head]:
-    """Wait for the workers, look whether the plan fits, load all parts side by side.
+) -> tuple[Embedding, Head, Path]:
+    """Wait for the workers, look whether the plan fits, load all parts side by side; the ends, and where the model is.
 
-    Workers killed meanwhile return, but not those that were killed for want of memory.
+    Weights that are not `here` are fetched once it fits. Workers killed meanwhile return, but not those killed for want
+    of memory.
 
     Raises:
         LaunchError: a worker cannot be had or cannot hold its layers; NotEnoughMemory if `refuse` and it does not fit.
@@ -42,14 +46,19 @@ def bring_up(
 
     def note(line: str) -> None:
         memory.append(line)
-        if on_note is not None:
-            on_note(line)
+        on_note(line)
 
-    config = _untied(checkpoint, config, on_note or (lambda _: None))
-    cluster.assign(fitting_kv_budget(plan, config, cluster.join(), most_kv_tokens, note, refuse=refuse))
-    ends = _load_ends(checkpoint, config, plan.ends)  # while the workers load
+    if here is not None:
+        config = _untied(here, config, on_note)
+    kv_tokens = fitting_kv_budget(plan, config, cluster.join(), most_kv_tokens, note, refuse=refuse)
+    if here is None:
+        here = fetch()
+        config = _untied(here, config, on_note)
+        cluster.tell_model(here.model_dir, here.fingerprint())
+    cluster.assign(kv_tokens)
+    ends = _load_ends(here, config, plan.ends)  # while the workers load
     mender.load(kills, memory)
-    return ends
+    return *ends, here.model_dir
 
 
 def _untied(checkpoint: ModelSource, config: ModelConfig, note: NoteSink) -> ModelConfig:

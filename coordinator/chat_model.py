@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from coordinator.supervisor import Supervisor
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
-from glm.hub import resolve_description, resolve_model
+from glm.hub import find_model, resolve_description, resolve_model
 from glm.logprobs import TokenLogprob
 from glm.model_source import check_weights, made_for, open_checkpoint
 from glm.positions import prompt_layout
@@ -78,33 +79,33 @@ def launch(
         check_memory: refuse a plan that does not fit.
         speculate: guess tokens, and verify several in one step. reuse: keep what ended requests cached.
         listening: where workers of the other hosts in the plan join, and the keys that let them in.
-        on_started: is given the cluster while its workers start, before it loads.
-        steps_in_flight: how many decode steps the sequences are dealt out to; None finds the fastest number.
+        on_started: is given the starting cluster. steps_in_flight: of decode, at once; None finds the fastest number.
 
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
     """
-    model = demo_model_dir() if model is None else model
-    description = resolve_description(model, revision)
+    model, note = demo_model_dir() if model is None else model, on_note or (lambda _: None)
+    description = resolve_description(model, revision, note)
     config = load_config(description)
     checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
     check_hosts(checked_plan, listening)
-    text = text or _whole_text(description, config, chat_format, on_note or (lambda _: None))
-    checkpoint = _whole_weights(resolve_model(model, revision), config)
+    text = text or _whole_text(description, config, chat_format, note)
+    here = _weights_here(model, revision, config)
     most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
-    told = (checkpoint.model_dir, checkpoint.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
+    told = (description, "" if here is None else here.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
     settings = ClusterSettings(*told, _name_elsewhere(model), revision, config.hidden_size)
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
     try:
         on_started(cluster)
         choose = Replanner(config, most_kv_tokens, refuse=check_memory)
-        mender = Mender(cluster, recovery, on_note or (lambda _: None), choose=choose)
-        embedding, head = bring_up(cluster, mender, checkpoint, config, on_note, refuse=check_memory)
+        mender = Mender(cluster, recovery, note, choose=choose)
+        fetch = partial(_fetched_weights, model, revision, config, note)
+        embedding, head, model_dir = bring_up(cluster, mender, here, fetch, config, note, refuse=check_memory)
         limits = scheduler_settings(cluster.plan, cluster.default_kv_budget_tokens, max_step_tokens(config))
         scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
         engine = Engine(embedding, head, cluster.pipeline, scheduling)
         engine.start_over(cluster.epoch)
-        return ChatModel(cluster, engine, config, checkpoint.model_dir, text, mender)
+        return ChatModel(cluster, engine, config, model_dir, text, mender)
     except BaseException:
         cluster.close()
         raise
@@ -116,6 +117,16 @@ def _whole_text(model_dir: Path, config: ModelConfig, chat_format: str | None, o
     for note in text.notes():
         on_note(f"note: {note}")
     return text
+
+
+def _weights_here(model: str | Path, revision: str | None, config: ModelConfig) -> ModelSource | None:
+    """The model's weights, None of a hub's that are not here yet."""
+    found = find_model(model, revision)
+    return None if found is None else _whole_weights(found, config)
+
+
+def _fetched_weights(model: str | Path, revision: str | None, config: ModelConfig, note: NoteSink) -> ModelSource:
+    return _whole_weights(resolve_model(model, revision, note), config)
 
 
 def _whole_weights(model_dir: Path, config: ModelConfig) -> ModelSource:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import zmq
@@ -105,6 +106,11 @@ class Cluster(Closing):
     def epoch(self) -> int:
         """Of the latest assignment."""
         return self._settings.epoch
+
+    def tell_model(self, model_dir: Path, fingerprint: str) -> None:
+        """Where the model is and which it is, as far as that was not known when the workers were started."""
+        self._settings = replace(self._settings, model_dir=model_dir, fingerprint=fingerprint)
+        self._control.roster.model = self._model()
 
     def assign(self, default_kv_budget_tokens: int | None = None) -> None:
         """Let all workers begin to load, side by side; `load` waits for them.

@@ -30,6 +30,7 @@ ProgressSink = Callable[[StageProgress], None]
 class ClusterSettings:
     """What every stage is told: the model, the epoch, the KV budget of stages that state none themselves.
 
+    Of a hub's model that is not here yet `model_dir` has no weights, and `fingerprint` is empty, which is not compared.
     `model_name` and `revision` are what other hosts find the model by; an empty name is the model that comes along.
     """
 

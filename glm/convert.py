@@ -56,9 +56,8 @@ def convert(
     if is_converted(model_dir):
         raise ConversionError(f"{model_dir} is a converted model already: convert the one it was made from")
     config, checkpoint = load_config(model_dir), open_checkpoint(model_dir)
-    wanted = {unit.name: precision for unit in all_units(config)} | {"lm_head": lm_head_precision, "embedding": None}
-    dtype = getattr(torch, config.stored_dtype)
-    sizes = {unit.name: stored_bytes(unit, wanted[unit.name], dtype) for unit in all_units(config)}
+    wanted = _wanted(config, precision, lm_head_precision)
+    sizes = _sizes(config, wanted)
     with _claimed(out, sum(sizes.values()) + _SPARE_BYTES):
         files, done = {}, 0
         for unit in all_units(config):
@@ -73,6 +72,31 @@ def convert(
         manifest = Manifest(name, fingerprint, precision, lm_head_precision, raw, files, lineage)
         write_text(out / MANIFEST, manifest.to_json())
     return manifest
+
+
+def check_room(model_dir: Path, out: Path, precision: Precision, lm_head_precision: Precision | None) -> None:
+    """Look whether `out` can be written and its disk has room, of a model whose weights need not be here yet.
+
+    Raises:
+        ConversionError, DiskSpaceError: as `convert`. ConfigError.
+    """
+    config = load_config(model_dir)
+    _check_directory(out)
+    _check_space(out, sum(_sizes(config, _wanted(config, precision, lm_head_precision)).values()) + _SPARE_BYTES)
+
+
+def _wanted(
+    config: ModelConfig, precision: Precision, lm_head_precision: Precision | None
+) -> dict[str, Precision | None]:
+    """The precision of each unit, None as published."""
+    layers: dict[str, Precision | None] = {unit.name: precision for unit in all_units(config)}
+    return layers | {"lm_head": lm_head_precision, "embedding": None}
+
+
+def _sizes(config: ModelConfig, wanted: Mapping[str, Precision | None]) -> dict[str, int]:
+    """Bytes of each unit."""
+    dtype = getattr(torch, config.stored_dtype)
+    return {unit.name: stored_bytes(unit, wanted[unit.name], dtype) for unit in all_units(config)}
 
 
 def _parts(

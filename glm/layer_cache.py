@@ -51,12 +51,12 @@ class Entry:
 
 def is_cacheable(checkpoint: ModelSource, config: ModelConfig, precision: Precision) -> bool:
     """Whether there is something to quantise that will be the same the next time, of a model that lies on a disk."""
+    return isinstance(checkpoint, Checkpoint) and _is_quantised_here(config, precision)
+
+
+def _is_quantised_here(config: ModelConfig, precision: Precision) -> bool:
     published_bits = config.quantization_bits
-    return (
-        precision.is_quantized
-        and isinstance(checkpoint, Checkpoint)
-        and (published_bits is None or published_bits > precision.bits)
-    )
+    return precision.is_quantized and (published_bits is None or published_bits > precision.bits)
 
 
 def entry_directory(cache: Path, fingerprint: str, precision: Precision) -> Path:
@@ -67,12 +67,17 @@ def entry_directory(cache: Path, fingerprint: str, precision: Precision) -> Path
 
 def is_to_be_kept(checkpoint: ModelSource, config: ModelConfig, precision: Precision, cache: Path) -> bool:
     """Whether loading layers at this precision would make an entry that is not there yet."""
-    layer_bytes = stored_bytes(layer_unit(config, 0), precision, getattr(torch, config.stored_dtype))
     return (
         is_cacheable(checkpoint, config, precision)
-        and layer_bytes >= LEAST_UNIT_BYTES
+        and is_worth_keeping(config, precision)
         and not entry_directory(cache, checkpoint.fingerprint(), precision).is_dir()
     )
+
+
+def is_worth_keeping(config: ModelConfig, precision: Precision) -> bool:
+    """Whether layers of this shape are quantised at this precision, and are large enough to be kept."""
+    layer_bytes = stored_bytes(layer_unit(config, 0), precision, getattr(torch, config.stored_dtype))
+    return _is_quantised_here(config, precision) and layer_bytes >= LEAST_UNIT_BYTES
 
 
 def with_cache(

@@ -8,7 +8,7 @@ import torch
 from glm.config import load_config
 from glm.demo import demo_model_dir
 from glm.errors import GlmError, ModelNotFoundError
-from glm.hub import resolve_model
+from glm.hub import is_directory, resolve_model
 from glm.layer_cache import CachedCheckpoint, with_cache
 from glm.model import LayerStack
 from glm.model_source import open_checkpoint
@@ -29,7 +29,7 @@ def host_model(model: OwnModel | None) -> HostModel | None:
 
     Raises GlmError.
     """
-    if model is None or not (Path(model.name).expanduser().is_dir() or random_shape(model.name)):
+    if model is None or not (is_directory(model.name) or random_shape(model.name)):
         return None
     model_dir = resolve_model(model.name, model.revision)
     return HostModel(model.name, open_checkpoint(model_dir).fingerprint(), load_config(model_dir).num_layers)
@@ -63,11 +63,11 @@ def load_stage(assign: Assign, device: torch.device, progress: LoadProgress, mod
 
 def _model_dir(assign: Assign, model: OwnModel | None) -> Path:
     if model is not None:
-        return resolve_model(model.name, model.revision)
+        return resolve_model(model.name, model.revision, logger.info)
     if not assign.model_path:
         return demo_model_dir()
     try:
-        return resolve_model(assign.model_path, assign.model_revision)
+        return resolve_model(assign.model_path, assign.model_revision, logger.info)
     except ModelNotFoundError as error:
         raise LoadError("bad_model", f"{error}; or say with the worker's --model where this host has it") from None
 

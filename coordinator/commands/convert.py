@@ -58,14 +58,16 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from coordinator.worker_command import usable_cores
-    from glm.convert import convert
-    from glm.hub import resolve_model
+    from glm.convert import check_room, convert
+    from glm.hub import resolve_description, resolve_model
     from glm.model_source import made_for
 
     precision = _quantized("--precision", options.precision)
-    model_dir = resolve_model(options.model, options.revision)
-    head = options.lm_head_precision or (_PUBLISHED if made_for(model_dir).is_quantized else HEAD_PRECISION)
+    description = resolve_description(options.model, options.revision, say)
+    head = options.lm_head_precision or (_PUBLISHED if made_for(description).is_quantized else HEAD_PRECISION)
     lm_head_precision = None if head == _PUBLISHED else _quantized("--lm-head-precision", head)
+    check_room(description, options.out, precision, lm_head_precision)
+    model_dir = resolve_model(options.model, options.revision, say)
     torch.set_num_threads(options.threads or usable_cores())
     started_s = time.monotonic()
     with progress_on(sys.stderr) as report:

@@ -27,9 +27,18 @@ def run(options: argparse.Namespace) -> int:  # noqa: ARG001 - every command has
     packages = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     print(f"glmpipe   {VERSION}, Python {platform.python_version()} on {platform.platform(terse=True)}")
     print(f"packages  {packages}")
+    print(f"hub       {_hub()}")
     print(f"threads   {usable_cores()}: the cores this process may use, and a stage's unless --threads says less")
     print(_worker_facts(), end="", flush=True)
     return 0
+
+
+def _hub() -> str:
+    """Where models of the form org/name come from, and the variables that choose."""
+    from huggingface_hub import constants
+
+    asked = "HF_HUB_OFFLINE is set: it is not asked" if constants.HF_HUB_OFFLINE else "asked for what is not there"
+    return f"{constants.ENDPOINT} (HF_ENDPOINT), models in {constants.HF_HUB_CACHE} (HF_HOME); {asked}"
 
 
 def _version(package: str) -> str:

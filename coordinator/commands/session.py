@@ -111,19 +111,19 @@ def _choose(
     check: Callable[[ModelConfig], None],
     wanted: Wanted | None,
 ) -> _Chosen:
-    """Find the model, check all that can be, say the plan; the weights of a hub's model are fetched last."""
+    """Find the model, check all that can be, say the plan; the weights of a hub's model are not fetched yet."""
     from coordinator.chat_model import check_hosts
     from coordinator.limits import limits_of
     from coordinator.plan import describe
     from coordinator.planning import notes, plan_for
     from glm.config import load_config
     from glm.demo import demo_model_dir
-    from glm.hub import resolve_description, resolve_model
+    from glm.hub import find_model, resolve_description
     from glm.model_source import made_for
 
     model = options.model or request.model or demo_model_dir()
     revision = options.revision or request.revision
-    description = resolve_description(model, revision)
+    description = resolve_description(model, revision, log.say)
     config = load_config(description)
     check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
@@ -132,7 +132,7 @@ def _choose(
     log.say(*describe(plan, verbose=options.verbose), event="plan")
     log.say(
         *(f"note: {note}" for note in (*notes(request, plan), *doubts)),
-        *_cache_notes(resolve_model(model, revision), config, plan),
+        *_cache_notes(find_model(model, revision), config, plan),
     )
     return _Chosen(model, revision, config, plan, text)
 
@@ -272,10 +272,10 @@ def _kernel_lines(chat_model: ChatModel) -> list[str]:
     return lines
 
 
-def _cache_notes(model_dir: Path, config: ModelConfig, plan: Plan) -> tuple[str, ...]:
-    """A line where layers are going to be quantised and kept that were not before."""
+def _cache_notes(model_dir: Path | None, config: ModelConfig, plan: Plan) -> tuple[str, ...]:
+    """A line where layers are going to be quantised and kept that were not before; `model_dir` None is yet to come."""
     from glm.cache_dir import cache_dir
-    from glm.layer_cache import is_to_be_kept
+    from glm.layer_cache import is_to_be_kept, is_worth_keeping
     from glm.model_source import open_checkpoint
     from glm.precision import Precision
 
@@ -283,8 +283,12 @@ def _cache_notes(model_dir: Path, config: ModelConfig, plan: Plan) -> tuple[str,
     precisions = {Precision(stage.precision) for stage in plan.stages if stage.precision in QUANTIZED}
     if cache is None or not precisions:
         return ()
-    checkpoint = open_checkpoint(model_dir)
-    if not any(is_to_be_kept(checkpoint, config, precision, cache) for precision in precisions):
+    if model_dir is None:
+        are_kept = any(is_worth_keeping(config, precision) for precision in precisions)
+    else:
+        checkpoint = open_checkpoint(model_dir)
+        are_kept = any(is_to_be_kept(checkpoint, config, precision, cache) for precision in precisions)
+    if not are_kept:
         return ()
     return (
         f"note: quantised layers are kept in {cache} for the next time (see `glmpipe cache`; --no-cache keeps none)",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -14,7 +14,15 @@ class _Hub(ThreadingHTTPServer):
     commit: str
     files: Mapping[str, bytes]
     error_code: str | None
+    claimed: Mapping[str, int]
+    stalls: bool
     fetched: list[str]
+    ended: threading.Event
+    num_requests: int
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -28,6 +36,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         hub, path = self.server, self.path.split("?")[0]
+        hub.num_requests += 1
         api, files = f"/api/models/{hub.name}", f"/{hub.name}/resolve/{hub.commit}/"
         if hub.error_code or not path.startswith((api, files)):
             return self._send(404, b"", {"X-Error-Code": hub.error_code or "RepoNotFound"}, with_body)
@@ -37,6 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
             if with_body:
                 hub.fetched.append(file_name)
             headers = {"ETag": f'"{_blob_id(body)}"', "X-Repo-Commit": hub.commit}
+            if with_body and hub.stalls and file_name.startswith("model"):
+                return self._stall(body, headers)
             return self._send(200, body, headers, with_body)
         if path.startswith(f"{api}/tree/"):
             entries = [
@@ -44,8 +55,25 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, body in hub.files.items()
             ]
             return self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, with_body)
-        model = {"id": hub.name, "sha": hub.commit, "siblings": [{"rfilename": name} for name in hub.files]}
+        model = {"id": hub.name, "sha": hub.commit, "siblings": self._siblings()}
         return self._send(200, json.dumps(model).encode(), {"Content-Type": "application/json"}, with_body)
+
+    def _siblings(self) -> list[dict[str, object]]:
+        sizes = {name: len(body) for name, body in self.server.files.items()} | dict(self.server.claimed)
+        return [{"rfilename": name, "size": size} for name, size in sizes.items()]
+
+    def _stall(self, body: bytes, headers: Mapping[str, str]) -> None:
+        """Half of a file, and then nothing until whoever wanted it is gone."""
+        self.send_response(200)
+        for key, value in {**headers, "Content-Length": str(2 * len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+        with suppress(OSError):  # killed, it is gone with a reset
+            self.connection.recv(1)
+        self.close_connection = True
+        self.server.ended.set()
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str], with_body: bool) -> None:
         self.send_response(status)
@@ -71,12 +99,28 @@ def serve_hub(
 
     With `error_code` everything is answered by 404 and that code (RepoNotFound, GatedRepo, RevisionNotFound).
     """
+    with running_hub(files, name, commit, error_code) as hub:
+        yield hub.endpoint, hub.fetched
+
+
+@contextmanager
+def running_hub(
+    files: Mapping[str, bytes],
+    name: str = "org/name",
+    commit: str = "a" * 40,
+    error_code: str | None = None,
+    *,
+    claimed: Mapping[str, int] | None = None,
+    stalls: bool = False,
+) -> Iterator[_Hub]:
+    """As `serve_hub`, the server itself. `claimed` are sizes that it says; with `stalls` weights come by half."""
     with _Hub(("127.0.0.1", 0), _Handler) as hub:
         hub.name, hub.commit, hub.files, hub.error_code, hub.fetched = name, commit, files, error_code, []
+        hub.claimed, hub.stalls, hub.ended, hub.num_requests = claimed or {}, stalls, threading.Event(), 0
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{hub.server_port}", hub.fetched
+            yield hub
         finally:
             hub.shutdown()
             thread.join()

@@ -2,27 +2,37 @@
 
 import json
 import os
+import resource
+import signal
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from glm.config import load_config
 from glm.errors import ConfigError, ModelNotFoundError
 from glm.hub import resolve_model
-from tests.glm.hub_server import serve_hub
+from tests.glm.hub_server import running_hub, serve_hub
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys
 from glm import hub
 from glm.errors import ModelNotFoundError
+told = []
+find = getattr(hub, sys.argv[1])
+more = () if sys.argv[1] == "find_model" else (told.append,)
 try:
-    answer = {"path": str(getattr(hub, sys.argv[1])(*sys.argv[2:]))}
+    answer = {"path": str(find(sys.argv[2], sys.argv[3] if sys.argv[3:] else None, *more))}
 except ModelNotFoundError as error:
     answer = {"error": str(error)}
-print(json.dumps(answer | {"hub_imported": "huggingface_hub" in sys.modules}))
+print(json.dumps(answer | {"told": told, "hub_imported": "huggingface_hub" in sys.modules}))
 """
 
 
@@ -44,30 +54,39 @@ def resolve(
     offline: bool = False,
     endpoint: str = "http://127.0.0.1:9",
     function: str = "resolve_model",
-) -> dict[str, str]:
+    most_file_bytes: int = resource.RLIM_INFINITY,
+) -> dict[str, Any]:
     """Resolve in a process of its own: huggingface_hub reads its environment when it is imported."""
-    kept = {key for key in os.environ if not key.startswith("HF_") and "proxy" not in key.lower()}
-    inherited = {key: os.environ[key] for key in kept}
-    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1" if offline else "0"}
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, function, *arguments],
-        env={**inherited, **settings, **quiet},
+        env=environment(home, endpoint, offline=offline),
         capture_output=True,
         text=True,
         timeout=240,
         check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, resource.RLIM_INFINITY)),
     )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
+def environment(home: Path, endpoint: str, *, offline: bool = False) -> dict[str, str]:
+    """Only what a test says of the hub, and a short patience with it."""
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1" if offline else "0"}
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "2", "PYTHONPATH": str(REPOSITORY)}
+    return {**inherited, **settings, **quiet}
+
+
 def put_in_cache(home: Path, name: str, commit: str, refs: tuple[str, ...]) -> Path:
-    """What a download of one file leaves in a hub cache: blob, snapshot link, refs."""
+    """What a download leaves in a hub cache: blobs, links to them, refs."""
     root = home / "hub" / f"models--{name.replace('/', '--')}"
     for directory in ("blobs", "refs", f"snapshots/{commit}"):
         (root / directory).mkdir(parents=True, exist_ok=True)
-    (root / "blobs" / f"blob-{commit}").write_text("{}")
-    (root / "snapshots" / commit / "config.json").symlink_to(f"../../blobs/blob-{commit}")
+    for file_name in ("config.json", "tokenizer.model", "model.safetensors"):
+        (root / "blobs" / f"{file_name}-{commit}").write_text("{}")
+        (root / "snapshots" / commit / file_name).symlink_to(f"../../blobs/{file_name}-{commit}")
     for ref in refs:
         (root / "refs" / ref).write_text(commit)
     return root / "snapshots" / commit
@@ -108,7 +127,7 @@ def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_cached_model_needs_no_network(tmp_path: Path) -> None:
-    """Offline, each revision (default branch, tag, commit) gives its own snapshot; a dead endpoint does no harm."""
+    """Offline or not, each revision (default branch, tag, commit) gives its own snapshot."""
     old, new = "1" * 40, "2" * 40
     old_dir = put_in_cache(tmp_path, "org/name", old, ("v1.0",))
     new_dir = put_in_cache(tmp_path, "org/name", new, ("main",))
@@ -177,6 +196,127 @@ def test_an_endpoint_that_does_not_answer_is_named(tmp_path: Path) -> None:
     error = resolve(tmp_path, "org/name")["error"]
     assert "http://127.0.0.1:9 could not be asked" in error
     assert "check the network, the proxy and HF_ENDPOINT" in error
+
+
+@contextmanager
+def tarpit(drip: bytes = b"") -> Iterator[tuple[str, list[socket.socket]]]:
+    """An address that accepts and does not answer, or only so slowly that no reader gives up; and its connections."""
+    connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ended = threading.Event()
+
+        def serve() -> None:
+            server.settimeout(0.2)
+            while not ended.wait(0.2):
+                with suppress(TimeoutError):
+                    connections.append(server.accept()[0])
+                for connection in connections:
+                    try:
+                        connection.send(drip)
+                    except OSError:
+                        continue
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}", connections
+        finally:
+            ended.set()
+            thread.join()
+            for connection in connections:
+                connection.close()
+
+
+@pytest.mark.parametrize("function", ["resolve_model", "resolve_description", "find_model"])
+def test_no_hub_is_asked_for_what_is_cached(tmp_path: Path, function: str) -> None:
+    """Whatever became of the hub since: not one connection."""
+    snapshot = put_in_cache(tmp_path, "org/name", "1" * 40, ("main",))
+    with tarpit() as (endpoint, connections):
+        assert resolve(tmp_path, "org/name", endpoint=endpoint, function=function)["path"] == str(snapshot)
+        assert not connections
+
+
+@pytest.mark.parametrize(
+    "drip",
+    [b"", pytest.param(b"HTTP/1.1 200 OK\r\nX-Slow: ", marks=pytest.mark.slow)],
+    ids=["silent", "slow"],
+)
+def test_a_hub_that_does_not_answer_is_given_up(tmp_path: Path, drip: bytes) -> None:
+    """Soon, with a line before that says whom it asks and for what; in the cache nothing is left half done."""
+    with tarpit(drip) as (endpoint, connections):
+        answer = resolve(tmp_path, "org/name", "v2", endpoint=endpoint)
+        assert len(connections) == 1
+    assert answer["told"] == [f"asking {endpoint} for org/name, revision 'v2'"]
+    assert endpoint in answer["error"]
+    assert "check the network, the proxy and HF_ENDPOINT (a mirror's address)" in answer["error"]
+
+
+def test_a_config_that_another_program_cached_is_taken_from_a_dead_hub(tmp_path: Path) -> None:
+    """It may be all that is needed; that the hub could not be asked is said. Its weights cannot be had so."""
+    snapshot = put_in_cache(tmp_path, "org/name", "1" * 40, ("main",))
+    for name in ("tokenizer.model", "model.safetensors"):
+        (snapshot / name).unlink()
+    answer = resolve(tmp_path, "org/name", function="resolve_description")
+    assert answer["path"] == str(snapshot)
+    assert "could not be asked" in answer["told"][-1]
+    assert "could not be asked" in resolve(tmp_path, "org/name")["error"]
+
+
+def test_half_a_model_in_the_cache_is_completed(tmp_path: Path) -> None:
+    """A shard that the index names and that is not there is fetched; what is there is not fetched again."""
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    files = {**WANTED, **SAFETENSORS, "model.safetensors.index.json": json.dumps(index).encode()}
+    with serve_hub(files) as (endpoint, fetched):
+        path = Path(resolve(tmp_path, "org/name", endpoint=endpoint)["path"])
+        assert resolve(tmp_path, "org/name", endpoint=endpoint, function="find_model")["path"] == str(path)
+        (path / "model-00002-of-00002.safetensors").resolve().unlink()
+        (path / "model-00002-of-00002.safetensors").unlink()
+        assert resolve(tmp_path, "org/name", endpoint=endpoint, function="find_model")["path"] == "None"
+        fetched.clear()
+        assert resolve(tmp_path, "org/name", endpoint=endpoint)["path"] == str(path)
+        assert fetched == ["model-00002-of-00002.safetensors"]
+
+
+def test_a_model_larger_than_the_disk_is_not_begun(tmp_path: Path) -> None:
+    """What is needed, what is free, and how to choose another disk."""
+    claimed = {"model-00001-of-00002.safetensors": 10**17}
+    with running_hub({**WANTED, **SAFETENSORS}, claimed=claimed) as hub:
+        error = resolve(tmp_path, "org/name", endpoint=hub.endpoint)["error"]
+        assert not set(hub.fetched) & set(SAFETENSORS)
+    assert "org/name does not fit on the disk" in error
+    assert "100000000.00 GB are needed" in error
+    assert "set HF_HOME to a directory on another disk" in error
+
+
+def test_a_disk_that_fills_while_a_model_is_fetched_is_named(tmp_path: Path) -> None:
+    """As far as the system can be made to refuse a file that grows."""
+    files = {**WANTED, "model.safetensors": bytes(400_000)}
+    with serve_hub(files) as (endpoint, _):
+        error = resolve(tmp_path, "org/name", endpoint=endpoint, most_file_bytes=200_000)["error"]
+    assert "org/name does not fit on the disk" in error
+    assert "set HF_HOME" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_whoever_ends_leaves_no_download_behind(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C ends it at once, and not even a killed program leaves one that goes on."""
+    with running_hub({**WANTED, "model.safetensors": bytes(200_000)}, stalls=True) as hub:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, "resolve_model", "org/name"],
+            env=environment(tmp_path, hub.endpoint),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            while "model.safetensors" not in hub.fetched:
+                assert process.poll() is None
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert hub.ended.wait(60)
+    assert process.returncode == -number
+    assert number == signal.SIGKILL or b"KeyboardInterrupt" in said
 
 
 def test_a_cached_model_is_called_by_its_hub_name(tmp_path: Path) -> None:
