@@ -351,7 +351,7 @@ class Cluster(Closing):
         guarded = {} if listening is None else guarded_endpoints(hosts, listening.endpoint)
         self._launcher = Launcher(stages, endpoint, on_log=on_log, data_endpoints=guarded)
         own = [worker_id for worker_id, host in zip(self._launcher.worker_ids, hosts, strict=True) if host is None]
-        self._door = door = None if listening is None else Door(listening.endpoint, listening.keys, self._seats())
+        self._door = door = None if listening is None else self._open_door(listening)
         gatekeeper = None if door is None else stack.enter_context(door.gatekeeper(self.context, self._on_note))
         self._control = stack.enter_context(
             ControlPlane(
@@ -376,6 +376,10 @@ class Cluster(Closing):
         self.pipeline.look = self._look_for_steps
         stack.callback(self.pipeline.close)
         stack.enter_context(self._launcher)
+
+    def _open_door(self, listening: Listening) -> Door:
+        token_dir = None if listening.shows_tokens else self.runtime_dir.path
+        return Door(listening.endpoint, listening.keys, self._seats(), token_dir)
 
     def _model(self) -> HostModel:
         settings = self._settings

@@ -53,3 +53,5 @@ class Listening:
     keys: KeyDirectory
     await_worker_s: float = AWAIT_WORKER_S
     """How long a lost worker of another host is awaited before a spare takes its place, or the requests fail."""
+    shows_tokens: bool = False
+    """Whether join tokens may be among the notes, as for a terminal; otherwise they are in files of the launch."""

@@ -1,5 +1,7 @@
 """Who may come in from other hosts: keys on the allow-list, one-time tokens, and the stages that wait for a worker."""
 
+import contextlib
+import os
 import re
 import secrets
 import shlex
@@ -7,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import zmq
 
@@ -21,7 +24,8 @@ from protocol.sockets import Socket
 PORT = 7410
 """Of the control plane, where --listen names none. The data plane of this host has the ports after it."""
 MAX_PORT = 65_000
-TOKEN_LIFE_S = 15 * 60.0
+TOKEN_LIFE_S = USED_TOKEN_S = 15 * 60.0
+"""How long a token is good, and how long it is known by whom it was used."""
 _FLOODED = {
     "control": "a connection of {} to the control port",
     "return": "a connection of {} to the port of the last stage's steps",
@@ -43,50 +47,79 @@ class Seat:
         return f"{self.worker_id.replace('-', ' ')} ({self.device} of {self.host})"
 
 
+@dataclass(slots=True)
+class _Token:
+    host: str
+    until_s: float
+    used_by: str | None = None
+
+
 class Tokens:
     """One-time tokens, each for one host and for a while. Kept in memory: they end with the launch.
 
+    One that was used is remembered for that while, so that whoever comes with it later hears by which key it was.
     Safe to use from several threads: the gatekeeper asks, the control plane redeems, the launch issues.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._tokens: dict[str, tuple[str, float]] = {}
+        self._tokens: dict[str, _Token] = {}
 
     def issue(self, host: str) -> str:
         """A new token that lets a key in under this host's name."""
         token = secrets.token_hex(16)
         with self._lock:
-            self._tokens[token] = (host, self._clock() + TOKEN_LIFE_S)
+            self._tokens[token] = _Token(host, self._clock() + TOKEN_LIFE_S)
         return token
 
-    def redeem(self, token: str) -> str | None:
+    def redeem(self, token: str, key: str) -> str | None:
         """The host that a token was made for, which uses it up; None for a wrong, used or old one."""
         with self._lock:
-            self._forget_old()
-            found = [known for known in self._tokens if secrets.compare_digest(known.encode(), token.encode())]
-            return self._tokens.pop(found[0])[0] if found else None
+            found = self._find(token)
+            if found is None or found.used_by is not None:
+                return None
+            found.used_by, found.until_s = key, self._clock() + USED_TOKEN_S
+            return found.host
+
+    def used_by(self, token: str) -> str | None:
+        """The key that a token has let in; None if that is not known of it."""
+        with self._lock:
+            found = self._find(token)
+            return None if found is None else found.used_by
 
     def hosts(self) -> set[str]:
         """For whom there is a token that may still be used."""
         with self._lock:
             self._forget_old()
-            return {host for host, _ in self._tokens.values()}
+            return {token.host for token in self._tokens.values() if token.used_by is None}
+
+    def any_known(self) -> bool:
+        """Whether somebody may come with a token who is to be heard, if only to be told that it was used."""
+        with self._lock:
+            self._forget_old()
+            return bool(self._tokens)
+
+    def _find(self, token: str) -> _Token | None:
+        self._forget_old()
+        same = (known for known in self._tokens if secrets.compare_digest(known.encode(), token.encode()))
+        return self._tokens.get(next(same, ""))
 
     def _forget_old(self) -> None:
         now_s = self._clock()
-        self._tokens = {token: entry for token, entry in self._tokens.items() if entry[1] > now_s}
+        self._tokens = {text: token for text, token in self._tokens.items() if token.until_s > now_s}
 
 
 class Door:
     """Where other hosts' workers come in, and which stages wait for them.
 
-    A key that is not on the allow-list may connect only while a token is out, and then only join with it.
+    A key that is not on the allow-list may connect only while a token is known, and then only join with it. Tokens are
+    secret: they are shown where `token_dir` is None, which is for a terminal, and otherwise put into a file there.
     """
 
-    def __init__(self, endpoint: str, keys: KeyDirectory, seats: Sequence[Seat]) -> None:
+    def __init__(self, endpoint: str, keys: KeyDirectory, seats: Sequence[Seat], token_dir: Path | None = None) -> None:
         """Raises SecurityError: this host has no key, or the files are not private."""
+        self._token_dir = token_dir
         self.endpoint = endpoint
         self.own: KeyPair = keys.own()
         self.allowed = keys.allowed
@@ -111,7 +144,7 @@ class Door:
 
     def may_connect(self, key: str) -> bool:
         """Asked for every connection, by the gatekeeper."""
-        return self.allowed.name_of(key) is not None or bool(self.tokens.hosts())
+        return self.allowed.name_of(key) is not None or self.tokens.any_known()
 
     def unreadable(self) -> str | None:
         """Why it cannot be known at present who is allowed; None if it can."""
@@ -132,9 +165,10 @@ class Door:
         """The name of the host that a key belongs to; a good token puts the key on the list first. None: a stranger."""
         name = self.allowed.name_of(key)
         if name is None and token is not None:
-            name = self.tokens.redeem(token)
+            name = self.tokens.redeem(token, key)
             if name is not None:
                 self.allowed.add(name, key)
+                self._withdraw(name)
         return name
 
     def seat_for(self, host: str, device: str, taken: Collection[str]) -> Seat | None:
@@ -160,15 +194,36 @@ class Door:
             stages = ", ".join(f"{seat.worker_id.replace('-', ' ')} ({seat.device})" for seat in seats)
             lines.append(f"waiting for {host}: {stages}")
             is_new = host not in known and host not in self.tokens.hosts()
-            token = f" --token {self.tokens.issue(host)}" if is_new else ""
             if is_new or host in known:
-                command = f"glmpipe worker --join {self.endpoint} --key {shlex.quote(self.own.public)}{token}"
-                lines += [f"  there: {command} --device {device}" for device in dict.fromkeys(s.device for s in seats)]
+                command = f"glmpipe worker --join {self.endpoint} --key {shlex.quote(self.own.public)}"
+                token = " --token-file -" if is_new else ""
+                devices = dict.fromkeys(seat.device for seat in seats)
+                lines += [f"  there: {command}{token} --device {device}" for device in devices]
+                lines += [self._hand_out(host)] if is_new else []
             else:
                 lines.append(
                     f"  there: the command given above, whose token is good for {TOKEN_LIFE_S / 60:.0f} minutes"
                 )
         return lines
+
+    def _hand_out(self, host: str) -> str:
+        """Where a new token for this host is found: its words go nowhere that others read, or that is kept."""
+        token, good = self.tokens.issue(host), f"good once, for {TOKEN_LIFE_S / 60:.0f} minutes"
+        if self._token_dir is None:
+            return f"  which asks for this token, {good}: {token}"
+        path = self._token_dir / f"token-{host}"
+        try:
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+                file.write(f"{token}\n")
+        except OSError as error:
+            return f"  no token can be given: {path}: {error.strerror}; use `glmpipe keys allow {host} 'ITS KEY'`"
+        return f"  which asks for the token that is in {path}, {good}"
+
+    def _withdraw(self, host: str) -> None:
+        if self._token_dir is not None:
+            with contextlib.suppress(OSError):
+                (self._token_dir / f"token-{host}").unlink(missing_ok=True)
 
 
 def listen_endpoint(text: str) -> str:

@@ -1,5 +1,7 @@
 """Why a worker that wants to join does not suit this launch, in words that name the remedy: pure."""
 
+from collections.abc import Callable
+
 from coordinator.plan import parse_device
 from protocol.control import HostModel, Join
 from protocol.endpoints import checked_own_address, ipc_path, is_local
@@ -11,6 +13,21 @@ from protocol.version import VERSION
 def version_fault(who: str, join: Join) -> str:
     """That its version of glmpipe does not suit (see `protocol.version.suits`)."""
     return f"{who} runs glmpipe {join.glmpipe_version}, the coordinator {VERSION}: install the same version on both"
+
+
+def stranger_fault(key: str, token: str | None, used_by: Callable[[str], str | None]) -> tuple[str, str]:
+    """Of a key that is not allowed: the code of the refusal, and what is wrong with the token, if it had one."""
+    if not token:
+        allow = f"glmpipe keys allow NAME_OF_ITS_HOST '{key}'"
+        return "unknown_key", f"its host's key is not allowed; on the launching host: {allow}"
+    thief = used_by(token)
+    if thief is None:
+        return "token", "its token is wrong or too old: take the one that launch gives out now"
+    return "token", (
+        f"its token was used before, by the key {thief}, not by this one, {key}. Unless that is another of your own "
+        f"hosts, somebody has read the token: on the launching host, glmpipe keys revoke '{thief}'; then take the "
+        "token that launch gives out next"
+    )
 
 
 def own_fault(join: Join) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from coordinator.door import Door, Seat
-from coordinator.eligibility import model_fault, own_fault, reach_fault, version_fault
+from coordinator.eligibility import model_fault, own_fault, reach_fault, stranger_fault, version_fault
 from coordinator.errors import LaunchError, WorkerAbsent
 from coordinator.spares import choose_spare
 from protocol.control import HostModel, Join, Leaving, Pong, Ready, Refused
@@ -108,17 +108,15 @@ class Roster:
         assert self.door is not None
         if self.door.unreadable() is not None:  # which is noted once a second at most, by `drop_revoked`
             return Refused(join.request_id, "no_seat", "the launching host's allow-list cannot be read at present")
+        is_new = self.door.allowed.name_of(sender.key) is None
         try:
             name = self.door.admit(sender.key, join.token)
         except SecurityError as error:
             return self._refuse(join, "token", str(error))
         if name is None:
-            if join.token:
-                return self._refuse(
-                    join, "token", "its token is wrong, used or too old: take the one that launch prints now"
-                )
-            allow = f"glmpipe keys allow NAME_OF_ITS_HOST '{sender.key}'"
-            return self._refuse(join, "unknown_key", f"its host's key is not allowed; on the launching host: {allow}")
+            return self._refuse(join, *stranger_fault(sender.key, join.token, self.door.tokens.used_by))
+        if is_new:
+            self.on_note(f"let in {name} by its token: its key {sender.key} is allowed from now on")
         join = with_changes(join, host=name, token=None)
         if not suits(join.glmpipe_version):
             return self._refuse(join, "version", version_fault(f"worker {join.worker_id} of {name}", join))

@@ -58,7 +58,7 @@ class KeyDirectory:
         if not _is_there(self.own_path):
             raise SecurityError(f"this host has no key ({self.own_path}): make one with `glmpipe keys new`")
         _check_private(self.path, 0o700)
-        text = _read_private(self.own_path)
+        text = read_private(self.own_path)
         try:
             table = tomllib.loads(text)
             return KeyPair(str(table["public"]), str(table["secret"]))
@@ -173,7 +173,7 @@ class AllowList:
             _check_private(self.path, 0o700)
         for path in files:
             name = checked_host_name(path.name.removesuffix(_SUFFIX))
-            for line in _read_private(path).splitlines():
+            for line in read_private(path).splitlines():
                 if line.strip() and not line.startswith("# "):
                     names.setdefault(checked_key(line.strip()), name)
         return names
@@ -206,7 +206,8 @@ def _check_private(path: Path, mode: int) -> None:
         )
 
 
-def _read_private(path: Path) -> str:
+def read_private(path: Path) -> str:
+    """A file's text, if it is this user's own and nobody else has access. Raises SecurityError."""
     _check_private(path, 0o600)
     try:
         with path.open(encoding="utf-8") as file:

@@ -17,12 +17,14 @@ from glm.command_line import Parser
 from protocol.endpoints import checked_endpoint, is_local
 from protocol.errors import EndpointError, SecurityError
 from protocol.version import VERSION
+from stage_worker.join_token import TOKEN_VARIABLE, read_token
 
 LOCAL_JOIN_TIMEOUT_S = 60.0
 EXAMPLES = """\
 On another host than the coordinator's, with what `glmpipe launch --listen` printed there:
-  glmpipe worker --join tcp://192.168.1.2:7410 --key 'COORDINATOR KEY' --token TOKEN --device cuda:0
-Once the token was used, --token may go: the coordinator's host keeps this host's key (`glmpipe keys list` there). The
+  glmpipe worker --join tcp://192.168.1.2:7410 --key 'COORDINATOR KEY' --token-file - --device cuda:0
+It asks for the token that the launch gives out; for a service, `--token-file FILE` or the variable GLMPIPE_JOIN_TOKEN
+has it. Once it was used, it may go: the coordinator's host keeps this host's key (`glmpipe keys list` there). The
 worker may start before the coordinator, waits for it as long as it takes, and keeps its weights for the next one.
 """
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -102,7 +104,7 @@ def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
         given.lifeline_fd,
         given.listen,
         given.key,
-        given.token,
+        read_token(parser, given),
         given.keys,
         None if given.model is None else OwnModel(given.model, given.revision),
         given.log_json,
@@ -112,7 +114,13 @@ def parse_options(arguments: Sequence[str] | None) -> WorkerOptions:
 def _add_other_hosts_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a coordinator on another host")
     group.add_argument("--key", metavar="KEY", type=_key, help="the coordinator's public key, as its host shows it")
-    group.add_argument("--token", metavar="T", help="lets this host's key in, once and soon (glmpipe launch prints it)")
+    group.add_argument(
+        "--token-file",
+        metavar="FILE|-",
+        help="has the token (from glmpipe launch) that lets this host's key in, once and soon: a file of mode 0600, "
+        f"or - for standard input (default: ${TOKEN_VARIABLE}, if it is set)",
+    )
+    group.add_argument("--token", metavar="T", help=argparse.SUPPRESS)
     group.add_argument("--keys", metavar="DIR", type=Path, help="where keys are (default ~/.config/glmpipe/keys)")
     group.add_argument(
         "--listen",
@@ -130,8 +138,13 @@ def _check_keys(parser: argparse.ArgumentParser, given: argparse.Namespace) -> N
         parser.error(f"--join {given.join} is another host, which must be known by its key: add --key KEY")
     if given.key is not None and not given.join.startswith("tcp://"):
         parser.error(f"--key is for tcp://, not for {given.join}: drop it")
-    if given.token is not None and given.key is None:
-        parser.error("--token proves nothing to a coordinator that is not known by its key: add --key KEY")
+    if given.token is not None:
+        parser.error(
+            "--token shows the token to everybody on this host (ps), so that it is no secret any more: let the launch "
+            f"give out another one, and use --token-file FILE, --token-file - or {TOKEN_VARIABLE}"
+        )
+    if given.token_file is not None and given.key is None:
+        parser.error("--token-file proves nothing to a coordinator that is not known by its key: add --key KEY")
     if given.revision is not None and given.model is None:
         parser.error(f"--revision {given.revision} is of no model: add --model ID")
 

@@ -36,7 +36,7 @@ from stage_worker.data_plane import WAKE
 from stage_worker.exits import EXIT_ASKED, EXIT_INTERNAL, EXIT_LOST, EXIT_REFUSED, Exit
 from stage_worker.log import logger
 from stage_worker.status import Status
-from stage_worker.waiting import WaitingNotes
+from stage_worker.waiting import RefusalNotes, WaitingNotes
 
 STUCK_AFTER_S = 5.0
 TAKEN_AFTER_S = 60.0
@@ -74,6 +74,7 @@ class LinkSettings:
     lifeline_fd: int | None
     keys: Callable[[], KeyPair] | None = None
     server_key: str | None = None
+    has_token: bool = False
 
 
 class ControlLink:
@@ -112,6 +113,7 @@ class ControlLink:
         self._silent_s = 0.0
         has_key = settings.keys is not None
         self._waiting = WaitingNotes(settings.endpoint, settings.join_timeout_s, has_key=has_key)
+        self._refusals = RefusalNotes()
         self.commands = context.socket(zmq.PAIR)
         self._main = context.socket(zmq.PAIR)
         self._wake = data_socket(context, zmq.PUSH)
@@ -223,9 +225,14 @@ class ControlLink:
         elif news in (News.UNKNOWN_KEY, News.WRONG_SERVER):
             assert news is not None
             self._waiting.answered()
-            logger.warning("not let in at %s: %s", self._settings.endpoint, news.value)
-            if news is News.UNKNOWN_KEY:
-                logger.warning("there: glmpipe keys allow NAME_OF_THIS_HOST '%s'", self._connection.public_key)
+            self._refusals.say(f"not let in at {self._settings.endpoint}: {news.value}{self._remedy(news)}")
+
+    def _remedy(self, news: News) -> str:
+        if news is not News.UNKNOWN_KEY:
+            return ""
+        used = "; its token is too old, or was used long ago: take the one that the launch gives out now"
+        allow = f"; there: glmpipe keys allow NAME_OF_THIS_HOST '{self._connection.public_key}'"
+        return f"{used}, or{allow[1:]}" if self._settings.has_token else allow
 
     def _receive(self) -> bool:
         """Handle one message of the coordinator; whether there was a valid one."""
@@ -246,7 +253,7 @@ class ControlLink:
                 self._reply(self._settings.join())
             case Refused() if message.code in _MAY_MEND and self._settings.keys is not None:
                 self._waiting.answered()
-                logger.warning("asking again every %g s: %s", ASK_AGAIN_S, message.text)
+                self._refusals.say(f"asking again every {ASK_AGAIN_S:g} s: {message.text}")
                 self._ask_again_s = ASK_AGAIN_S
             case Refused() if message.code == "revoked" and self._connection.take_new_key():
                 self._lose_coordinator("it has revoked this host's key, which was replaced; joining with the new one")
@@ -266,6 +273,7 @@ class ControlLink:
         if self._coordinator_id not in (None, welcome.coordinator_id):
             self._lose_coordinator("another one has taken its place")
         self._coordinator_id = welcome.coordinator_id
+        self._refusals.over()
         self._orphan_timeout_s = welcome.orphan_timeout_s
         logger.info("joined %s as %s", welcome.coordinator_id, self._settings.worker_id)
         if welcome.is_spare:

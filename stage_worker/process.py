@@ -101,6 +101,7 @@ def _serve(
             options.lifeline_fd,
             keys,
             options.server_key,
+            has_token=options.token is not None,
         ),
         pong=lambda status, request_id, num_taken: status.pong(request_id, device, num_taken),
         on_lifeline_end=lambda: remove_private_dir(options.join),

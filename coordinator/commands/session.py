@@ -177,7 +177,8 @@ def _listening(options: argparse.Namespace) -> Listening | None:
     with wrong_use():
         endpoint = listen_endpoint(options.listen)
         keys.own()
-    return Listening(endpoint, keys, await_s)
+    shows_tokens = sys.stderr.isatty() and not log_of(options).is_json
+    return Listening(endpoint, keys, await_s, shows_tokens)
 
 
 def _scheduling(options: argparse.Namespace) -> dict[str, Any]:

@@ -23,14 +23,16 @@ def test_a_token_is_good_once_and_for_a_while() -> None:
     now_s = 0.0
     tokens = Tokens(lambda: now_s)
     first, second = tokens.issue("lab2"), tokens.issue("lab3")
-    assert tokens.redeem(first + "0") is None
-    assert tokens.redeem("\u00e9") is None
-    assert tokens.redeem(first) == "lab2"
-    assert tokens.redeem(first) is None
+    assert tokens.redeem(first + "0", "a") is None
+    assert tokens.redeem("\u00e9", "a") is None
+    assert tokens.used_by(first) is None
+    assert tokens.redeem(first, "a") == "lab2"
+    assert tokens.redeem(first, "b") is None
     assert tokens.hosts() == {"lab3"}
+    assert (tokens.used_by(first), tokens.used_by(second), tokens.used_by("x")) == ("a", None, None)
     now_s = TOKEN_LIFE_S + 1
-    assert tokens.redeem(second) is None
-    assert tokens.hosts() == set()
+    assert tokens.redeem(second, "a") is None
+    assert tokens.hosts() == set() and not tokens.any_known() and tokens.used_by(first) is None
 
 
 def test_tokens_are_safe_to_use_from_several_threads() -> None:
@@ -46,7 +48,7 @@ def test_tokens_are_safe_to_use_from_several_threads() -> None:
         asker.start()
     try:
         issued = {tokens.issue(f"lab{number}"): f"lab{number}" for number in range(300)}
-        assert {token: tokens.redeem(token) for token in issued} == issued
+        assert {token: tokens.redeem(token, "a") for token in issued} == issued
     finally:
         is_over.set()
         for asker in askers:
@@ -55,7 +57,10 @@ def test_tokens_are_safe_to_use_from_several_threads() -> None:
 
 
 def test_strangers_may_connect_only_while_a_token_is_out(door: Door) -> None:
-    """And joining with it puts their key on the list, for good; without it they stay strangers."""
+    """And joining with it puts their key on the list, for good; without it they stay strangers.
+
+    For the same while whoever comes with it too late is heard, to be told so.
+    """
     stranger, other = new_key_pair().public, new_key_pair().public
     assert not door.may_connect(stranger)
     token = door.tokens.issue("lab2")
@@ -63,9 +68,10 @@ def test_strangers_may_connect_only_while_a_token_is_out(door: Door) -> None:
     assert door.admit(stranger, None) is None
     assert door.admit(stranger, token) == "lab2"
     assert door.may_connect(stranger) and door.admit(stranger, None) == "lab2"
-    assert not door.may_connect(other) and door.admit(other, token) is None
+    assert door.admit(other, token) is None
     door.allowed.remove("lab2")
-    assert not door.may_connect(stranger) and door.admit(stranger, None) is None
+    assert door.may_connect(other) and door.tokens.used_by(token) == stranger
+    assert door.admit(stranger, None) is None and door.admit(stranger, token) is None
 
 
 def test_a_worker_gets_a_stage_of_its_host_and_device(door: Door) -> None:
@@ -82,11 +88,25 @@ def test_what_to_run_elsewhere_is_told(door: Door) -> None:
     assert lines[0] == "waiting for lab2: stage 1 (cpu), stage 2 (cuda:0)"
     assert lines[1].startswith("  there: glmpipe worker --join tcp://192.0.2.1:7410 --key ")
     assert lines[1].endswith("--device cpu") and lines[2].endswith("--device cuda:0")
-    token = lines[1].partition("--token ")[2].split()[0]
-    assert token in lines[2]
-    assert "--token" not in lines[4]
+    assert "--token-file - " in lines[1] and "--token-file - " in lines[2]
+    token = lines[3].rpartition(": ")[2]
+    assert lines[3].startswith("  which asks for this token, good once, for 15 minutes: ")
+    assert "token" not in lines[5] and token not in lines[1] + lines[2]
     again = "\n".join(door.waiting_lines(SEATS))
     assert token not in again and "given above" in again
+
+
+def test_a_token_is_in_no_log(keys: KeyDirectory, tmp_path: Path) -> None:
+    """Where lines are kept, they name a file that its owner alone may read, and that goes once it was used."""
+    door = Door("tcp://192.0.2.1:7410", keys, SEATS, tmp_path)
+    lines = "\n".join(door.waiting_lines(SEATS))
+    path = tmp_path / "token-lab2"
+    assert f"which asks for the token that is in {path}, good once" in lines
+    assert path.stat().st_mode & 0o777 == 0o600
+    token = path.read_text().strip()
+    assert token not in lines and len(token) == 32
+    assert door.admit(new_key_pair().public, token) == "lab2"
+    assert not path.exists() and (tmp_path / "token-lab3").exists()
 
 
 def test_a_list_that_cannot_be_read_is_waited_for(door: Door) -> None:

@@ -74,6 +74,24 @@ def test_who_has_no_seat_is_a_spare_and_said_so(people: Roster, keys: KeyDirecto
     assert len(people.living()) == 3
 
 
+def test_a_token_that_somebody_else_used_is_told_to_both_sides(
+    people: Roster, keys: KeyDirectory, notes: list[str]
+) -> None:
+    """Whom it let in says the launch; who comes later with it hears by which key it was used, and what to do."""
+    assert people.door is not None
+    token, thief, rightful = people.door.tokens.issue("lab2"), new_key_pair().public, new_key_pair().public
+    join = with_changes(Host(keys, "lab3").join(), token=token)
+    assert people.admit_other(Sender(ROUTER, b"1", thief), join) is False
+    assert notes == [f"let in lab2 by its token: its key {thief} is allowed from now on"]
+    refused = people.admit_other(Sender(ROUTER, b"2", rightful), join)
+    assert isinstance(refused, Refused) and refused.code == "token"
+    for text in (refused.text, notes[-1]):
+        assert f"used before, by the key {thief}" in text and f"glmpipe keys revoke '{thief}'" in text
+        assert "keys allow" not in text
+    wrong = people.admit_other(Sender(ROUTER, b"3", rightful), with_changes(join, token="wrong"))
+    assert isinstance(wrong, Refused) and wrong.code == "token" and "wrong or too old" in wrong.text
+
+
 def test_no_spare_takes_anothers_place_by_its_name(people: Roster, keys: KeyDirectory) -> None:
     """What a process says its key is counts for nothing beside the key that its host has proved to own."""
     lab5, lab6 = Host(keys, "lab5"), Host(keys, "lab6")

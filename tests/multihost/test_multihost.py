@@ -53,10 +53,10 @@ def test_four_hosts_compute_what_one_process_does(five: list[Host], plan: str) -
     early = start_worker(workers[0], launching)
     places = ("--layers", "lab2/cpu=1-4", "--layers", "cpu=5-6", "--listen", f"tcp://{launching.address}")
     assert said(launching, "generate", *places, *QUESTION) == alone
-    launch = start_launch(launching, plan)
+    launch = start_launch(launching, plan, change="import coordinator.door as d; d.USED_TOKEN_S = 0.0")
     launch.wait_for("waiting for lab4")
-    token = launch.log.partition("--token ")[2].split()[0]
-    later = [start_worker(workers[1], launching), start_worker(workers[2], launching, "--token", token)]
+    token = launch.log.partition("which asks for the token that is in ")[2].partition(", good once")[0]
+    later = [start_worker(workers[1], launching), start_worker(workers[2], launching, "--token-file", token)]
     launch.wait_for("serving at")
     for worker in (early, *later):
         worker.wait_for("serving epoch")

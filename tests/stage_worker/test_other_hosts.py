@@ -163,11 +163,23 @@ def test_without_a_coordinator_it_waits_and_can_be_ended(tmp_path: Path) -> None
             worker.process.wait()
 
 
-@pytest.mark.parametrize("words", [("--token", "x"), ()], ids=["a token makes one", "no token"])
-def test_a_worker_without_a_key(words: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [("--token-file", "token"), ()], ids=["a token makes one", "no token"])
+def test_a_worker_without_a_key(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a token its host gets a key; without one it is told how to make it."""
+    monkeypatch.chdir(tmp_path)
+    Path("token").touch(0o600)
+    Path("token").write_text("x")
     base = ("--join", "tcp://127.0.0.1:9", "--key", KEYS.public, "--join-timeout", "0.5")
     worker = RunningWorker(tmp_path, *base, *words)
     assert worker.process.wait(DEADLINE_MS / 1000) == (3 if words else 2)
     assert KeyDirectory(tmp_path / "keys").own_path.exists() == bool(words)
     assert ("made a key" if words else "glmpipe keys new") in worker.log
+
+
+def test_a_wrong_key_of_the_coordinator_is_said_rarely(coordinator, own, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Tried again every second or two; the log is for people."""
+    assert own
+    words = ("--join", coordinator.endpoint, "--key", new_key_pair().public, "--join-timeout", "9", "--threads", "1")
+    worker = RunningWorker(tmp_path, *words)
+    assert worker.process.wait(DEADLINE_MS / 1000) == 3
+    assert 1 <= worker.log.count("has another key than --key, or is no coordinator") <= 2, worker.log

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from stage_worker.log import logger
-from stage_worker.waiting import AFTER_AN_ANSWER_S, WaitingNotes
+from stage_worker.waiting import AFTER_AN_ANSWER_S, LONGEST_PAUSE_S, RefusalNotes, WaitingNotes
 
 
 @pytest.fixture
@@ -57,3 +57,22 @@ def test_a_refusal_is_an_answer(said: pytest.LogCaptureFixture) -> None:
     assert said.messages == []
     notes.wait(1)
     assert len(said.messages) == 1
+
+
+def test_a_refusal_without_end_fills_no_log(said: pytest.LogCaptureFixture) -> None:
+    """A day of a wrong --key, tried every two seconds: told at once, then ever more rarely, with how often it was."""
+    now_s = 0.0
+    notes = RefusalNotes(lambda: now_s)
+    for _ in range(24 * 60 * 30):
+        notes.say("not let in: whoever answers there has another key")
+        now_s += 2.0
+    assert said.messages[:2] == [
+        "not let in: whoever answers there has another key",
+        "not let in: whoever answers there has another key (4 times more since)",
+    ]
+    assert len(said.messages) < 5 + 24 * 3600 / LONGEST_PAUSE_S
+    notes.say("something else")
+    assert said.messages[-1] == "something else"
+    notes.over()
+    notes.say("something else")
+    assert said.messages[-2:] == ["something else"] * 2
