@@ -7,12 +7,17 @@ from pathlib import Path
 
 from coordinator import chat_settings
 from coordinator.chat_console import Console, Entry
-from coordinator.conversation import Conversation, as_json, as_text
+from coordinator.conversation import Conversation
 from coordinator.errors import UsageError
 from coordinator.report import report_lines
+from coordinator.saved_chat import as_json, as_text, read_saved
+from coordinator.system_prompt import read_system
+from glm.command_line import nearest
 from protocol.client import Description, GenerationStats, SamplingParams
 
-_SLASH = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?\s*", re.DOTALL)
+_SLASH = re.compile(r"[/\uff0f]([A-Za-z]+)(?:\s+(.*))?\s*", re.DOTALL)
+"""A wide slash is what a Chinese keyboard gives."""
+_PLAIN_WORDS = ("clear", "stop", "exit", "quit")
 
 
 @dataclass(slots=True)
@@ -25,10 +30,12 @@ class ChatState:
     conversation: Conversation = field(default_factory=Conversation)
     last_stats: GenerationStats | None = None
     saved: set[Path] = field(default_factory=set)
-    """Files this chat wrote, which it may write again."""
+    """Files this chat wrote or loaded, which it may write again."""
     is_over: bool = False
     question: str | None = None
     """What a command wants asked next."""
+    connect: Callable[[str | None], None] | None = None
+    """Uses another launch, the one that is named or the only one; None where the chat runs its model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +54,23 @@ def run_command(state: ChatState, console: Console, entry: Entry) -> bool:
         return False
     try:
         if name not in COMMANDS:
-            raise UsageError(
-                f'/{name} is no command; /help lists them, and a question that begins so goes between lines of """'
-            )
+            raise UsageError(_unknown(name))
         COMMANDS[name].run(state, console, argument)
     except UsageError as error:
         console.note(str(error))
     return True
 
 
+def _unknown(name: str) -> str:
+    meant = nearest(name, list(COMMANDS))
+    guess = "" if meant is None else f" (did you mean /{meant}?)"
+    return f'/{name} is no command{guess}; /help lists them, and a question that begins so goes between lines of """'
+
+
 def _parse(entry: Entry) -> tuple[str | None, str]:
     if entry.is_quoted:
         return None, ""
-    if entry.text.strip() in ("clear", "stop"):
+    if entry.text.strip() in _PLAIN_WORDS:
         return entry.text.strip(), ""
     match = _SLASH.fullmatch(entry.text)
     return (match[1].lower(), (match[2] or "").strip()) if match else (None, "")
@@ -69,6 +80,20 @@ def _clear(state: ChatState, console: Console, argument: str) -> None:
     _refuse("clear", argument)
     state.conversation.clear()
     console.note("the conversation starts afresh")
+
+
+def _system(state: ChatState, console: Console, argument: str) -> None:
+    conversation = state.conversation
+    if not argument:
+        console.note(conversation.system or "there is no system prompt; /system TEXT, or /system @FILE, sets one")
+        return
+    conversation.system = "" if argument == "none" else read_system(argument)
+    if not conversation.system:
+        console.note("there is no system prompt any more")
+    elif conversation.rounds:
+        console.note("the system prompt holds from the next answer on; `clear` forgets what was said before it")
+    else:
+        console.note("the system prompt is set")
 
 
 def _again(state: ChatState, console: Console, argument: str) -> None:
@@ -100,9 +125,18 @@ def _stop(state: ChatState, console: Console, argument: str) -> None:
 
 def _help(state: ChatState, console: Console, argument: str) -> None:
     del state, argument
-    width = max(len(command.usage) for command in COMMANDS.values())
-    console.note(*(f"{command.usage.ljust(width)}   {command.help}" for command in COMMANDS.values()))
+    width = max(len(command.usage) for command in LISTED)
+    console.note(*(f"{command.usage.ljust(width)}   {command.help}" for command in LISTED))
     console.note(*KEYS)
+
+
+def _connect(state: ChatState, console: Console, argument: str) -> None:
+    del console
+    if state.connect is None:
+        raise UsageError(
+            "this chat runs its model itself; one that was started with --connect can go to another launch"
+        )
+    state.connect(argument or None)
 
 
 def _plan(state: ChatState, console: Console, argument: str) -> None:
@@ -122,11 +156,29 @@ def _stats(state: ChatState, console: Console, argument: str) -> None:
         console.note(*report_lines(state.last_stats))
 
 
+def _load(state: ChatState, console: Console, argument: str) -> None:
+    if not argument:
+        raise UsageError("write /load FILE, a file that /save wrote")
+    turns = read_saved(path := _path(argument))
+    num_before = len(state.conversation.rounds)
+    state.conversation.replace(turns)
+    state.saved.add(path)
+    instead = f", in place of the {num_before} question{'s' * (num_before > 1)} of this chat" if num_before else ""
+    console.note(f"read {len(turns)} messages from {path}{instead}")
+
+
+def _path(argument: str) -> Path:
+    try:
+        return Path(argument).expanduser().absolute()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{argument} is no place: {error}; choose another one") from None
+
+
 def _save(state: ChatState, console: Console, argument: str) -> None:
     if not argument:
         raise UsageError("write /save FILE; a name that ends in .json gives JSON, any other plain text")
+    path = _path(argument)
     try:
-        path = Path(argument).expanduser().absolute()
         turns = state.conversation.turns
         text = as_json(turns) if path.suffix == ".json" else as_text(turns)
         with path.open("w" if path in state.saved else "x", encoding="utf-8", errors="replace") as file:
@@ -142,13 +194,12 @@ def _save(state: ChatState, console: Console, argument: str) -> None:
 
 def _set(state: ChatState, console: Console, argument: str) -> None:
     before = state.sampling
-    if argument in ("default", "defaults"):
-        state.sampling = state.description.defaults
-    elif argument:
-        state.sampling = chat_settings.changed(before, argument)
-    else:
-        console.note(*chat_settings.setting_lines(before))
+    wanted = chat_settings.names_only(argument)
+    if wanted is not None:
+        console.note(*chat_settings.setting_lines(before, wanted))
         return
+    is_reset = argument in ("default", "defaults")
+    state.sampling = state.description.defaults if is_reset else chat_settings.changed(before, argument)
     console.note(chat_settings.difference(before, state.sampling) or "nothing changed")
     useless = chat_settings.ineffective(state.sampling)
     if useless:
@@ -162,17 +213,24 @@ def _refuse(name: str, argument: str) -> None:
 
 COMMANDS = {
     "help": Command("/help", "this list", _help),
-    "clear": Command("clear, /clear", "forget the conversation and start afresh", _clear),
-    "stop": Command("stop, /stop", "leave the chat", _stop),
+    "clear": Command("clear, /clear", "forget the conversation and start afresh; the system prompt stays", _clear),
+    "exit": Command("exit, /exit, Ctrl-D", "leave the chat; so do stop, quit, /stop, /quit and /bye", _stop),
     "again": Command("/again", "another answer to the last question", _again),
     "edit": Command("/edit QUESTION", "ask something else in place of the last question", _edit),
+    "system": Command("/system [TEXT|@FILE]", "show or set what the model is told before all; /system none", _system),
     "plan": Command("/plan", "which stage has which layers, where, at which precision", _plan),
     "stats": Command("/stats [on|off]", "what the last answer cost; on: after every answer", _stats),
     "save": Command("/save FILE", "write the conversation to a file (.json: as JSON)", _save),
-    "set": Command("/set [NAME=VALUE ...]", "show or change sampling: /set temperature=0.3; /set default", _set),
+    "load": Command("/load FILE", "go on with a conversation that /save wrote", _load),
+    "connect": Command(
+        "/connect [ENDPOINT|PID]", "with --connect: go on with another launch, or find it again", _connect
+    ),
+    "set": Command("/set [NAME[=VALUE] ...]", "show or change sampling: /set temperature 0.3; /set default", _set),
 }
+LISTED = tuple(COMMANDS.values())
+COMMANDS |= dict.fromkeys(("stop", "quit", "bye"), COMMANDS["exit"])
 KEYS = (
     "Enter sends; Esc Enter (or Alt-Enter) begins a new line; up and down walk through earlier questions",
     'a text between lines of """ is a question as it stands, of any number of lines',
-    "Ctrl-C stops the answer, not the chat; Ctrl-D leaves",
+    "Ctrl-C stops the answer, not the chat; Ctrl-Z suspends it, until fg",
 )

@@ -3,10 +3,12 @@
 import io
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from coordinator.terminal import AnswerWriter, quiet_terminal
 from glm.printable import PrintableStream, printable_lines
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ class Console(Protocol):
 
     def read(self) -> Entry | None:
         """The next entry, never blank; None when there are no more. Raises KeyboardInterrupt."""
+        ...
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Around an answer: what is typed meanwhile does not show up in it."""
         ...
 
     def write(self, text: str) -> None:
@@ -63,7 +69,7 @@ class PlainConsole:
 
     def __init__(self, questions: TextIO, out: TextIO, notes: TextIO) -> None:
         self._questions = questions
-        self._out = out
+        self._out = AnswerWriter(out)
         self._notes = notes
 
     def read(self) -> Entry | None:
@@ -72,16 +78,18 @@ class PlainConsole:
                 return as_entry(self._whole(line))
         return None
 
+    def answering(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def write(self, text: str) -> None:
         self._out.write(text)
-        self._out.flush()
 
     def end_answer(self) -> None:
-        self.write("\n")
+        self._out.end()
 
     def note(self, *lines: str) -> None:
         for line in lines:
-            print(line, file=self._notes, flush=True)
+            print(printable_lines(line), file=self._notes, flush=True)
 
     def _whole(self, line: str) -> str:
         """A line with the rest of the block it opens; a block also ends where the input does."""
@@ -109,6 +117,7 @@ class TerminalConsole:
             history=_history(),
             prompt_continuation="  ",
             enable_open_in_editor=False,
+            enable_suspend=True,
         )
         has_color = os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
         self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if has_color else ("", "")
@@ -123,6 +132,9 @@ class TerminalConsole:
                 return None
             if text.strip():
                 return as_entry(text)
+
+    def answering(self) -> AbstractContextManager[None]:
+        return quiet_terminal()
 
     def write(self, text: str) -> None:
         self._put(self._shown.push(text))

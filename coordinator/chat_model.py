@@ -28,6 +28,7 @@ from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, 
 from coordinator.recovery import DEFAULT_RECOVERY, RecoveryPolicy
 from coordinator.replanning import Replanner
 from coordinator.report import cut_note
+from coordinator.runtime_dir import RuntimeDir
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
@@ -67,6 +68,7 @@ def launch(
     recovery: RecoveryPolicy = DEFAULT_RECOVERY,
     listening: Listening | None = None,
     on_started: Callable[[Cluster], None] = lambda _: None,
+    runtime_dir: RuntimeDir | None = None,
 ) -> "ChatModel":
     """Start the workers of a plan and load a model into them.
 
@@ -75,11 +77,10 @@ def launch(
         plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
         chat_format: overrides the one found from the model's files. text: what the caller has read of these already.
         on_progress, on_log: receive load progress, and the workers' log lines. recovery: how often to restart those.
-        on_note: receives what the memory of each device is going to hold, before anything loads.
-        check_memory: refuse a plan that does not fit.
+        on_note: receives what each device's memory is going to hold. check_memory: refuse a plan that does not fit.
         speculate: guess tokens, and verify several in one step. reuse: keep what ended requests cached.
-        listening: where workers of the other hosts in the plan join, and the keys that let them in.
-        on_started: is given the starting cluster. steps_in_flight: of decode, at once; None finds the fastest number.
+        listening: where workers of other hosts join, and the keys that let them in. on_started: is given the cluster.
+        runtime_dir: where its sockets live, closed with it. steps_in_flight: of decode; None finds the fastest number.
 
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
@@ -94,7 +95,7 @@ def launch(
     most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
     told = (description, "" if here is None else here.fingerprint(), FIRST_EPOCH, most_kv_tokens, record_hidden_states)
     settings = ClusterSettings(*told, _name_elsewhere(model), revision, config.hidden_size)
-    cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening)
+    cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening, runtime_dir)
     try:
         on_started(cluster)
         choose = Replanner(config, most_kv_tokens, refuse=check_memory)

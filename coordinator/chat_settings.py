@@ -1,18 +1,20 @@
-"""`/set temperature=0.3 stop="END"`: sampling params as somebody types them in a chat."""
+"""`/set temperature=0.3 stop "END"`: sampling params as somebody types them in a chat."""
 
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from coordinator.errors import UsageError
+from glm.command_line import nearest
 from glm.errors import SamplingError
 from glm.sampling_params import ALLOWED
 from glm.sampling_params import SamplingParams as CheckedParams
 from protocol.client import SamplingParams
 from protocol.records import with_changes
 
-_PAIR = re.compile(r"""\s*(\w+)\s*=\s*("(?:[^"\\]|\\.)*"|\[[^]]*\]|[^\s,"\[]+)\s*,?""")
+_PAIR = re.compile(r"""\s*([\w-]+)(?:\s*=\s*|\s+)("(?:[^"\\]|\\.)*"|\[[^]]*\]|[^\s,"\[=][^\s,"\[]*)\s*,?""")
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _FLAGS = ("ignore_eos", "greedy")
@@ -35,9 +37,15 @@ def changed(current: SamplingParams, text: str) -> SamplingParams:
     return params
 
 
-def setting_lines(params: SamplingParams) -> list[str]:
-    """Every setting with its value and what it may be, aligned."""
-    shown = [(f"{name}={_shown(getattr(params, name))}", must) for name, (must, _) in ALLOWED.items()]
+def names_only(text: str) -> tuple[str, ...] | None:
+    """The settings that `text` asks to see: those it names, all if it is empty; None where it sets something."""
+    names = tuple(_name(word) for word in text.replace(",", " ").split())
+    return (names or tuple(ALLOWED)) if all(name in ALLOWED for name in names) else None
+
+
+def setting_lines(params: SamplingParams, names: Iterable[str]) -> list[str]:
+    """These settings with their values and what they may be, aligned."""
+    shown = [(f"{name}={_shown(getattr(params, name))}", ALLOWED[name][0]) for name in names]
     width = max(len(pair) for pair, _ in shown)
     return [f"{pair.ljust(width)}   {must}" for pair, must in shown]
 
@@ -59,14 +67,26 @@ def ineffective(params: SamplingParams) -> list[str]:
 def _pairs(text: str) -> list[tuple[str, str]]:
     pairs, end = [], 0
     while match := _PAIR.match(text, end):
-        pairs.append((match[1], match[2]))
+        pairs.append((_name(match[1]), match[2]))
         end = match.end()
-    if text[end:].strip() or not pairs:
-        raise UsageError(f"{text[end:].strip()!r} is no setting; write /set temperature=0.3")
-    unknown = [name for name, _ in pairs if name not in ALLOWED]
+    unknown = [f"{name}{_guess(name)}" for name, _ in pairs if name not in ALLOWED]
     if unknown:
         raise UsageError(f"there is no setting {', '.join(unknown)}; there are {', '.join(ALLOWED)}")
+    rest = text[end:].strip()
+    if rest or not pairs:
+        guess = _guess(rest) if _name(rest) not in ALLOWED else ""
+        raise UsageError(f"{rest!r} sets nothing{guess}; write /set temperature 0.3, or /set temperature to see it")
     return pairs
+
+
+def _name(word: str) -> str:
+    """As the options of the command line are spelled, too: `top-k`."""
+    return word.replace("-", "_").lower()
+
+
+def _guess(name: str) -> str:
+    meant = nearest(name, list(ALLOWED))
+    return "" if meant is None else f" (did you mean {meant}?)"
 
 
 def _value(name: str, text: str) -> object:

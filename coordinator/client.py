@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 import zmq
@@ -14,12 +15,13 @@ from zmq.utils.monitor import recv_monitor_message
 from coordinator.batch import Ended, Progress, Request
 from coordinator.closing import Closing
 from coordinator.conversation import Prompt
-from coordinator.errors import ConnectError, CoordinatorError, GenerationError, StageLost
-from coordinator.which_launch import endpoint_of
+from coordinator.errors import ConnectError, CoordinatorError, GenerationError, PromptTooLong, StageLost
+from coordinator.which_launch import FIND_S, endpoint_of
 from glm.logprobs import TokenLogprob
 from protocol import sockets
 from protocol.client import (
     NOT_SERVING,
+    PROMPT_TOO_LONG,
     Cancel,
     ClientMessage,
     Delta,
@@ -32,6 +34,7 @@ from protocol.client import (
     SamplingParams,
 )
 from protocol.client import TokenLogprob as WireLogprob
+from protocol.endpoints import ipc_path
 from protocol.errors import ProtocolError
 from protocol.limits import NO_CHANCE
 from protocol.messages import Plane
@@ -75,7 +78,9 @@ def connect(
 
 def _as_exception(error: Error) -> CoordinatorError:
     """A lost stage ends the launch; whatever else failed, failed for this request only."""
-    return StageLost(error.text) if error.code == StageLost.__name__ else GenerationError(error.text)
+    if error.code == StageLost.__name__:
+        return StageLost(error.text)
+    return PromptTooLong(error.text) if error.code == PROMPT_TOO_LONG else GenerationError(error.text)
 
 
 def _ended(message: Finished | Error, logprobs: list[TokenLogprob] | None) -> Ended:
@@ -107,8 +112,7 @@ class RemoteBackend(Closing):
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self._context: zmq.Context[sockets.Socket] = zmq.Context()
-        self._socket = sockets.client_socket(self._context, zmq.DEALER)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._open_socket()
         self._request_ids = itertools.count(1)
         self._cancelled = threading.Event()
         self._description: Description | None = None
@@ -140,6 +144,19 @@ class RemoteBackend(Closing):
             f"nobody answered at {self.endpoint} within {deadline_s:g} s: the launch has ended, is of another glmpipe "
             "release, or is busy with a long prompt (then try again later)"
         )
+
+    def reconnect(
+        self, name: str | None = None, *, patient: bool = True, on_waiting: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """See `Reconnecting`. Where it fails, the backend is as it was, and this can be tried again."""
+        endpoint = self.endpoint
+        if name is not None or self._is_gone():
+            endpoint = endpoint_of(name, find_s=FIND_S if patient else 0.0)
+        self._close_socket()
+        self.endpoint = endpoint
+        self._open_socket()
+        self._open = {}
+        self.greet(CONNECT_DEADLINE_S, on_waiting)
 
     def describe(self) -> Description:
         """What the launch said when the connection was made; a launch keeps its model and plan."""
@@ -217,11 +234,22 @@ class RemoteBackend(Closing):
 
     def close(self) -> None:
         """Let go of the launch, which goes on. Safe to call twice."""
+        self._close_socket()
+        self._context.term()
+
+    def _is_gone(self) -> bool:
+        path = ipc_path(self.endpoint)
+        return path is not None and not Path(path).exists()
+
+    def _open_socket(self) -> None:
+        self._socket = sockets.client_socket(self._context, zmq.DEALER)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def _close_socket(self) -> None:
         if not self._socket.closed:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._socket.close()
-        self._context.term()
 
     def _ask(self, prompt: Prompt, sampling: SamplingParams | None, num_logprobs: int | None = None) -> int:
         request_id = next(self._request_ids)

@@ -49,8 +49,9 @@ class Cluster(Closing):
         on_log: LogSink | None = None,
         on_note: NoteSink | None = None,
         listening: Listening | None = None,
+        runtime_dir: RuntimeDir | None = None,
     ) -> None:
-        """Start the workers; `load` makes them ready.
+        """Start the workers; `load` makes them ready. `runtime_dir`, if given, is closed with the cluster.
 
         Raises:
             LaunchError: a worker cannot be started. ProtocolError: other hosts cannot be listened to.
@@ -72,6 +73,7 @@ class Cluster(Closing):
         """Who had which stage before the last loss."""
         with ExitStack() as stack:
             with signals_deferred():
+                self.runtime_dir = stack.enter_context(runtime_dir or RuntimeDir())
                 self._bring_up(stack, on_log, listening)
             self._resources = stack.pop_all()
 
@@ -337,6 +339,14 @@ class Cluster(Closing):
             pongs.append(message)
         return tuple(pongs)
 
+    def pause(self) -> None:
+        """Stop the workers of this host where they are, until `resume`; for a launch that is suspended itself."""
+        self._launcher.pause()
+
+    def resume(self) -> None:
+        """Let them go on."""
+        self._launcher.resume()
+
     def close(self) -> None:
         """Stop and reap the workers, close the sockets, remove the runtime directory. Safe to call twice."""
         self._resources.close()
@@ -345,7 +355,6 @@ class Cluster(Closing):
         raise_descriptor_limit()
         stages = self.plan.stages
         hosts = tuple(stage.host for stage in stages)
-        self.runtime_dir = stack.enter_context(RuntimeDir())
         self.context: zmq.Context[Socket] = stack.enter_context(zmq.Context())
         endpoint = self.runtime_dir.endpoint("control")
         guarded = {} if listening is None else guarded_endpoints(hosts, listening.endpoint)

@@ -1,8 +1,8 @@
 """What a chat needs from whatever answers, and the conversation it keeps."""
 
-import json
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 from protocol.client import ChatPrompt, ChatTurn, Delta, Description, Finished, SamplingParams, TextPrompt, TokenPrompt
 
@@ -39,43 +39,95 @@ class ChatBackend(Protocol):
         ...
 
 
-class Conversation:
-    """The turns so far. A question joins them together with its answer, so that a failed one leaves no trace."""
+@runtime_checkable
+class Reconnecting(Protocol):
+    """A backend that can be lost and found again."""
 
-    def __init__(self) -> None:
-        self._turns: list[ChatTurn] = []
+    def reconnect(self, name: str | None, *, patient: bool, on_waiting: Callable[[str], None]) -> None:
+        """Use the launch that `name` means; None: the same one, else the only one there is. `patient` waits for one.
+
+        Raises:
+            CoordinatorError: there is none, or several could be meant. EndpointError: that is no endpoint.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A question and its answer. `num_tokens` is about what they take in a prompt."""
+
+    question: str
+    answer: str
+    num_tokens: int
+
+    @property
+    def turns(self) -> tuple[ChatTurn, ChatTurn]:
+        return ChatTurn("user", "", self.question), ChatTurn("assistant", "", self.answer)
+
+
+class Conversation:
+    """The rounds so far, and the system prompt before them if there is one.
+
+    A question joins them together with its answer, so that a failed one leaves no trace. The first `num_left_out`
+    rounds are kept, but no model hears of them any more.
+    """
+
+    def __init__(self, system: str = "") -> None:
+        self.system = system
+        """What the model is told before everything else; empty for nothing."""
+        self.rounds: list[Round] = []
+        self.num_left_out = 0
 
     @property
     def turns(self) -> tuple[ChatTurn, ...]:
-        return tuple(self._turns)
+        """Questions and answers in turns, behind the system's."""
+        return (*system_turn(self.system), *(turn for each in self.rounds for turn in each.turns))
+
+    @property
+    def heard(self) -> list[Round]:
+        """The rounds that a prompt holds."""
+        return self.rounds[self.num_left_out :]
 
     def prompt(self, question: str) -> ChatPrompt:
-        """The conversation with a question at its end."""
-        return ChatPrompt((*self._turns, ChatTurn("user", "", question)))
+        """What of the conversation is not left out, with a question at its end."""
+        heard = (turn for each in self.heard for turn in each.turns)
+        return ChatPrompt((*system_turn(self.system), *heard, ChatTurn("user", "", question)))
 
-    def add(self, question: str, answer: str) -> None:
-        """Remember a question and its answer."""
-        self._turns += [ChatTurn("user", "", question), ChatTurn("assistant", "", answer)]
+    def add(self, question: str, answer: str, num_tokens: int) -> None:
+        """Remember a question and its answer; `num_tokens` are those of its prompt and its answer together."""
+        before = sum(each.num_tokens for each in self.heard)
+        self.rounds.append(Round(question, answer, max(1, num_tokens - before)))
 
     def take_back(self) -> str | None:
         """Forget the last question with its answer; the question, or None if there is none."""
-        if not self._turns:
+        if not self.rounds:
             return None
-        question, _ = self._turns[-2:]
-        del self._turns[-2:]
-        return question.content
+        question = self.rounds.pop().question
+        self.num_left_out = min(self.num_left_out, len(self.rounds))
+        return question
 
     def clear(self) -> None:
-        """Start afresh."""
-        self._turns.clear()
+        """Start afresh, with the same system prompt."""
+        self.rounds.clear()
+        self.num_left_out = 0
+
+    def replace(self, turns: Sequence[ChatTurn]) -> None:
+        """Have these turns, as `turns` gives them, in the place of all."""
+        has_system = bool(turns) and turns[0].role == "system"
+        texts = [turn.content for turn in turns[has_system:]]
+        self.system = turns[0].content if has_system else ""
+        self.rounds = [
+            Round(*pair, guessed_tokens("".join(pair))) for pair in zip(texts[::2], texts[1::2], strict=True)
+        ]
+        self.num_left_out = 0
 
 
-def as_json(turns: tuple[ChatTurn, ...]) -> str:
-    """The turns as `[{"role": ..., "content": ...}, ...]`, as `ChatModel.chat` takes for a history."""
-    plain = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return json.dumps(plain, ensure_ascii=False, indent=2) + "\n"
+def guessed_tokens(text: str) -> int:
+    """About how many tokens a text takes, without a tokenizer: three ASCII characters each, or one other."""
+    num_ascii = sum(map(str.isascii, text))
+    return 1 + num_ascii // 3 + len(text) - num_ascii
 
 
-def as_text(turns: tuple[ChatTurn, ...]) -> str:
-    """The turns for reading."""
-    return "\n".join(f"{turn.role}:\n{turn.content}\n" for turn in turns)
+def system_turn(text: str) -> tuple[ChatTurn, ...]:
+    """The turn with which a conversation with this system prompt begins; none for an empty one."""
+    return (ChatTurn("system", "", text),) if text else ()

@@ -14,6 +14,7 @@
     │   └── StepStuck             all workers answer, but a step does not come back
     ├── ReplanError               the layers of a stage that is gone have no other place
     ├── GenerationError           one request failed; the pipeline lives on
+    │   └── PromptTooLong         its prompt leaves no room for an answer in the context
     ├── CacheError                the cache of quantised layers cannot be read or pruned
     ├── DumpError                 what the pipeline computed cannot be written
     ├── ResultsError              answers cannot be written to their file any more; those in it stay
@@ -114,6 +115,10 @@ class ReplanError(CoordinatorError):
 
 class GenerationError(CoordinatorError):
     """One request failed; the pipeline lives on."""
+
+
+class PromptTooLong(GenerationError):  # noqa: N818 - named for what is the matter
+    """The prompt leaves no room for an answer in the context; a shorter one may have it."""
 
 
 class CacheError(CoordinatorError):

@@ -161,6 +161,22 @@ class Launcher(Closing):
         for dead in self.dead():
             raise WorkerDied(dead.describe("before it joined"), was_killed=dead.was_killed)
 
+    def pause(self) -> None:
+        """Stop all workers where they are, until `resume`: they take no processor, and miss nobody.
+
+        Should this process die meanwhile, the system lets them go on (their groups are orphaned then), and they leave.
+        """
+        self._tell_groups(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let workers that `pause` stopped go on."""
+        self._tell_groups(signal.SIGCONT)
+
+    def _tell_groups(self, number: signal.Signals) -> None:
+        for worker in self._workers:
+            if not worker.has_ended():
+                worker.signal_group(number)
+
     def close(self, grace_s: float = 2.0) -> None:
         """Ask all workers to leave, kill those that have not after `grace_s`, and reap every one.
 
@@ -230,6 +246,11 @@ class _Worker:
         return WorkerExit(
             self.stage_index, self._device, self._process.pid, self._process.returncode, tuple(self._last_lines)
         )
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """To the process and its children; not after it was reaped, when its pid may be somebody else's."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.conversation import Wanted
-from glm.chat_format import ChatMessage, chat_format_for
+from glm.chat_format import ChatFormat, ChatMessage, chat_format_for
 from glm.config import ModelConfig
 from glm.dialect import find_dialect
-from glm.errors import NoTokenizerError, TokenizerError
+from glm.errors import ChatFormatError, NoTokenizerError, TokenizerError
 from glm.generation import GenerationDefaults, generation_defaults
 from glm.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,13 +42,24 @@ class ModelText:
         is_chat = wanted in ("chat", None) and self.found is not None
         return tuple(note for note in (self.chat_note if is_chat else "", self.rotary_note) if note)
 
-    def check(self, wanted: Wanted) -> None:
-        """Raises TokenizerError or ChatFormatError where that cannot be had."""
+    def check(self, wanted: Wanted, system: str = "") -> None:
+        """Raises TokenizerError or ChatFormatError where that cannot be had, or a system prompt is not taken."""
         if wanted == "token ids":
             return
         tokenizer = self.tokenizer
         if wanted == "chat":
-            chat_format_for(tokenizer).encode([ChatMessage("user", "Hello")])
+            chat_format = chat_format_for(tokenizer)
+            chat_format.encode([ChatMessage("user", "Hello")])
+            if system:
+                self._check_system(chat_format, system)
+
+    def _check_system(self, chat_format: ChatFormat, system: str) -> None:
+        try:
+            chat_format.encode([ChatMessage("system", system), ChatMessage("user", "Hello")])
+        except ChatFormatError as error:
+            raise ChatFormatError(
+                f"this model takes no system prompt ({error}): leave it out, or write it into the first question"
+            ) from None
 
     def check_files(self) -> str | None:
         """What to tell of a model without tokenizer files; raises TokenizerError where they are there and broken."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from typing import cast
 
-from coordinator.errors import GenerationError
+from coordinator.errors import GenerationError, PromptTooLong
 from coordinator.scheduler import SchedulerSettings
 from glm.chat_format import ChatMessage, Role, chat_format_for
 from glm.config import ModelConfig
@@ -41,11 +41,11 @@ def max_model_len(config: ModelConfig, settings: SchedulerSettings) -> int:
 
 
 def check_prompt(token_ids: AbstractSequence[int], config: ModelConfig, settings: SchedulerSettings) -> None:
-    """Raises GenerationError where there are no tokens, too many, or such as the model does not have."""
+    """Raises PromptTooLong where there are too many tokens, GenerationError for none or such as the model lacks."""
     if not token_ids:
         raise GenerationError("the prompt has no tokens: give at least one")
     if len(token_ids) >= config.max_context:
-        raise GenerationError(
+        raise PromptTooLong(
             f"the conversation has {len(token_ids)} tokens, the model's context holds {config.max_context}: "
             "shorten it or start a new one"
         )
@@ -56,7 +56,7 @@ def check_prompt(token_ids: AbstractSequence[int], config: ModelConfig, settings
             settings.kv_budget_tokens: "the KV budget of the tightest stage",
         }
         limit = limits.get(most, "one step, in which a prefix LM's conversation is computed,")
-        raise GenerationError(
+        raise PromptTooLong(
             f"the conversation has {len(token_ids)} tokens, {limit} allows {most} together with the answer: "
             "shorten it, or raise that limit"
         )

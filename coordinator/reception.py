@@ -29,20 +29,23 @@ class Reception(Closing):
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
+        self.waits_for: Callable[[], str] = lambda: ""
+        """Says, in any thread, what the launch waits for."""
 
     def open(self, endpoint: str, waits_for: Callable[[], str] | None = None) -> None:
-        """Listen there. `waits_for` says, in any thread, what the launch waits for; None: for nothing any more.
+        """Listen there, and tell clients what `waits_for` says until the launch serves; None: it serves already.
 
         Raises EndpointError.
         """
         bind(self._router, endpoint)
         if waits_for is None:
             return
+        self.waits_for = waits_for
         since_s = time.monotonic()
 
         def words() -> str:
             try:
-                what = waits_for()
+                what = self.waits_for()
             except (LookupError, ValueError):  # the launch changes its stages at this moment
                 what = "its stages"
             return clip_text(f"{what}, for {time.monotonic() - since_s:.0f} s already")

@@ -1,7 +1,7 @@
 """Which running launch `--connect` means: the one that is named, the only one there is, or the only one that serves."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
@@ -17,25 +17,49 @@ from protocol.messages import Plane
 from protocol.sockets import Socket, client_socket, connect, send
 from protocol.wire import decode
 
+FIND_S = 5.0
+"""How long a launch is looked for that was started a moment ago."""
+_LOOK_AGAIN_S = 0.1
 ASK_S = 2.0
 """How long several launches have to say what they are; one that computes a long prompt says nothing meanwhile."""
 
 
-def endpoint_of(name: str | None, ask_s: float = ASK_S) -> str:
+def endpoint_of(
+    name: str | None,
+    ask_s: float = ASK_S,
+    *,
+    find_s: float = 0.0,
+    on_looking: Callable[[float], None] = lambda _: None,
+) -> str:
     """The endpoint of the launch that `name` means: its endpoint, its socket's path, its pid; None: the one there is.
+
+    One that was started a moment ago is looked for for `find_s`; `on_looking` hears of that.
 
     Raises:
         ConnectError: there is no such launch. UsageError: there are several. EndpointError: that is no endpoint.
     """
     if name is None:
+        _wait_for(find_running, find_s, on_looking)
         return _only_one(ask_s).endpoint
     if name.isdecimal():
-        return _of_pid(int(name)).endpoint
+        pid = int(name)
+        _wait_for(lambda: [each for each in find_running(everywhere=True) if each.pid == pid], find_s, on_looking)
+        return _of_pid(pid).endpoint
     endpoint = checked_endpoint(f"ipc://{name}" if name.startswith("/") else name)
     path = ipc_path(endpoint)
     if path is not None and not Path(path).exists():
         raise ConnectError(f"{path} does not exist: the launch has ended, or its endpoint is another one")
     return endpoint
+
+
+def _wait_for(find: Callable[[], Sequence[RunningLaunch]], find_s: float, on_looking: Callable[[float], None]) -> None:
+    """Until a launch is found, for as long as `find_s`."""
+    until_s, has_told = time.monotonic() + find_s, False
+    while not find() and time.monotonic() < until_s:
+        if not has_told:
+            has_told = True
+            on_looking(find_s)
+        time.sleep(_LOOK_AGAIN_S)
 
 
 def _only_one(ask_s: float) -> RunningLaunch:

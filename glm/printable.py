@@ -27,6 +27,11 @@ def printable_lines(text: str) -> str:
     return _NOT_IN_LINES.sub(_escaped, text)
 
 
+def printable_json(text: str) -> str:
+    r"""For JSON that `json.dumps` left unescaped beyond ASCII: the same value, control characters as `\u009b`."""
+    return _NOT_IN_LINES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 class PrintableStream:
     """What a model says, piece by piece, as a terminal may get it.
 

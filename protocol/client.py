@@ -27,6 +27,8 @@ from protocol.records import Record, Variant
 
 NOT_SERVING = "NotServing"
 """The code of an Error that answers whatever is asked of a launch that is still loading; it may be asked again."""
+PROMPT_TOO_LONG = "PromptTooLong"
+"""The code of an Error about a prompt that leaves no room for an answer; a shorter one may have it."""
 FinishReason = Literal["stop", "length", "stop_string", "context_full", "cancelled"]
 
 

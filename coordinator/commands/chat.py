@@ -7,9 +7,12 @@ from coordinator.commands.options import (
     add_model_options,
     add_placement_options,
     add_sampling_options,
+    add_system_option,
     add_watching_options,
+    chosen_system,
 )
 from coordinator.commands.session import check_sampling, chosen_sampling, opened
+from coordinator.context_window import OVERFLOWS
 
 HELP = "chat with a model"
 EXAMPLES = """\
@@ -17,6 +20,7 @@ examples:
   glmpipe chat                                                 # the demo model, all on the CPU
   glmpipe chat --layers cpu=1-3 --layers cpu=4-6               # the same over two stages
   glmpipe chat --model THUDM/chatglm-6b --layers cuda:0=1-20 --layers cpu=21-28 --gpu-precision int8
+  glmpipe chat --model THUDM/chatglm3-6b --system @librarian.txt
   glmpipe chat --connect                                       # a running `glmpipe launch`
 
 Inside the chat, /help lists what else there is.
@@ -26,6 +30,14 @@ Inside the chat, /help lists what else there is.
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--stats", action="store_true", help="report after each answer what it cost")
+    add_system_option(parser)
+    parser.add_argument(
+        "--context-overflow",
+        choices=OVERFLOWS,
+        default=OVERFLOWS[0],
+        help="when the conversation fills the context: leave the oldest questions out and go on (slide, the default), "
+        "or say so and wait for `clear` (stop)",
+    )
     add_connect_option(parser)
     add_model_options(parser)
     add_placement_options(parser)
@@ -36,7 +48,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Open the backend and hand over to the REPL."""
     check_sampling(options)
-    with opened(options, "chat") as backend:
+    system = chosen_system(options)
+    with opened(options, "chat", system=system) as backend:
         from coordinator.chat import run_chat
 
-        return run_chat(backend, chosen_sampling(options, backend.describe().defaults), show_stats=options.stats)
+        sampling = chosen_sampling(options, backend.describe().defaults)
+        return run_chat(backend, sampling, show_stats=options.stats, system=system, overflow=options.context_overflow)

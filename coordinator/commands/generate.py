@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,8 @@ from coordinator.commands.options import (
 from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
 from coordinator.commands.session import check_sampling, chosen_sampling, opened, say
 from coordinator.errors import GenerationError, UsageError
+from coordinator.terminal import AnswerWriter, quiet_terminal
+from glm.printable import printable_json
 from protocol.records import as_builtins
 
 if TYPE_CHECKING:
@@ -112,20 +115,24 @@ def _streamed(backend: ChatBackend, prompt: Prompt, sampling: SamplingParams, op
     from protocol.client import Finished
 
     finished: Finished | None = None
-    for event in backend.stream(prompt, sampling):
-        if isinstance(event, Finished):
-            finished = event
-        elif not options.json:
-            print(event.text, end="", flush=True)
+    shown = AnswerWriter(sys.stdout)
+    with quiet_terminal():
+        for event in backend.stream(prompt, sampling):
+            if isinstance(event, Finished):
+                finished = event
+            elif not options.json:
+                shown.write(event.text)
     assert finished is not None
+    if finished.text and not options.json:
+        shown.end()
     return finished
 
 
 def _conclude(finished: Finished, options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(_as_json(finished), ensure_ascii=False), flush=True)
-    else:
-        print("" if finished.text else ",".join(map(str, finished.token_ids)), flush=True)
+        _print_json(_as_json(finished))
+    elif not finished.text:
+        print(",".join(map(str, finished.token_ids)), flush=True)
     _report(finished, options)
 
 
@@ -140,7 +147,7 @@ def _answer_several(
     ended = [(each.finished, each.logprobs) for each in answers if each.finished is not None]
     if options.json and ended:
         objects = [_as_json(*each) for each in ended]
-        print(json.dumps(objects if options.n > 1 else objects[0], ensure_ascii=False), flush=True)
+        _print_json(objects if options.n > 1 else objects[0])
     elif ended:
         _print_several(ended, _speller(options, backend))
     for finished, _ in ended:
@@ -156,8 +163,14 @@ def _print_several(ended: list[tuple[Finished, Logprobs | None]], spell: Callabl
     for number, (finished, logprobs) in enumerate(ended, start=1):
         if len(ended) > 1:
             print(f"--- answer {number} of {len(ended)} ---")
-        print(finished.text or ",".join(map(str, finished.token_ids)))
+        shown = AnswerWriter(sys.stdout)
+        shown.write(finished.text or ",".join(map(str, finished.token_ids)))
+        shown.end()
         print(*logprob_lines(logprobs or (), spell), sep="\n", end="\n" if logprobs else "", flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(printable_json(json.dumps(value, ensure_ascii=False)), flush=True)
 
 
 def _speller(options: argparse.Namespace, backend: ChatBackend) -> Callable[[int], str]:

@@ -80,17 +80,19 @@ def run(options: argparse.Namespace) -> int:
         log.take_over_logging()
     from coordinator.reception import Reception
     from coordinator.request_log import RequestLog
-    from coordinator.runtime_dir import CLIENT_SOCKET
-    from coordinator.service import serve_at
+    from coordinator.runtime_dir import CLIENT_SOCKET, RuntimeDir
 
-    with Reception() as reception:
+    with Reception() as reception, RuntimeDir() as place:
+        endpoint = place.endpoint(CLIENT_SOCKET)
+        reception.open(endpoint, lambda: "its model and plan to be checked")
 
-        def receive(cluster: Cluster) -> None:
-            reception.open(cluster.runtime_dir.endpoint(CLIENT_SOCKET), cluster.waits_for)
+        def started(cluster: Cluster) -> None:
+            reception.waits_for = cluster.waits_for
 
-        opened = launched(options, show_logs=True, on_started=receive)
+        opened = launched(options, show_logs=True, on_started=started, runtime_dir=place)
         with opened as chat_model, watched(options, chat_model) as panel:
-            endpoint = chat_model.cluster.runtime_dir.endpoint(CLIENT_SOCKET)
+            from coordinator.service import serve_at
+
             requests = RequestLog(log, with_text=options.log_prompts)
             serve_at(chat_model, reception, _announcing(endpoint, log, panel), requests)
     return 0

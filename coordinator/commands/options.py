@@ -201,6 +201,18 @@ def add_watching_options(parser: argparse.ArgumentParser, *, can_watch: str | No
         )
 
 
+def add_system_option(parser: argparse._ActionsContainer) -> None:
+    """`--system TEXT|@FILE`."""
+    parser.add_argument("--system", metavar="TEXT|@FILE", help="what the model is told before everything else")
+
+
+def chosen_system(options: argparse.Namespace) -> str:
+    """The system prompt that `--system` means, empty without it. Raises UsageError."""
+    from coordinator.system_prompt import read_system
+
+    return "" if options.system is None else read_system(options.system)
+
+
 def add_connect_option(parser: argparse.ArgumentParser) -> None:
     """`--connect [ENDPOINT]`."""
     parser.add_argument(

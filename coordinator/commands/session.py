@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from coordinator.model_text import ModelText
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
+    from coordinator.runtime_dir import RuntimeDir
     from coordinator.trace import TraceFile
     from coordinator.watch_view import WatchView
     from glm.config import ModelConfig
@@ -49,12 +50,15 @@ def launched(
     record_hidden_states: bool = False,
     check: Callable[[ModelConfig], None] = lambda _: None,
     wanted: Wanted | None = None,
+    system: str = "",
     on_started: Callable[[Cluster], None] = lambda _: None,
+    runtime_dir: RuntimeDir | None = None,
 ) -> Iterator[ChatModel]:
     """Launch the model that the options name where they say, telling stderr where each part goes and how far it is.
 
     `request` replaces what the placement options ask for. The plan is checked before anything loads, and so is what
     `check` raises for. `wanted` is what is going to be asked with; None is whatever the model can be asked with.
+    `system` is a system prompt that it will get.
     Nothing is left when the block ends. With `show_logs` all lines of the workers go to stderr; otherwise only
     warnings do, and the last lines in an error if there is one.
     """
@@ -65,11 +69,17 @@ def launched(
     log = log_of(options)
     from coordinator.chat_model import launch
     from coordinator.limits import context_line
+    from coordinator.terminal import around_stops
 
-    chosen = _choose(options, request, listening, log, check, wanted)
+    chosen = _choose(options, request, listening, log, check, wanted, system)
     plan = chosen.plan
     with ExitStack() as stack:
         observers = _traces(options, plan, stack, log)
+
+        def started(cluster: Cluster) -> None:
+            stack.enter_context(around_stops(cluster.pause, cluster.resume))
+            on_started(cluster)
+
         with load_view(plan, log=log) as view:
             chat_model = launch(
                 chosen.model,
@@ -82,7 +92,8 @@ def launched(
                 record_hidden_states=record_hidden_states,
                 **_scheduling(options),
                 listening=listening,
-                on_started=on_started,
+                on_started=started,
+                runtime_dir=runtime_dir,
             )
             stack.enter_context(chat_model)
             chat_model.supervisor.mender.on_event = lambda text: _say_pipeline(log, chat_model, text)
@@ -110,6 +121,7 @@ def _choose(
     log: Log,
     check: Callable[[ModelConfig], None],
     wanted: Wanted | None,
+    system: str,
 ) -> _Chosen:
     """Find the model, check all that can be, say the plan; the weights of a hub's model are not fetched yet."""
     from coordinator.chat_model import check_hosts
@@ -128,7 +140,7 @@ def _choose(
     check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
     check_hosts(plan, listening)
-    text, doubts = _model_text(description, config, wanted, options.chat_format)
+    text, doubts = _model_text(description, config, wanted, options.chat_format, system)
     log.say(*describe(plan, verbose=options.verbose), event="plan")
     log.say(
         *(f"note: {note}" for note in (*notes(request, plan), *doubts)),
@@ -138,14 +150,14 @@ def _choose(
 
 
 def _model_text(
-    model_dir: Path, config: ModelConfig, wanted: Wanted | None, chat_format: str | None
+    model_dir: Path, config: ModelConfig, wanted: Wanted | None, chat_format: str | None, system: str
 ) -> tuple[ModelText, tuple[str, ...]]:
     """The model's tokenizer and chat format, before its weights are fetched or loaded, and what to note about them."""
     from coordinator.model_text import read_model_text
 
     text = read_model_text(model_dir, config, chat_format)
     if wanted is not None:
-        text.check(wanted)
+        text.check(wanted, system)
         return text, text.notes(wanted)
     doubt = text.check_files()
     return text, (*text.notes(), *(() if doubt is None else (doubt,)))
@@ -195,19 +207,26 @@ def _scheduling(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def opened(
-    options: argparse.Namespace, wanted: Wanted, check: Callable[[ModelConfig], None] = lambda _: None
+    options: argparse.Namespace,
+    wanted: Wanted,
+    check: Callable[[ModelConfig], None] = lambda _: None,
+    *,
+    system: str = "",
 ) -> Iterator[ChatBackend]:
     """The running launch that `--connect` means, or a model launched for this command, if `check` raises nothing."""
     if options.connect is None:
-        with launched(options, check=check, wanted=wanted) as chat_model:
+        with launched(options, check=check, wanted=wanted, system=system) as chat_model:
             yield chat_model
         return
     refuse_with_connect(options)
     from coordinator.client import connect
-    from coordinator.which_launch import endpoint_of
+    from coordinator.which_launch import FIND_S, endpoint_of
+
+    def say_looking(find_s: float) -> None:
+        say(f"no running `glmpipe launch` is seen yet; looking for one for {find_s:g} s")
 
     with wrong_use():
-        endpoint = endpoint_of(options.connect or None)
+        endpoint = endpoint_of(options.connect or None, find_s=FIND_S, on_looking=say_looking)
 
     def say_waiting(waits_for: str) -> None:
         say(f"the launch is not ready yet, it waits for {waits_for}")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -25,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 class Piped:
     """A chat whose input is a text: what came out, what was noted, the exit code."""
 
-    def __init__(self, text: str, backend: FakeBackend | None = None, *, show_stats: bool = False) -> None:
+    def __init__(self, text: str, backend: FakeBackend | None = None, **settings: Any) -> None:
         self.backend = backend or FakeBackend()
         out, notes = io.StringIO(), io.StringIO()
         console = PlainConsole(io.StringIO(text), out, notes)
-        self.code = run_chat(self.backend, DEFAULTS, show_stats=show_stats, console=console)
+        self.code = run_chat(self.backend, DEFAULTS, console=console, **settings)
         self.out, self.notes = out.getvalue(), notes.getvalue()
 
 
@@ -62,6 +63,14 @@ def test_clear_forgets_and_stop_leaves() -> None:
     assert Piped("a\nclear\nb\nstop\nc\n").out == "1: a\n1: b\n"
     assert Piped("a\n/clear\nb\n/stop\nc\n").out == "1: a\n1: b\n"
     assert Piped("please stop\n").out == "1: please stop\n"
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", "/bye", "/stop", " exit ", "／exit"])
+def test_words_that_leave(word: str) -> None:
+    """As other chats have them, with the wide slash of a Chinese keyboard, too."""
+    chat = Piped(f"a\n{word}\nb\n")
+    assert (chat.out, chat.code) == ("1: a\n", 0)
+    assert Piped("how do I exit vim?\n").out == "1: how do I exit vim?\n"
 
 
 def test_again_and_edit_take_the_last_turn_back() -> None:
@@ -107,6 +116,16 @@ def test_settings_apply_to_the_next_answer() -> None:
     assert 'temperature=0.3, top_k=5, seed=7, stop=["END", "\\n"], max_new_tokens=9, ignore_eos=true' in chat.notes
 
 
+def test_settings_without_an_equals_sign() -> None:
+    """A name, a space, a value; names as the command line spells them, too; a name alone is shown."""
+    chat = Piped('/set temperature 0.3 top-k 5 stop "a b"\n/set Seed\n/set seed, top_k\n/set seed = 7\na\n')
+    (sampling,) = chat.backend.samplings
+    assert sampling is not None
+    assert (sampling.temperature, sampling.top_k, sampling.stop, sampling.seed) == (0.3, 5, ("a b",), 7)
+    shown = [line.split("   ")[0] for line in chat.notes.splitlines()]
+    assert shown == ['temperature=0.3, top_k=5, stop=["a b"]', "seed=none", "seed=none", "top_k=5", "seed=7"]
+
+
 def test_settings_are_listed_with_what_is_allowed() -> None:
     """Each has its value and its rule; setting a value again changes nothing."""
     chat = Piped("/set\n/set temperature=0.8\n")
@@ -121,8 +140,10 @@ def test_settings_are_listed_with_what_is_allowed() -> None:
         ("temperature=-1", "temperature is -1.0, it must be a number from 0 (greedy) to 100"),
         ("temperature=warm", "temperature is 'warm', it must be a number"),
         ("top_p=0 min_p=2", "min_p is 2.0"),
-        ("temprature=1", "there is no setting temprature; there are temperature, top_k"),
-        ("temperature 1", "write /set temperature=0.3"),
+        ("temprature=1", "there is no setting temprature (did you mean temperature?); there are temperature, top_k"),
+        ("temprature", "'temprature' sets nothing (did you mean temperature?); write /set temperature 0.3"),
+        ("temperature 1 top_k", "'top_k' sets nothing; write /set temperature 0.3"),
+        ("temperature -1", "temperature is -1.0"),
         ("ignore_eos=true", "ignore_eos needs max_new_tokens"),
         ("stop=[x]", 'write stop="END"'),
         ('stop=""', "stop is ('',), it must be at most 64 texts"),
@@ -161,7 +182,8 @@ def test_unknown_commands_are_not_questions() -> None:
     """A typing mistake does not reach the model; a path does."""
     chat = Piped("/quti\n/usr/bin is what?\n /quti\n/clear all\n/stats x\n")
     assert chat.out == "1: /usr/bin is what?\n3:  /quti\n"
-    assert "/quti is no command; /help" in chat.notes
+    assert "/quti is no command (did you mean /quit?); /help" in chat.notes
+    assert "/xyzzy is no command; /help" in Piped("/xyzzy\n").notes
     assert "/clear takes nothing behind it" in chat.notes
     assert "/stats on" in chat.notes
 
@@ -178,12 +200,83 @@ def test_save(tmp_path: Path) -> None:
         assert complaint in chat.notes
 
 
+@pytest.mark.parametrize("name", ["chat.json", "chat.txt"])
+def test_a_saved_chat_is_loaded_again(name: str, tmp_path: Path) -> None:
+    """In both forms, system prompt and line breaks included; it replaces what was said, and may be saved again."""
+    path = tmp_path / name
+    backend = FakeBackend({"b": "user:\n\\assistant:\nend\n"})
+    first = Piped(f'/system 你是图书管理员。\n"""\nuser:\n\nassistant:\n"""\nb\n/save {path}\n', backend)
+    second = Piped(f"x\n/load {path}\n/system\nc\n/save {path}\n")
+    assert "read 5 messages" in second.notes and "in place of the 1 question of" in second.notes
+    assert second.backend.prompts[-1].turns == (
+        ChatTurn("system", "", "你是图书管理员。"),
+        ChatTurn("user", "", "user:\n\nassistant:"),
+        ChatTurn("assistant", "", "2: user:\n\nassistant:"),
+        ChatTurn("user", "", "b"),
+        ChatTurn("assistant", "", "user:\n\\assistant:\nend\n"),
+        ChatTurn("user", "", "c"),
+    )
+    assert "你是图书管理员。" in second.notes
+    assert f"wrote 7 messages to {path}" in second.notes
+    assert first.code == second.code == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b'[{"role": "user"}]', "message 1 is not {"),
+        (b'[{"role": "user", "content": "a"}]', "ends with a question that has no answer"),
+        (b'[{"role": "assistant", "content": "a"}]', "message 1 is the assistant's, where the user's is due"),
+        (b'{"role": "user"}', "must hold a list"),
+        (b"[[[", "is not readable as JSON"),
+        (b"hello", "does not begin with user:"),
+        (b"\xff\xfe", "is not UTF-8 text (byte 0)"),
+    ],
+)
+def test_what_cannot_be_loaded(data: bytes, complaint: str, tmp_path: Path) -> None:
+    """The chat goes on with what it had."""
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    chat = Piped(f"a\n/load {path}\n/load {tmp_path}\n/load {tmp_path}/none\n/load\nb\n")
+    assert f"{path}" in chat.notes and complaint in chat.notes
+    for other in ("is not a file", "cannot be read: No such file", "write /load FILE"):
+        assert other in chat.notes
+    assert len(chat.backend.prompts[-1].turns) == 3
+
+
+def test_a_text_that_an_editor_has_rewritten_is_loaded(tmp_path: Path) -> None:
+    """With a byte order mark and the line ends of Windows."""
+    path = tmp_path / "file.txt"
+    path.write_bytes("\ufeffuser:\r\n你好\r\n\r\nassistant:\r\nhello\r\n".encode())
+    chat = Piped(f"/load {path}\nb\n")
+    assert [turn.content for turn in chat.backend.prompts[0].turns] == ["你好", "hello", "b"]
+
+
+def test_the_system_prompt(tmp_path: Path) -> None:
+    """By option or command, from a file (without a byte order mark), kept by `clear`, dropped by `none`."""
+    path = tmp_path / "system.txt"
+    path.write_bytes("\ufeff你是诗人。\r\nBe brief.\n".encode())
+    chat = Piped(f"/system\n/system @{path}\na\nclear\nb\n/system @@home\nc\n/system none\nclear\nd\n")
+    systems = [[turn.content for turn in prompt.turns if turn.role == "system"] for prompt in chat.backend.prompts]
+    assert systems == [["你是诗人。\nBe brief."], ["你是诗人。\nBe brief."], ["@home"], []]
+    assert "there is no system prompt; /system TEXT" in chat.notes
+    assert f"{tmp_path}/none cannot be read: No such file" in Piped(f"/system @{tmp_path}/none\n").notes
+    assert Piped("a\n", system="be brief").backend.prompts[0].turns[0] == ChatTurn("system", "", "be brief")
+
+
+def test_a_system_prompt_that_the_model_refuses_can_be_dropped() -> None:
+    """The failed question says how."""
+    assert "/system none drops it" in Piped("/system x\ntoo long\n").notes
+    assert "/system" not in Piped("too long\n").notes
+
+
 def test_a_full_context_is_said_plainly() -> None:
-    """What happened, how many tokens, what to do."""
-    chat = Piped("context_full\n")
-    assert chat.out == "1: context_full\n"
-    for word in ("context is full", "50 tokens of conversation and 21 of answer", "its 100", "`clear` starts afresh"):
-        assert word in chat.notes
+    """What happened, how many tokens, what happens next, or what to do."""
+    for overflow, remedy in (("slide", "the next question leaves the oldest"), ("stop", "`clear` starts afresh")):
+        chat = Piped("context_full\n", overflow=overflow)
+        assert chat.out == "1: context_full\n"
+        for word in ("context is full", "50 tokens of conversation and 21 of answer", "its 100", remedy):
+            assert word in chat.notes
 
 
 def test_other_ends_are_said() -> None:

@@ -1,10 +1,11 @@
 """The one filter between text of others and a terminal or a log."""
 
 import itertools
+import json
 
 import pytest
 
-from glm.printable import PrintableStream, printable_line, printable_lines
+from glm.printable import PrintableStream, printable_json, printable_line, printable_lines
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f\x00\u202eabc\u2066\ud83d\u2028"
 HARMLESS = "你好，世界 👩‍👩‍👧 مي‌خواهم é \u200e 'quoted' \\n"
@@ -30,6 +31,14 @@ def test_nothing_a_terminal_would_obey_gets_through() -> None:
 def test_ordinary_text_stays(show) -> None:
     """Wide characters, joined emoji, marks of direction and backslashes are not touched."""
     assert show(HARMLESS) == HARMLESS
+
+
+def test_json_means_the_same() -> None:
+    """What `json.dumps` leaves raw beyond ASCII is escaped, and reads back as it was."""
+    value = {"text": HOSTILE + HARMLESS}
+    text = printable_json(json.dumps(value, ensure_ascii=False))
+    assert printable_line(text) == text and HARMLESS[:-3] in text
+    assert json.loads(text) == value
 
 
 def test_line_ends() -> None:
