@@ -24,7 +24,7 @@ from coordinator.mending import Mender
 from coordinator.model_text import ModelText, read_model_text
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
-from coordinator.prompts import Prompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
+from coordinator.prompts import Prompt, ReadPrompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
 from coordinator.recovery import DEFAULT_RECOVERY, RecoveryPolicy
 from coordinator.replanning import Replanner
 from coordinator.report import cut_note
@@ -41,6 +41,7 @@ from glm.model_source import check_weights, made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.sampling import Sampler, SamplingParams
 from glm.sampling_params import chosen_over
+from glm.speculation import PromptLookup
 from glm.tokenizer import Tokenizer
 from protocol import client
 from protocol.limits import MAX_NAME, clip_text
@@ -285,16 +286,42 @@ class ChatModel(Closing):
         Raises:
             GenerationError: it does not fit the model's context. TokenizerError: text for a model without tokenizer.
         """
+        return self.enter(self.read(prompt, sampling), request_id, num_logprobs=num_logprobs, leader=leader)
+
+    def read(self, prompt: Prompt, sampling: client.SamplingParams | None = None) -> ReadPrompt:
+        """Everything about a request that takes longer with longer texts. May be called in any thread.
+
+        Raises as `begin`.
+        """
         params = self.defaults.sampling if sampling is None else from_wire(sampling)
         ids = self.prompt_ids(prompt)
         check_prompt(ids, self.config, self.engine.settings)
+        return ReadPrompt(
+            ids,
+            params,
+            Sampler(params, ids, guard_id=self.defaults.guard_id),
+            PromptLookup(ids) if self.engine.settings.speculate else None,
+            is_chat=isinstance(prompt, client.ChatPrompt),
+        )
+
+    def enter(
+        self,
+        prompt: ReadPrompt,
+        request_id: int = 0,
+        *,
+        num_logprobs: int | None = None,
+        leader: Sequence | None = None,
+    ) -> Answer:
+        """Queue what was read; see `begin`."""
+        params = prompt.params
         # A prompt beyond a bound that is not the model's own has all of its context.
-        max_length = self.defaults.max_length if len(ids) < self.defaults.max_length else self.config.max_context
+        bound = self.defaults.max_length
+        max_length = bound if len(prompt.token_ids) < bound else self.config.max_context
         sequence = Sequence(
             self.engine.new_sequence_id(),
-            ids,
-            Sampler(params, ids, guard_id=self.defaults.guard_id),
-            layout=prompt_layout(ids, self.config),
+            prompt.token_ids,
+            prompt.sampler,
+            layout=prompt_layout(prompt.token_ids, self.config),
             end_ids=frozenset() if params.ignore_eos else frozenset(self.defaults.end_ids),
             max_new_tokens=params.max_new_tokens,
             max_length=max_length,
@@ -302,6 +329,7 @@ class ChatModel(Closing):
             num_logprobs=num_logprobs,
             leader=leader,
         )
+        sequence.drafter = prompt.drafter
         self.engine.add(sequence)
         return Answer(
             sequence,
@@ -311,7 +339,7 @@ class ChatModel(Closing):
             config=self.config,
             stop=params.stop,
             end_ids=() if params.ignore_eos else self.defaults.end_ids,
-            clean=isinstance(prompt, client.ChatPrompt),
+            clean=prompt.is_chat,
         )
 
     def begin_many(
@@ -368,20 +396,27 @@ class ChatModel(Closing):
 
     def step(self, answers: AbstractSequence[Answer]) -> list[tuple[Answer, client.Delta]]:
         """One walk of the chain for all queued requests; what became final in the given answers."""
-        by_sequence = {id(answer.sequence): answer for answer in answers}
-        events = []
+        walked = self.walk({answer.sequence.sequence_id: answer for answer in answers})
+        return [(answer, delta) for answer, delta in walked if delta is not None]
+
+    def walk(self, answers: Mapping[int, Answer]) -> list[tuple[Answer, client.Delta | None]]:
+        """As `step`: of the answers, by sequence id, all those that took part or ended. What others there are costs
+        nothing.
+        """
+        walked = []
         for sequence, timing in self.supervisor.step():
-            answer = by_sequence.get(id(sequence))
+            answer = answers.get(sequence.sequence_id)
             if answer is None:
                 continue
-            answer.follow(self.cluster.plan)
-            answer.account(timing)
-            delta = answer.advance()
-            if answer.found_stop_string:
+            delta = None
+            with sequence.failing("the answer could not be decoded"):
+                answer.follow(self.cluster.plan)
+                answer.account(timing)
+                delta = answer.advance()
+            if answer.found_stop_string or sequence.error is not None:
                 self.engine.cancel(sequence)
-            if delta is not None:
-                events.append((answer, delta))
-        return events
+            walked.append((answer, delta))
+        return walked
 
     def cancel(self) -> None:
         """Stop the answer that `stream` is giving, after the step under way."""

@@ -1,7 +1,10 @@
 """What ended sequences left in the stages' KV caches, for those that begin with the same tokens: bookkeeping only."""
 
+from collections import OrderedDict
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+
+from coordinator.prefix_tree import PrefixTree, common_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,70 +15,62 @@ class KeptPrefix:
     token_ids: tuple[int, ...]
 
 
+MOST_KEPT = 4096
+"""Of all lengths: short ones would never fill the stages' memory, and each costs some bookkeeping everywhere."""
+
+
 class KeptPrefixes:
     """Ended sequences in order of their last use, the least recent first. Whoever needs room evicts them."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, KeptPrefix] = {}
+        self._kept: OrderedDict[int, KeptPrefix] = OrderedDict()
+        self._tree = PrefixTree()
+        self.num_tokens = 0
+        """Tokens the stages hold for them."""
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the stages hold for them."""
-        return sum(len(prefix.token_ids) for prefix in self._kept.values())
-
     def keep(self, kv_id: int, token_ids: AbstractSequence[int]) -> list[int]:
-        """Remember a sequence; returns the kv ids of older ones that it contains, which are forgotten."""
+        """Remember a sequence; returns the kv ids of those that are forgotten for it: older ones that it contains, and
+        the least recently used where there are too many.
+        """
         new = KeptPrefix(kv_id, tuple(token_ids))
-        contained = [
-            old.kv_id
-            for old in self._kept.values()
-            if common_length(old.token_ids, new.token_ids) == len(old.token_ids)
-        ]
-        for old_id in contained:
-            del self._kept[old_id]
+        forgotten = self._tree.contained_in(new.token_ids)
+        for old_id in forgotten:
+            self.take(old_id)
         self._kept[kv_id] = new
-        return contained
+        self._tree.add(kv_id, new.token_ids)
+        self.num_tokens += len(new.token_ids)
+        return forgotten + [self._forget_oldest().kv_id for _ in range(len(self._kept) - MOST_KEPT)]
 
     def longest(self, token_ids: AbstractSequence[int]) -> tuple[KeptPrefix | None, int]:
-        """The one that shares most tokens from the start on, and how many; it counts as used now."""
-        best, most = None, 0
-        for prefix in self._kept.values():
-            common = common_length(prefix.token_ids, token_ids)
-            if common > most:
-                best, most = prefix, common
-        if best is not None:
-            self._kept[best.kv_id] = self._kept.pop(best.kv_id)
-        return best, most
+        """One that shares most tokens from the start on, and how many; it counts as used now."""
+        kv_id, num_shared = self._tree.longest(token_ids)
+        if kv_id is None:
+            return None, 0
+        self._kept.move_to_end(kv_id)
+        return self._kept[kv_id], num_shared
 
     def take(self, kv_id: int) -> None:
-        """No longer kept: a running sequence has taken it over."""
-        del self._kept[kv_id]
+        """No longer kept: a running sequence has taken it over, or the stages are to drop it."""
+        prefix = self._kept.pop(kv_id)
+        self._tree.remove(prefix.token_ids)
+        self.num_tokens -= len(prefix.token_ids)
 
     def evict(self, num_tokens: int) -> list[int]:
         """Forget the least recently used until `num_tokens` are free (or none is left); their kv ids."""
         evicted: list[int] = []
         while num_tokens > 0 and self._kept:
-            kv_id, prefix = next(iter(self._kept.items()))
-            del self._kept[kv_id]
+            prefix = self._forget_oldest()
             num_tokens -= len(prefix.token_ids)
-            evicted.append(kv_id)
+            evicted.append(prefix.kv_id)
         return evicted
 
-
-def common_length(first: AbstractSequence[int], second: AbstractSequence[int]) -> int:
-    """How many tokens from the start on are the same: a search by halves, so that long texts cost little."""
-    low, high = 0, min(len(first), len(second))
-    first, second = tuple(first[:high]), tuple(second[:high])
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    def _forget_oldest(self) -> KeptPrefix:
+        prefix = next(iter(self._kept.values()))
+        self.take(prefix.kv_id)
+        return prefix
 
 
 LEAST_REUSED = 8

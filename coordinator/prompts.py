@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
 from typing import cast
 
 from coordinator.errors import GenerationError, PromptTooLong
@@ -9,11 +10,33 @@ from coordinator.scheduler import SchedulerSettings
 from glm.chat_format import ChatMessage, Role, chat_format_for
 from glm.config import ModelConfig
 from glm.errors import faults_as
+from glm.sampling import Sampler
 from glm.sampling_params import SamplingParams
+from glm.speculation import PromptLookup
 from glm.tokenizer import Tokenizer
 from protocol import client
 
 Prompt = client.ChatPrompt | client.TextPrompt | client.TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPrompt:
+    """A request as the engine takes it, before it has a place in the queue."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    sampler: Sampler
+    drafter: PromptLookup | None
+    is_chat: bool
+
+
+LONG_PROMPT = 4096
+"""Token ids that are looked at in passing; more take milliseconds, as any text may."""
+
+
+def takes_long(prompt: Prompt) -> bool:
+    """Whether nobody should wait while this becomes token ids, for a tokenizer or a template has to work on it."""
+    return not isinstance(prompt, client.TokenPrompt) or len(prompt.token_ids) > LONG_PROMPT
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Callable[[], Tokenizer]) -> list[int]:

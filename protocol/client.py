@@ -104,6 +104,8 @@ class TokenLogprob(Record, frozen=True):
 class Queued(Record, frozen=True):
     """The request waits for room in the KV caches (or for a free place); `position` 1 is next.
 
+    A long queue is told of its places in turns: a position may be some steps old.
+
     `waits_for`: what keeps the launch from serving anybody, in words, such as a worker that was lost; None otherwise.
     """
 

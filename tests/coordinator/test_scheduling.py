@@ -128,7 +128,8 @@ def test_nobody_overtakes_one_that_does_not_fit() -> None:
     first = request(engine, [1] * 50, 10, greedy)
     engine.step()
     long, short = request(engine, [2] * 60, 1, greedy), request(engine, [3], 1, greedy)
-    assert (engine.queue_position(first), engine.queue_position(long), engine.queue_position(short)) == (0, 1, 2)
+    assert not first.is_prefilling and engine.queue() == [(1, long), (2, short)]
+    assert engine.queue(1, 5) == [(2, short)] and engine.queue(0, 1) == [(1, long)]
     order = []
     while not engine.is_idle:
         order += [sequence for sequence, _ in engine.step() if sequence.is_finished]

@@ -1,5 +1,9 @@
 """What the service does about a client that does not read; everything else is tested end to end."""
 
+import itertools
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,22 +41,47 @@ class Router:
 
 
 class Model:
-    """A chat model that gives every answer one token a step, for ever."""
+    """A chat model that gives every answer one token a step, for ever. Of a text it has `read` the prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[str], object] = str) -> None:
         self.cancelled: list[Any] = []
-        self.engine = SimpleNamespace(cancel=self.cancelled.append, queue_position=lambda _: 0)
+        self.engine = SimpleNamespace(
+            cancel=self.cancel, queue=lambda *_: [], pacing=SimpleNamespace(reason=lambda: None)
+        )
         self.supervisor = SimpleNamespace(check=lambda: None)
         self.cluster = SimpleNamespace(epoch=1)
+        self._read = read
+        self._sequence_ids = itertools.count(1)
 
     def waits_for(self) -> str | None:
         return None
 
-    def begin(self, _prompt: object, _sampling: object, request_id: int, **_: object) -> Any:
-        return SimpleNamespace(request_id=request_id, sequence=SimpleNamespace(is_finished=False, error=None))
+    def read(self, prompt: Any, _sampling: object) -> object:
+        return self._read(prompt.text) if isinstance(prompt, client.TextPrompt) else None
 
-    def step(self, answers: list[Any]) -> list[tuple[Any, client.Delta]]:
-        return [(answer, client.Delta(answer.request_id, "x", (1,))) for answer in answers]
+    def enter(self, _read: object, request_id: int, **_: object) -> Any:
+        sequence = SimpleNamespace(
+            sequence_id=next(self._sequence_ids), is_finished=False, error=None, failing=lambda _: nullcontext()
+        )
+        finished = client.Finished(request_id, "cancelled", "", (), NO_STATS)
+        return SimpleNamespace(request_id=request_id, sequence=sequence, close=lambda _: (None, finished))
+
+    def cancel(self, sequence: Any) -> None:
+        sequence.is_finished = True
+        self.cancelled.append(sequence)
+
+    def walk(self, answers: dict[int, Any]) -> list[tuple[Any, client.Delta]]:
+        return [(answer, client.Delta(answer.request_id, "x", (1,))) for answer in answers.values()]
+
+
+NO_STATS = client.GenerationStats(0, 0.0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, (), ())
+
+
+def run_until(service: Service, is_done: Callable[[], bool]) -> None:
+    """At most ten thousand rounds."""
+    rounds = itertools.count()
+    service.run(lambda: is_done() or next(rounds) == 10_000)
+    assert is_done()
 
 
 def test_a_client_that_does_not_read_is_cancelled_and_told_when_it_does() -> None:
@@ -121,3 +150,87 @@ def test_so_many_requests_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(refused, client.Error)
     assert refused.request_id == 3 and "3 requests are open" in refused.text
     assert [each.request_id for each in others] == [0, 1, 2]
+
+
+def of(router: Router, identity: bytes, kind: type[Message]) -> list[Any]:
+    return [message for who, message in router.sent if who == identity and isinstance(message, kind)]
+
+
+def ask(router: Router, identity: bytes, request_id: int, text: str | None = None) -> None:
+    prompt = client.TokenPrompt((1,)) if text is None else client.TextPrompt(text)
+    router.inbox.append([identity, *encode(client.Generate(request_id, prompt, None))])  # type: ignore[list-item]
+
+
+def test_a_prompt_that_takes_long_to_read_holds_up_nobodys_answer() -> None:
+    """A tokenizer or template at work for as long as it likes: a neighbour has a token each step."""
+    router, may_end = Router(), threading.Event()
+    with Service(Model(lambda _: may_end.wait(60)), router) as service:  # type: ignore[arg-type]
+        ask(router, READER, 1)
+        ask(router, SLEEPER, 2, "long")
+        run_until(service, lambda: len(of(router, READER, client.Delta)) == 50)
+        assert not of(router, SLEEPER, client.Delta)
+        may_end.set()
+        run_until(service, lambda: bool(of(router, SLEEPER, client.Delta)))
+
+
+class _PanicException(BaseException):
+    """As what libraries written in Rust raise: no Exception."""
+
+
+@pytest.mark.parametrize("fault", [_PanicException("gave up"), MemoryError("no room"), KeyError("odd")])
+def test_a_prompt_that_cannot_be_read_fails_alone(fault: BaseException) -> None:
+    """Of whatever class the fault is: one error, with its words, and the other answers go on."""
+
+    def read(text: str) -> str:
+        if text == "bad":
+            raise fault
+        return text
+
+    router = Router()
+    with Service(Model(read), router) as service:  # type: ignore[arg-type]
+        for request_id, text in enumerate(["bad", "good", "bad"], start=1):
+            ask(router, READER, request_id, text)
+        run_until(service, lambda: len(of(router, READER, client.Error)) == 2)
+        run_until(service, lambda: bool(of(router, READER, client.Delta)))
+    told = of(router, READER, client.Error)
+    assert [error.request_id for error in told] == [1, 3]
+    assert all(error.text == f"the request could not be read: {fault}" for error in told)
+    assert {delta.request_id for delta in of(router, READER, client.Delta)} == {2}
+
+
+def test_clients_have_their_prompts_read_in_turns() -> None:
+    """Whoever asks a hundred things has another one's only question read second."""
+    router, order, may_begin = Router(), [], threading.Event()
+
+    def read(text: str) -> str:
+        may_begin.wait(60)
+        order.append(text)
+        return text
+
+    with Service(Model(read), router) as service:  # type: ignore[arg-type]
+        for request_id in range(100):
+            ask(router, SLEEPER, request_id, "one of many")
+        ask(router, READER, 1, "the only one")
+        run_until(service, lambda: not router.inbox)
+        may_begin.set()
+        run_until(service, lambda: len(order) == 101)
+    assert order.index("the only one") <= 2
+
+
+def test_what_is_being_read_can_be_cancelled_and_forgotten() -> None:
+    """A cancel ends it with Finished, a client that is gone has nothing begun; both can ask again."""
+    router, may_end, model = Router(), threading.Event(), Model(lambda _: may_end.wait(60))
+    with Service(model, router) as service:  # type: ignore[arg-type]
+        ask(router, READER, 1, "cancelled")
+        ask(router, SLEEPER, 1, "gone")
+        router.inbox.append([READER, *encode(client.Cancel(1))])  # type: ignore[list-item]
+        run_until(service, lambda: not router.inbox)
+        router.asleep = True
+        service._send(SLEEPER, client.Delta(9, "x", ()))
+        router.asleep = False
+        may_end.set()
+        run_until(service, lambda: bool(of(router, READER, client.Finished)))
+        assert not service._answers and not service._being_read
+        ask(router, READER, 1, "again")
+        ask(router, SLEEPER, 1, "again")
+        run_until(service, lambda: bool(of(router, READER, client.Delta)) and bool(of(router, SLEEPER, client.Delta)))
