@@ -179,7 +179,7 @@ def pipelines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for cuts in (((1, num_layers),), ((1, half), (half + 1, num_layers))):
             layers = [word for a, b in cuts for word in ("--layers", f"{options.device}={a}-{b}")]
             workload = ["--prompt-tokens", "512", "--new-tokens", "64", "--lm-head", options.device, "--json"]
-            command = [sys.executable, "-m", "coordinator.cli", "bench", "--shape", options.shape]
+            command = [sys.executable, "-m", "coordinator", "bench", "--shape", options.shape]
             done = subprocess.run(
                 [*command, "--precision", precision, *layers, *workload], capture_output=True, text=True, check=False
             )

@@ -1,10 +1,10 @@
 """`glmpipe`: the command line. Parses, dispatches, and turns every error for users into a line on stderr.
 
-Exit codes: 0 done, 1 something was tried and failed (for `compare`: different), 2 wrong use, nothing was tried, 128 + N
-ended by signal N (a chat that was left: 0). Nothing heavy is imported before a command needs it.
+Exit codes: 0 done, 1 something was tried and failed (for `compare`: different), or stdout took no more, 2 wrong use,
+nothing was tried, 128 + N ended by signal N (a chat that was left: 0). Nothing heavy is imported before a command needs
+it.
 """
 
-import io
 import os
 import signal
 import sys
@@ -27,8 +27,8 @@ from coordinator.commands import (
 from coordinator.commands.session import log_of
 from coordinator.errors import CoordinatorError
 from coordinator.log import JsonLog
-from coordinator.signals import leaving_on_signals
 from glm.command_line import Parser
+from glm.standard_streams import OutputError
 from protocol.version import VERSION
 
 DESCRIPTION = (
@@ -63,20 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = [*words[1:], "--help"]
     if words[:1] == ["worker"]:
         worker.become_worker(words[1:])
-    _print_any_character()
     # OpenMP reads this when torch is imported. Spinning threads would take the cores from the stage whose turn it is.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = make_parser().parse_args(words)
     try:
-        with leaving_on_signals():
-            code: int = COMMANDS[options.command].run(options)
-            sys.stdout.flush()
-            return code
+        return int(COMMANDS[options.command].run(options))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        _forget_stdout()
-        return 128 + signal.SIGPIPE
+    except (BrokenPipeError, OutputError):
+        raise  # for `run_program`
     except Exception as error:
         code_for_users, log = _exit_code(error), log_of(options)
         if code_for_users is not None:
@@ -112,19 +107,3 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, GlmError):
         return 2
     return 1 if isinstance(error, ProtocolError) else None
-
-
-def _print_any_character() -> None:
-    """A terminal whose encoding lacks a character shows a replacement instead of ending the answer."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _forget_stdout() -> None:
-    """Nobody reads any more: keep the interpreter from complaining about it when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,6 +27,7 @@ from coordinator.roster import NoteSink
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.signals import signals_deferred
 from coordinator.whereabouts import IDLE_HEARTBEATS, MOST_IDLE_BYTES, IdleWatch, Place, locate
+from glm.signals import undone_at_signals
 from protocol.control import HostModel, Inspect, InspectedPart, Join, Ping, Pong, Progress, Ready
 from protocol.descriptors import raise_descriptor_limit
 from protocol.sockets import Socket
@@ -384,6 +385,8 @@ class Cluster(Closing):
         )
         self.pipeline.look = self._look_for_steps
         stack.callback(self.pipeline.close)
+        stack.enter_context(undone_at_signals(self._launcher.kill))
+        stack.enter_context(undone_at_signals(self._launcher.ask_to_leave))
         stack.enter_context(self._launcher)
 
     def _open_door(self, listening: Listening) -> Door:

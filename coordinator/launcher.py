@@ -182,19 +182,27 @@ class Launcher(Closing):
 
         Safe to call at any time, from `finally` clauses and twice. Interrupted (Ctrl-C again), it kills at once.
         """
-        workers, self._workers = self._workers, []
         lifeline, self._lifeline = self._lifeline, None
         try:
-            for worker in workers:
-                worker.signal(signal.SIGTERM)
-            deadline_s = time.monotonic() + grace_s
-            for worker in workers:
-                worker.wait(max(0.0, deadline_s - time.monotonic()))
+            self.ask_to_leave(grace_s)
         finally:
             for end in lifeline or ():
                 os.close(end)
-            for worker in workers:
-                worker.kill()
+            self.kill()
+            self._workers.clear()
+
+    def ask_to_leave(self, grace_s: float = 2.0) -> None:
+        """Ask all workers, and wait so long for them."""
+        for worker in self._workers:
+            worker.signal(signal.SIGTERM)
+        deadline_s = time.monotonic() + grace_s
+        for worker in self._workers:
+            worker.wait(max(0.0, deadline_s - time.monotonic()))
+
+    def kill(self) -> None:
+        """Kill the workers that have not left, and reap every one."""
+        for worker in self._workers:
+            worker.kill()
 
     def __enter__(self) -> Self:
         self.start()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Self, TextIO
 
 from coordinator.closing import Closing
 from coordinator.log import Log
 from coordinator.plan import Plan, StagePlan
+from glm.signals import undone_at_signals
 
 if TYPE_CHECKING:
     from coordinator.cluster_settings import StageProgress
 
 PLAIN_INTERVAL_S = 3.0
 """Without a terminal, a loading stage is mentioned at most this often."""
+_SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class LoadView(Closing):
@@ -100,6 +104,7 @@ class BarView(LoadView):
 
         self._stream = stream
         self._is_live = False
+        self._restored = ExitStack()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16, complete_style="cyan", finished_style="green"),
@@ -129,6 +134,7 @@ class BarView(LoadView):
             print(line, file=sys.stderr if self._stream is sys.__stderr__ else self._stream, flush=True)
 
     def __enter__(self) -> Self:
+        self._restored.enter_context(cursor_restored(self._stream))
         self._progress.start()
         self._is_live = True
         return self
@@ -136,6 +142,14 @@ class BarView(LoadView):
     def close(self) -> None:
         self._is_live = False
         self._progress.stop()
+        self._restored.close()
+
+
+def cursor_restored(stream: TextIO) -> AbstractContextManager[None]:
+    """Around what hides a terminal's cursor: a signal that ends the process brings it back."""
+    if not stream.isatty():
+        return nullcontext()
+    return undone_at_signals(lambda: os.write(stream.fileno(), _SHOW_CURSOR))
 
 
 def format_bytes(num_bytes: int) -> str:

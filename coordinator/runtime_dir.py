@@ -17,11 +17,14 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.closing import Closing
 from coordinator.errors import LaunchError
+from coordinator.signals import signals_deferred
+from glm.signals import undone_at_signals
 
 CLIENT_SOCKET = "client"
 """The name of the socket on which a running launch serves `--connect` programs."""
@@ -53,12 +56,15 @@ class RuntimeDir(Closing):
     def __init__(self) -> None:
         for base in _bases():
             remove_stale(base)
-        self.path = _make(f"glmpipe-{os.getpid()}-")
-        self._owner = os.getpid()
-        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._is_open = True
-        atexit.register(self.close)
+        self._entered = ExitStack()
+        with signals_deferred():
+            self.path = _make(f"glmpipe-{os.getpid()}-")
+            self._owner = os.getpid()
+            self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._is_open = True
+            self._entered.enter_context(undone_at_signals(self.close))
+            atexit.register(self.close)
 
     def endpoint(self, name: str) -> str:
         """The ipc endpoint called `name` in this directory."""
@@ -78,6 +84,7 @@ class RuntimeDir(Closing):
             return
         shutil.rmtree(self.path, ignore_errors=True)  # first: interrupted, it is done again at exit
         self._is_open = False
+        self._entered.close()
         atexit.unregister(self.close)
         os.close(self._lock)
 

@@ -1,37 +1,42 @@
-"""Ctrl-C, SIGTERM and SIGHUP: they unwind the stack, but not in the middle of bringing something up."""
+"""Ctrl-C, SIGTERM and SIGHUP while a command works: they unwind the stack, but not where something is being brought up.
+
+Before and after, `glm.signals` has them end the process at once.
+"""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from glm.signals import NUMBERS, end_now
 
 
 @contextmanager
-def leaving_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit as Ctrl-C raises KeyboardInterrupt, so that `finally` clauses run.
+def signals_unwind() -> Iterator[None]:
+    """Within the block SIGINT raises KeyboardInterrupt and the others SystemExit, so that `finally` clauses run.
 
-    A signal that is ignored (nohup) or handled already stays so.
+    For work that has an end to tell: an answer to break off, a file to complete. Nothing changes in a process that
+    handles signals in its own way.
     """
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [number for number in _NUMBERS if signal.getsignal(number) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
+    numbers = [number for number in NUMBERS if signal.getsignal(number) is end_now]
     try:
+        for number in numbers:
+            signal.signal(number, _unwind)
         yield
     finally:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, end_now)
+
+
+def _unwind(number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """What signal handlers raise is raised at the end of the block, not inside it.
+    """What signal handlers do is done at the end of the block, not inside it.
 
     For short blocks that acquire something and must get to the point where they can release it. Handlers run in the
     main thread only, so elsewhere nothing changes.
@@ -40,10 +45,10 @@ def signals_deferred() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    handlers = {number: handler for number in _NUMBERS if callable(handler := signal.getsignal(number))}
-    for number in handlers:
-        signal.signal(number, lambda number, _frame: arrived.append(number))
+    handlers = {number: handler for number in NUMBERS if callable(handler := signal.getsignal(number))}
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, _frame: arrived.append(number))
         yield
     finally:
         for number, handler in handlers.items():

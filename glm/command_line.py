@@ -98,6 +98,11 @@ class Parser(argparse.ArgumentParser):
             return f" (an option of {self.prog.split()[0]} {others[0]})"
         return _question(nearest(name, [option for option in self._option_string_actions if option[:2] == "--"]))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """At once, so that whatever is wrong with stdout is found here."""
+        super()._print_message(message, file)
+        (file or sys.stderr).flush()
+
     def format_help(self) -> str:
         """As usual, without naming all options twice."""
         self.usage = self._usage()

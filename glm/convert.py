@@ -27,6 +27,7 @@ from glm.part_file import sync_directory, write_parts, write_text
 from glm.precision import Precision
 from glm.quantization import StoredPart
 from glm.shapes import SHAPES, random_shape
+from glm.signals import undone_at_signals
 from glm.weights import quantized, read_parts
 
 _COPIED = (*SMALL_FILES, "*LICENSE*")
@@ -112,22 +113,30 @@ def _claimed(out: Path, needed_bytes: int) -> Iterator[None]:
     """Keep `out` to ourselves, marked as unfinished; if the block raises, what was written is removed."""
     _check_directory(out)
     _check_space(out, needed_bytes)
-    is_new, marker = not out.exists(), out / UNFINISHED
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with marker.open("a") as handle:
-            _lock(handle.fileno(), out)
-            try:
-                _empty(out)
-                yield
-                sync_directory(out)
-            except BaseException:
-                _empty(out)
-                marker.unlink()
-                if is_new:
-                    out.rmdir()
-                raise
+    is_ours = is_new = not out.exists()
+    marker = out / UNFINISHED
+
+    def discard() -> None:
+        if is_ours and marker.exists():
+            _empty(out)
             marker.unlink()
+        if is_new and out.exists():
+            out.rmdir()
+
+    try:
+        with undone_at_signals(discard):
+            out.mkdir(parents=True, exist_ok=True)
+            with marker.open("a") as handle:
+                _lock(handle.fileno(), out)
+                is_ours = True
+                try:
+                    _empty(out)
+                    yield
+                    sync_directory(out)
+                except BaseException:
+                    discard()
+                    raise
+                marker.unlink()
     except OSError as error:
         kind = DiskSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ConversionError
         raise kind(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from glm.errors import ModelNotFoundError
+from glm.signals import undone_at_signals
 
 Tell = Callable[[str], None]
 """Receives a line for people."""
@@ -107,7 +108,8 @@ def _program(asked: dict[str, Any]) -> Iterator[_Answers]:
     reader = threading.Thread(target=_read, args=(process.stdout, answers), daemon=True)
     reader.start()
     try:
-        yield answers
+        with undone_at_signals(process.kill):
+            yield answers
     finally:
         process.kill()
         process.wait()

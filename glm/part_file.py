@@ -25,6 +25,7 @@ from glm.checkpoint import samples
 from glm.errors import MissingTensorError, ShardError, TensorShapeError
 from glm.layout import Source, Unit
 from glm.quantization import QuantizedWeight, StoredPart
+from glm.signals import undone_at_signals
 
 _DTYPES = {"I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -77,11 +78,12 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
     """A file of another name, which becomes `path` once it is written and on the disk; nothing is left of it if not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with undone_at_signals(lambda: temporary.unlink(missing_ok=True)):
+            with temporary.open("x+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):

@@ -1,7 +1,7 @@
 """`glmpipe worker` and `python -m stage_worker`: one stage worker, until it is told to leave.
 
-Exit codes: 0 asked to leave (Shutdown or a signal), 1 an internal error, 2 bad options, 3 the coordinator or the
-launcher is gone, 4 refused by the coordinator.
+Exit codes: 0 asked to leave by the coordinator, 1 an internal error, 2 bad options, 3 the coordinator or the launcher
+is gone, 4 refused by the coordinator, 128 + N asked to leave by signal N.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm.command_line import Parser
+from glm.signals import NUMBERS
 from protocol.endpoints import checked_endpoint, is_local
 from protocol.errors import EndpointError, SecurityError
 from protocol.version import VERSION
@@ -27,7 +28,6 @@ It asks for the token that the launch gives out; for a service, `--token-file FI
 has it. Once it was used, it may go: the coordinator's host keeps this host's key (`glmpipe keys list` there). The
 worker may start before the coordinator, waits for it as long as it takes, and keeps its weights for the next one.
 """
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     # OpenMP reads this when torch is imported. Spinning threads would take the cores from the stage whose turn it is.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Torch takes seconds to import: not for --help. Until then there is nothing to clean up, so a signal ends it all.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Torch takes seconds to import: not for --help. Until then there is nobody to tell, so a signal ends it all.
     from stage_worker.process import run_worker
 
     return run_worker(options, _catch_signals())
@@ -154,7 +153,7 @@ def _catch_signals() -> int:
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    for number in _SIGNALS:
+    for number in NUMBERS:
         signal.signal(number, lambda *_: None)
     return read_fd
 

@@ -33,7 +33,7 @@ from protocol.tensors import RawTensor
 from protocol.wire import decode
 from stage_worker.connection import Connection, News
 from stage_worker.data_plane import WAKE
-from stage_worker.exits import EXIT_ASKED, EXIT_INTERNAL, EXIT_LOST, EXIT_REFUSED, Exit
+from stage_worker.exits import EXIT_ASKED, EXIT_INTERNAL, EXIT_LOST, EXIT_REFUSED, Exit, was_asked
 from stage_worker.log import logger
 from stage_worker.status import Status
 from stage_worker.waiting import RefusalNotes, WaitingNotes
@@ -344,7 +344,7 @@ class ControlLink:
 
     def _on_signal(self) -> None:
         number = os.read(self._settings.signal_fd, 1)[0]
-        self._leave(EXIT_ASKED, signal.Signals(number).name)
+        self._leave(128 + number, signal.Signals(number).name)
 
     def _on_lifeline(self) -> None:
         assert self._settings.lifeline_fd is not None
@@ -392,7 +392,7 @@ class ControlLink:
         """Decide to end: say goodbye, wake the main thread."""
         if self._exit is not None:
             return
-        logger.log(logging.WARNING if code else logging.INFO, "leaving: %s", reason)
+        logger.log(logging.INFO if was_asked(code) else logging.WARNING, "leaving: %s", reason)
         self._reply(Leaving(request_id, clip_text(reason)))
         self._exit = Exit(code, reason)
         self._wake_main()

@@ -20,7 +20,7 @@ def start(
 
     `change` is a Python statement that runs there first.
     """
-    program = f"{change}; import sys; from coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = f"import sys; from coordinator.__main__ import main; {change}; sys.exit(main())"
     with subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

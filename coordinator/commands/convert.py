@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from coordinator.commands.session import say
 from coordinator.errors import UsageError
 from coordinator.planning import HEAD_PRECISION
-from coordinator.progress import PLAIN_INTERVAL_S, format_bytes
+from coordinator.progress import PLAIN_INTERVAL_S, cursor_restored, format_bytes
 
 if TYPE_CHECKING:
     from glm.precision import Precision
@@ -114,7 +114,10 @@ def progress_on(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
     due_s = time.monotonic() + PLAIN_INTERVAL_S
-    with Progress(*columns, console=Console(file=stream), disable=not stream.isatty()) as progress:
+    with (
+        cursor_restored(stream),
+        Progress(*columns, console=Console(file=stream), disable=not stream.isatty()) as progress,
+    ):
         task = progress.add_task("", total=None)
 
         def report(what: str, done: int, total: int) -> None:

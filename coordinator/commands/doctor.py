@@ -3,10 +3,13 @@
 import argparse
 import platform
 import subprocess
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 
 from coordinator.errors import LaunchError
+from coordinator.signals import signals_deferred
 from coordinator.worker_command import facts_command, usable_cores, worker_environment
+from glm.signals import undone_at_signals
 from protocol.version import VERSION
 
 HELP = "say which devices, kernels and libraries are here, and what is missing"
@@ -50,21 +53,32 @@ def _version(package: str) -> str:
 
 def _worker_facts() -> str:
     """What a worker process says. Raises LaunchError if none can be started."""
-    try:
-        done = subprocess.run(
-            facts_command(),
-            env=worker_environment(),
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_DEADLINE_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise LaunchError(
-            f"a worker process found nothing out in {_DEADLINE_S:.0f} s: is the disk or a GPU stuck?"
-        ) from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise LaunchError(f"a worker process cannot be started (exit code {done.returncode}): {last}")
-    return done.stdout
+    with ExitStack() as stack:
+        with signals_deferred():
+            process = stack.enter_context(_started())
+            stack.enter_context(undone_at_signals(process.kill))
+        try:
+            out, err = process.communicate(timeout=_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise LaunchError(
+                f"a worker process found nothing out in {_DEADLINE_S:.0f} s: is the disk or a GPU stuck?"
+            ) from None
+    if process.returncode:
+        last = (err.strip().splitlines() or ["it said nothing"])[-1]
+        raise LaunchError(f"a worker process cannot be started (exit code {process.returncode}): {last}")
+    return out
+
+
+def _started() -> "subprocess.Popen[str]":
+    """In a process group of its own: Ctrl-C in a terminal is for this process."""
+    return subprocess.Popen(
+        facts_command(),
+        env=worker_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        process_group=0,
+    )

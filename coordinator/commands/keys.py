@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.commands.options import wrong_use
 from coordinator.commands.session import say
+from coordinator.signals import signals_deferred
 
 if TYPE_CHECKING:
     from protocol.key_files import KeyDirectory
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Do what the subcommand says."""
     from protocol.key_files import KeyDirectory
 
-    with wrong_use():
+    with wrong_use(), signals_deferred():  # it takes no time, and leaves no half of a file
         _run(options, KeyDirectory(options.keys))
     return 0
 

@@ -10,6 +10,7 @@ from coordinator.commands.options import add_model_options, add_placement_option
 from coordinator.commands.session import check_watch, launched, log_of, watched
 from coordinator.errors import PlanError, UsageError
 from coordinator.log import JsonLog, Log
+from glm.standard_streams import OutputError, forget_stdout
 
 if TYPE_CHECKING:
     from coordinator.cluster import Cluster
@@ -109,7 +110,11 @@ def _announcing(endpoint: str, log: Log, panel: WatchView | None) -> Callable[[]
         nonlocal announced
         if not announced:
             announced = True
-            print(f"serving at {endpoint}", flush=True)
+            try:
+                print(f"serving at {endpoint}", flush=True)
+            except OutputError as error:  # nobody else has to suffer from that
+                log.say(f"note: {error} (serving at {endpoint})", level="warning")
+                forget_stdout()
             log.say("try `glmpipe chat --connect` in another terminal; Ctrl-C stops everything", event="serving")
         if panel is not None:
             panel.look()

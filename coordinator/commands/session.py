@@ -22,6 +22,7 @@ from coordinator.errors import UsageError
 from coordinator.log import JsonLog, Log
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
+from coordinator.signals import signals_unwind
 from protocol.records import with_changes
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def launched(
             chat_model.engine.observers += observers
         log.say(*_kernel_lines(chat_model))
         log.say(context_line(chat_model.cluster.plan, chosen.config.max_context, chat_model.cluster.kv_budgets))
-        yield chat_model
+        with signals_unwind():
+            yield chat_model
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -236,7 +238,8 @@ def opened(
         if waits_for is not None:
             say(f"the launch does not serve at the moment, it waits for {waits_for}")
         backend.on_queued = _say_queued
-        yield backend
+        with signals_unwind():
+            yield backend
 
 
 def _say_queued(position: int, waits_for: str | None) -> None:

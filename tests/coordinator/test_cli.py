@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def glmpipe(*arguments: str, code: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user starts it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
-    start = ["-c", code] if code else ["-m", "coordinator.cli"]
+    start = ["-c", code] if code else ["-m", "coordinator"]
     return subprocess.run([sys.executable, *start, *arguments], env=environment, capture_output=True, text=True)
 
 
@@ -279,10 +279,10 @@ def test_errors_for_users_become_exit_codes(
 def test_a_reader_that_has_gone_is_no_error() -> None:
     """`glmpipe ... | head` ends quietly."""
     code = (
-        "import os, sys, coordinator.cli, coordinator.commands.compare as c\n"
+        "import os, sys, coordinator.__main__, coordinator.commands.compare as c\n"
         "read, write = os.pipe(); os.dup2(write, 1); os.close(write); os.close(read)\n"
         "c.run = lambda options: print('x' * 100000) or 0\n"
-        "sys.exit(coordinator.cli.main(['compare', 'a', 'b']))"
+        "sys.argv[1:] = ['compare', 'a', 'b']; coordinator.__main__.main()"
     )
     done = glmpipe(code=code)
     assert (done.returncode, done.stderr) == (141, "")
@@ -291,9 +291,9 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
 def test_a_terminal_without_the_characters_shows_replacements() -> None:
     """An answer in Chinese does not end in an encoding error."""
     code = (
-        "import sys, coordinator.cli, coordinator.commands.compare as c\n"
+        "import sys, coordinator.__main__, coordinator.commands.compare as c\n"
         "c.run = lambda options: print('你好 ok') or 0\n"
-        "sys.exit(coordinator.cli.main(['compare', 'a', 'b']))"
+        "sys.argv[1:] = ['compare', 'a', 'b']; coordinator.__main__.main()"
     )
     done = glmpipe(code=code, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (0, "?? ok\n", "")

@@ -44,7 +44,7 @@ def test_a_worker_that_is_told_to_end_is_replaced(launch: Launch) -> None:
 
     launch.must_survive(DECODE, FOUR, strike)
     name = r"stage 2 \(cpu of this host, (layers 3-4, )?pid \d+\)"
-    assert re.match(rf"{name} (left: SIGTERM|ended with exit code 0 while serving)", launch.told[0])
+    assert re.match(rf"{name} (left: SIGTERM|ended with exit code 143 while serving)", launch.told[0])
     assert "all stages serve again" in launch.told[-1]
 
 

@@ -96,7 +96,7 @@ def test_values_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_help_is_a_word_too(words: str, of: str, capfd: pytest.CaptureFixture[str]) -> None:
     """As in other programs with commands."""
-    done = subprocess.run([sys.executable, "-m", "coordinator.cli", *words.split()], cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, "-m", "coordinator", *words.split()], cwd=ROOT, check=False)
     assert done.returncode == 0
     assert capfd.readouterr().out.startswith(f"usage: {of} ")
 

@@ -63,7 +63,7 @@ class Host:
     def glmpipe(self, *words: str) -> subprocess.CompletedProcess[str]:
         """A command that ends by itself."""
         return subprocess.run(
-            self.command("-P", "-m", "coordinator.cli", *words),
+            self.command("-P", "-m", "coordinator", *words),
             env=self.environment,
             capture_output=True,
             text=True,
@@ -73,7 +73,7 @@ class Host:
 
     def start(self, *words: str) -> "Running":
         """`glmpipe ...`, until it is stopped."""
-        return self.start_program(self.command("-P", "-m", "coordinator.cli", *words))
+        return self.start_program(self.command("-P", "-m", "coordinator", *words))
 
     def start_program(self, command: list[str]) -> "Running":
         """Any command, until it is stopped."""

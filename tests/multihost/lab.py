@@ -56,12 +56,12 @@ def start_changed_worker(host: Host, launching: Host, change: str, port: int) ->
 
 def changed(program: str, change: str) -> tuple[str, ...]:
     """What Python is to run: this statement, and then the program."""
-    return "-P", "-c", f"{change}; import sys; from {program} import main; sys.exit(main(sys.argv[1:]))"
+    return "-P", "-c", f"import sys; from {program} import main; {change}; sys.exit(main())"
 
 
 def start_launch(host: Host, plan: str, *more: str, change: str = "pass") -> Running:
     """`glmpipe launch` on that host, in a Python that runs a statement first."""
-    command = changed("coordinator.cli", change)
+    command = changed("coordinator.__main__", change)
     return host.start_program(host.command(*command, "launch", plan, "--listen", f"tcp://{host.address}", *more))
 
 

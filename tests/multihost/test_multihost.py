@@ -164,7 +164,7 @@ def test_files_that_differ_are_found_when_layers_are_assigned(five: list[Host], 
     for name, host in zip(NAMES, workers, strict=False):
         let_in(launching, name, host)
     places = f"mount --bind {other} {model} && exec "
-    unfit = workers[1].command("-P", "-m", "coordinator.cli", "worker", *worker_options(workers[1], launching))
+    unfit = workers[1].command("-P", "-m", "coordinator", "worker", *worker_options(workers[1], launching))
     prefix, program = unfit[:4], unfit[4:]
     there = workers[1].start_program([*prefix, "sh", "-c", places + shlex.join(program)])
     fit = [start_worker(host, launching) for host in (workers[0], workers[2])]

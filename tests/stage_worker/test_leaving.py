@@ -43,9 +43,9 @@ def send_sigint(worker: FakeWorker) -> str:
     return "SIGINT"
 
 
-@pytest.mark.parametrize("end", [shut_down, send_sigterm, send_sigint])
-def test_asked_to_leave(coordinator: FakeCoordinator, end: Callable[[FakeWorker], str]) -> None:
-    """Shutdown and signals: a goodbye that says why, exit code 0, no socket file."""
+@pytest.mark.parametrize(("end", "code"), [(shut_down, 0), (send_sigterm, 143), (send_sigint, 130)])
+def test_asked_to_leave(coordinator: FakeCoordinator, end: Callable[[FakeWorker], str], code: int) -> None:
+    """Shutdown and signals: a goodbye that says why, the exit code of that, no socket file."""
     worker = coordinator.spawn()
     coordinator.admit(worker)
     assert worker.ping().state == "idle"
@@ -55,7 +55,7 @@ def test_asked_to_leave(coordinator: FakeCoordinator, end: Callable[[FakeWorker]
     assert isinstance(goodbye, Leaving)
     assert goodbye.reason == reason
     assert goodbye.request_id == (8 if end is shut_down else 0)
-    assert worker.wait() == 0
+    assert worker.wait() == code
     assert left_behind(coordinator) == set()
     assert len(worker.log.splitlines()) == 2
 

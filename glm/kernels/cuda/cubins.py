@@ -15,6 +15,7 @@ from typing import Any
 
 from glm.cache_dir import cache_dir
 from glm.errors import MissingKernelsError
+from glm.signals import undone_at_signals
 
 _SOURCE = Path(__file__).with_name("kernels.cu")
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -92,7 +93,7 @@ def _write(path: Path, contents: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with undone_at_signals(lambda: Path(temporary).unlink(missing_ok=True)), os.fdopen(descriptor, "wb") as file:
             file.write(hashlib.sha256(contents).digest() + contents)
         Path(temporary).replace(path)
     except BaseException:
