@@ -8,9 +8,11 @@ import getpass
 import os
 import re
 import sys
+import termios
 from pathlib import Path
 
 from glm.command_line import Parser
+from glm.signals import undone_at_signals
 from protocol.errors import SecurityError
 from protocol.key_files import read_private
 
@@ -43,6 +45,13 @@ def read_token(parser: Parser, given: argparse.Namespace) -> str | None:
 def _from_stdin() -> str:
     """One line; on a terminal it is asked for, and not shown."""
     try:
-        return (getpass.getpass("token: ") if sys.stdin.isatty() else sys.stdin.readline(1000)).strip()
+        return (_asked() if sys.stdin.isatty() else sys.stdin.readline(1000)).strip()
     except (EOFError, UnicodeDecodeError):
         return ""
+
+
+def _asked() -> str:
+    """A signal that ends the process here leaves a terminal that shows what is typed."""
+    settings = termios.tcgetattr(0)
+    with undone_at_signals(lambda: termios.tcsetattr(0, termios.TCSANOW, settings)):
+        return getpass.getpass("token: ")

@@ -75,8 +75,8 @@ def test_doctor_says_what_is_here() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     names = [line.split()[0] for line in lines]
-    assert names[:5] == ["glmpipe", "packages", "threads", "cpu", "kernels:"]
-    assert "GB of memory" in lines[3]
+    assert names[:6] == ["glmpipe", "packages", "hub", "threads", "cpu", "kernels:"]
+    assert "GB of memory" in lines[4]
     assert any(name.startswith("cuda") for name in names)
 
 
