@@ -5,6 +5,7 @@ nothing was tried, 128 + N ended by signal N (a chat that was left: 0). Nothing 
 it.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ from coordinator.commands import (
     worker,
 )
 from coordinator.commands.session import log_of
-from coordinator.errors import CoordinatorError
+from coordinator.errors import CoordinatorError, UsageError
 from coordinator.log import JsonLog
 from glm.command_line import Parser
 from glm.standard_streams import OutputError
@@ -41,6 +42,7 @@ examples:
   glmpipe generate --prompt "你好" --stats          one question, and what the answer cost
   glmpipe COMMAND --help                           everything about a command, with examples
 """
+_UNREACHABLE = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 COMMANDS = {
     "chat": chat,
     "generate": generate,
@@ -72,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (BrokenPipeError, OutputError):
         raise  # for `run_program`
-    except Exception as error:
+    except Exception as caught:
+        error = _of_a_path(caught) or caught
         code_for_users, log = _exit_code(error), log_of(options)
         if code_for_users is not None:
             log.failed(error)
@@ -107,3 +110,13 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, GlmError):
         return 2
     return 1 if isinstance(error, ProtocolError) else None
+
+
+def _of_a_path(error: Exception) -> UsageError | None:
+    """What to tell whoever named a path that cannot be looked at: too long, or below a directory that is closed."""
+    if not isinstance(error, OSError) or error.errno not in _UNREACHABLE or error.filename is None:
+        return None
+    remedy = "check its permissions and those of the directories above it"
+    if error.errno != errno.EACCES:
+        remedy = "check how it is written"
+    return UsageError(f"{error.filename!s:.200}: {error.strerror}: {remedy}")

@@ -1,9 +1,12 @@
 """Where what was made once is kept for the next time: quantised layers, compiled kernels."""
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+PRIVATE = 0o600
+"""What is kept is loaded again unseen, so nobody else may write it; others may lay their files beside it."""
 DIRECTORY_VARIABLE = "GLMPIPE_CACHE_DIR"
 SWITCH_VARIABLE = "GLMPIPE_CACHE"
 
@@ -15,3 +18,15 @@ def cache_dir(environment: Mapping[str, str] = os.environ) -> Path | None:
     if chosen := environment.get(DIRECTORY_VARIABLE):
         return Path(chosen).expanduser().absolute()
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "glmpipe"
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory, and those above it, for this user alone; what is there stays as it is. Raises OSError."""
+    for place in (*reversed(directory.parents), directory):
+        if not place.exists():
+            place.mkdir(mode=0o700, exist_ok=True)
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether only this user, or root, can have written that file."""
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

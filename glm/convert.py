@@ -15,11 +15,11 @@ from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.converted import MANIFEST, FileFacts, Manifest, file_name, is_converted
 from glm.cost import stored_bytes
-from glm.ends import stored_lm_head
+from glm.ends import stored_embedding, stored_lm_head
 from glm.errors import ConversionError, DiskSpaceError
 from glm.foreign_model import UNFINISHED
 from glm.hub import SMALL_FILES
-from glm.json_file import read_json_object
+from glm.json_file import MOST_BYTES, read_json_object
 from glm.layout import Unit, all_units
 from glm.lineage import find_lineage
 from glm.model_source import open_checkpoint
@@ -28,6 +28,7 @@ from glm.precision import Precision
 from glm.quantization import StoredPart
 from glm.shapes import SHAPES, random_shape
 from glm.signals import undone_at_signals
+from glm.small_file import is_file, read_whole
 from glm.weights import quantized, read_parts
 
 _COPIED = (*SMALL_FILES, "*LICENSE*")
@@ -103,7 +104,8 @@ def _sizes(config: ModelConfig, wanted: Mapping[str, Precision | None]) -> dict[
 def _parts(
     checkpoint: ModelSource, unit: Unit, config: ModelConfig, precision: Precision | None
 ) -> Mapping[str, StoredPart]:
-    stored = stored_lm_head(checkpoint, config) if unit.name == "lm_head" else unit
+    ends = {"embedding": stored_embedding, "lm_head": stored_lm_head}
+    stored = ends[unit.name](checkpoint, config) if unit.name in ends else unit
     parts = read_parts(checkpoint, stored, config)
     return parts if precision is None else quantized(parts, precision, torch.device("cpu"))
 
@@ -183,6 +185,22 @@ def _empty(out: Path) -> None:
             path.unlink()
 
 
+def _of_the_model(path: Path, model_dir: Path) -> bytes:
+    """The contents of a small file. A link may lead to a file of the model only, so that nothing else is given away.
+
+    A snapshot in the hub's cache consists of links to `blobs` beside it.
+    """
+    home = model_dir.resolve()
+    homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in homes):
+        raise ConversionError(
+            f"{path} is a link to {target}, outside of the model's directory, and would be copied into the new one: if "
+            "that is the model's own file, put the file itself in the place of the link"
+        )
+    return read_whole(path, ConversionError, MOST_BYTES)
+
+
 def _copy_small_files(model_dir: Path, out: Path) -> dict[str, Any]:
     """config.json and what else belongs to a model beside its weights; returns the config."""
     shape = random_shape(model_dir)
@@ -190,7 +208,8 @@ def _copy_small_files(model_dir: Path, out: Path) -> dict[str, Any]:
         write_text(out / "config.json", json.dumps(SHAPES[shape], indent=1))
     else:
         for pattern in _COPIED:
-            for path in filter(Path.is_file, model_dir.glob(pattern)):
-                shutil.copyfile(path, out / path.name)
+            for path in model_dir.glob(pattern):
+                if is_file(path, ConversionError):
+                    (out / path.name).write_bytes(_of_the_model(path, model_dir))
     raw: dict[str, Any] = read_json_object(out / "config.json", ConversionError)
     return raw

@@ -26,6 +26,13 @@ def stored_lm_head(checkpoint: ModelSource, config: ModelConfig) -> Unit:
     return embedding_unit(config) if is_shared else unit
 
 
+def stored_embedding(checkpoint: ModelSource, config: ModelConfig) -> Unit:
+    """What holds the word embedding: of a tied model that was saved once for both it may be lm_head alone."""
+    unit, head = embedding_unit(config), lm_head_unit(config)
+    is_there = unit.sources["table"].names[0] in checkpoint or head.sources["table"].names[0] not in checkpoint
+    return unit if is_there or not config.tied_ends else head
+
+
 def has_own_lm_head(checkpoint: ModelSource, config: ModelConfig) -> bool:
     """Whether a tied model's files hold an output projection that is not its embedding: the model is then made of that.
 
@@ -34,10 +41,10 @@ def has_own_lm_head(checkpoint: ModelSource, config: ModelConfig) -> bool:
     Raises:
         CheckpointError: one of them is damaged or misshapen.
     """
-    unit = stored_lm_head(checkpoint, config)
-    if not config.tied_ends or unit == embedding_unit(config):
+    units = stored_embedding(checkpoint, config), stored_lm_head(checkpoint, config)
+    if not config.tied_ends or units[0] == units[1]:
         return False
-    table, head = (read_parts(checkpoint, end, config)["table"] for end in (embedding_unit(config), unit))
+    table, head = (read_parts(checkpoint, unit, config)["table"] for unit in units)
     if isinstance(head, QuantizedWeight) and isinstance(table, torch.Tensor):
         table = make_weight(table, Precision(f"int{head.bits}"), torch.float32, table.device)
     return not _is_same(table, head)
@@ -74,7 +81,7 @@ class Embedding:
         Raises:
             CheckpointError: it is missing or misshapen.
         """
-        stored = read_parts(checkpoint, embedding_unit(config), config)["table"]
+        stored = read_parts(checkpoint, stored_embedding(checkpoint, config), config)["table"]
         if config.tied_ends and lm_head == placement and not has_own_lm_head(checkpoint, config):
             return cls(pack(build_weight(stored, placement), placement.kernels), placement, is_shared=True)
         if isinstance(stored, torch.Tensor) and not placement.precision.is_quantized:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from glm.cache_dir import cache_dir
+from glm.cache_dir import PRIVATE, cache_dir, make_private
 from glm.checkpoint import Checkpoint, ModelSource
 from glm.config import ModelConfig
 from glm.converted import file_name, scheme
@@ -136,7 +136,7 @@ class CachedCheckpoint:
             return None
         try:
             file = PartFile(path)
-            if file.owner != self.directory.name or path.is_symlink():
+            if file.owner != self.directory.name or path.is_symlink() or not file.is_own:
                 raise ShardError(f"{path} was not made here")
             found = file.parts(unit)
         except CheckpointError:
@@ -152,13 +152,13 @@ class CachedCheckpoint:
         if self.complaint is not None:
             return
         try:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(self.directory)
             usage = shutil.disk_usage(self.directory)
             if usage.free - num_bytes < spare_bytes(usage.total):
                 self.complaint = f"the disk of {self.directory} has only {usage.free / 1e9:.1f} GB free"
                 return
             _remove_abandoned(self.directory)
-            write_parts(self.directory / file_name(unit.name), unit, parts, owner=self.directory.name)
+            write_parts(self.directory / file_name(unit.name), unit, parts, self.directory.name, PRIVATE)
             about = {"model": self._config.name or self.model_dir.name, "path": str(self.model_dir)}
             write_text(self.directory / _ABOUT, json.dumps(about | {"precision": self._precision.value}))
         except OSError as error:

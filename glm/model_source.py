@@ -6,7 +6,7 @@ from pathlib import Path
 from glm.checkpoint import Checkpoint, ModelSource
 from glm.config import ModelConfig, load_config
 from glm.converted import ConvertedCheckpoint, is_converted, read_manifest
-from glm.ends import stored_lm_head
+from glm.ends import stored_embedding, stored_lm_head
 from glm.errors import ManifestError
 from glm.foreign_model import UNFINISHED, foreign_folder
 from glm.layout import all_units
@@ -40,7 +40,7 @@ def check_weights(source: ModelSource, config: ModelConfig) -> None:
     if not isinstance(source, Checkpoint):
         return
     shapes: dict[str, tuple[int, ...]] = {}
-    for unit in (*all_units(config)[:-1], stored_lm_head(source, config)):
+    for unit in (stored_embedding(source, config), *all_units(config)[1:-1], stored_lm_head(source, config)):
         for part in unit.sources.values():
             shapes |= wanted_shapes(source, part, config)
     source.check(shapes)

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from glm.cache_dir import is_own
 from glm.checkpoint import samples
 from glm.errors import MissingTensorError, ShardError, TensorShapeError
 from glm.layout import Source, Unit
@@ -52,16 +53,16 @@ class _Stored:
     num_bytes: int
 
 
-def write_parts(path: Path, unit: Unit, parts: Mapping[str, StoredPart], owner: str = "") -> Written:
+def write_parts(path: Path, unit: Unit, parts: Mapping[str, StoredPart], owner: str = "", mode: int = 0o666) -> Written:
     """Write the parts of a unit, under another name first: `path` never holds half of them, whatever ends the writing.
 
-    `owner` says what the parts were made of; who reads the file may ask for it.
+    `owner` says what the parts were made of; who reads the file may ask for it. `mode` is less what the umask takes.
 
     Raises:
         OSError: no space, no permission; nothing is left of the file.
     """
     tensors = _tensors(unit, parts)
-    with _whole(path) as file:
+    with _whole(path, mode) as file:
         written = _write(file, tensors, owner)
     sync_directory(path.parent)
     return written
@@ -74,12 +75,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def _whole(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A file of another name, which becomes `path` once it is written and on the disk; nothing is left of it if not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with undone_at_signals(lambda: temporary.unlink(missing_ok=True)):
-            with temporary.open("x+b") as file:
+            with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -109,6 +110,8 @@ class PartFile:
         try:
             with path.open("rb") as file:
                 self._identity = _identity(file)
+                self.is_own = is_own(os.fstat(file.fileno()))
+                """Whether only this user, or root, can have written it."""
                 self._metadata, self._tensors, self._data_start, self._facts = _read_header(path, file)
                 if self._metadata.get("samples") != _sample_digest(file, self._data_start, self._facts):
                     raise _damaged(path, "its samples are not those that were written")
@@ -317,9 +320,9 @@ def _full_digest(file: BinaryIO, start: int, facts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _identity(file: BinaryIO) -> tuple[int, int, int]:
+def _identity(file: BinaryIO) -> tuple[int, ...]:
     status = os.fstat(file.fileno())
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_uid
 
 
 def _damaged(path: Path, detail: str) -> ShardError:

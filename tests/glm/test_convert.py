@@ -124,6 +124,34 @@ def test_the_directory_is_a_whole_model(source: Path, tmp_path: Path) -> None:
     Model.load(open_checkpoint(out), config, Precision.INT4).greedy([5, 6], 2)
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_link_out_of_the_model_is_not_followed(source: Path, tmp_path: Path, name: str) -> None:
+    """A folder from elsewhere could so give away any file in the directory that is made; nothing is left of that."""
+    (tmp_path / "secret").write_text("{}")
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ConversionError, match=rf"{name} is a link to .*secret, outside of the model's directory"):
+        convert(source, tmp_path / "out", Precision.INT8, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_a_model_are_followed(source: Path, tmp_path: Path) -> None:
+    """One beside the file, and those to `blobs` that a snapshot in the hub's cache consists of."""
+    (source / "LICENSE.txt").write_text("as it is")
+    (source / "LICENSE").symlink_to("LICENSE.txt")
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / ("a" * 40), repository / "blobs"
+    for directory in (snapshot, blobs):
+        directory.mkdir(parents=True)
+    for path in source.iterdir():
+        (blobs / f"of-{path.name}").write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/of-{path.name}")
+    for model_dir in (source, snapshot):
+        out = tmp_path / f"from-{model_dir.name}"
+        convert(model_dir, out, Precision.INT8, None)
+        assert (out / "LICENSE").read_text() == "as it is"
+        assert not (out / "LICENSE").is_symlink()
+
+
 def test_random_weights_can_be_converted(tmp_path: Path) -> None:
     """`random:SHAPE` becomes a directory, for measuring what loading costs."""
     convert(Path("random:tiny"), tmp_path / "out", Precision.INT4, Precision.INT4)

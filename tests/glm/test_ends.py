@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from glm.checkpoint import Checkpoint, ModelSource
 from glm.convert import convert
 from glm.converted import ConvertedCheckpoint
 from glm.ends import Embedding, Head, end_placement, has_own_lm_head
 from glm.errors import GlmError
-from glm.layout import embedding_source, lm_head_unit
+from glm.layout import embedding_source, lm_head_source, lm_head_unit
 from glm.linear import make_linear
+from glm.model_source import check_weights
 from glm.precision import Precision
 from glm.weights import build_weight, read_parts
 from tests.tiny_checkpoints import CAUSAL, NATIVE, PREFIX, write_checkpoint
@@ -80,6 +82,31 @@ def test_a_converted_tied_head_is_known_to_be_the_embedding(
     assert not has_own_lm_head(Checkpoint(tmp_path / "model"), config)
     convert(tmp_path / "model", tmp_path / "converted", Precision.INT8, lm_head_precision)
     assert not has_own_lm_head(ConvertedCheckpoint(tmp_path / "converted"), config)
+
+
+@pytest.mark.parametrize("keys", TIED)
+@pytest.mark.parametrize("kept", ["embedding", "lm_head"])
+def test_ends_that_were_saved_once_are_found_under_either_name(
+    keys: dict[str, object], kept: str, tmp_path: Path
+) -> None:
+    """Safetensors hold a shared tensor once, under the name that the writer liked: the model is the same, and so is
+    what it is converted to."""
+    config = write_checkpoint(tmp_path / "model", keys)
+    names = {"embedding": embedding_source(config).names[0], "lm_head": lm_head_source(config).names[0]}
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    table = tensors.pop(names["embedding"])
+    tensors.pop(names["lm_head"], None)
+    save_file({**tensors, names[kept]: table}, path)
+    checkpoint = Checkpoint(tmp_path / "model")
+    check_weights(checkpoint, config)
+    assert not has_own_lm_head(checkpoint, config)
+    for source in (checkpoint, _converted(tmp_path, Precision.INT8)):
+        place = end_placement(Precision.FP32, CPU, config)
+        embedding = Embedding.load(source, config, place)
+        assert torch.equal(embedding.forward(torch.arange(config.vocab_size)), table.float())
+    head = Head.load(checkpoint, config, place, place)
+    assert torch.equal(head.logits(torch.eye(config.hidden_size)).T, table.float())
 
 
 @pytest.mark.parametrize("keys", [PREFIX, {**NATIVE, "tie_word_embeddings": True}, NATIVE])

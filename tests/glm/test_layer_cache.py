@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections import namedtuple
@@ -246,6 +247,40 @@ def test_another_models_file_is_not_taken(model_dir: Path, cache: Path, tmp_path
     assert not path.is_symlink()
     assert foreign.read_bytes() == before
     assert run_stages(model_dir, cache, ())[1] == 4 * load_config(model_dir).hidden_size
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        pytest.param("owner", marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")),
+        "group",
+        "others",
+    ],
+)
+def test_what_another_user_may_have_written_is_not_taken(model_dir: Path, cache: Path, planted: str) -> None:
+    """Whole, of this entry and with the right digests, as whoever makes them can have them: it is made again."""
+    wanted, _ = run_stages(model_dir, cache, ())
+    path = next(cache.rglob("layer-00002.safetensors"))
+    if planted == "owner":
+        os.chown(path, 65534, 65534)
+    else:
+        path.chmod({"group": 0o660, "others": 0o606}[planted])
+    found, num_bytes = run_stages(model_dir, cache, ())
+    assert torch.equal(found, wanted)
+    assert num_bytes > 4 * load_config(model_dir).hidden_size
+    assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (os.geteuid(), 0o600)
+
+
+def test_the_cache_is_this_users_alone(model_dir: Path, tmp_path: Path) -> None:
+    """Whatever the umask: every directory that is made for it, and every file of weights."""
+    before = os.umask(0)
+    try:
+        run_stages(model_dir, tmp_path / "home" / "cache", ())
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "home", *(tmp_path / "home").rglob("*"))}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o700}
+    assert {mode for path, mode in modes.items() if path.suffix == ".safetensors"} == {0o600}
 
 
 def test_a_link_out_of_the_cache_is_not_taken(model_dir: Path, cache: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from glm.cache_dir import cache_dir
+from glm.cache_dir import cache_dir, is_own, make_private
 from glm.errors import MissingKernelsError
 from glm.signals import undone_at_signals
 
@@ -82,7 +82,10 @@ def compile_source(nvrtc: Any, source: str, options: tuple[str, ...]) -> bytes:
 
 def _read(path: Path) -> bytes | None:
     try:
-        stored = path.read_bytes()
+        with path.open("rb") as file:
+            if not is_own(os.fstat(file.fileno())):
+                return None
+            stored = file.read()
     except OSError:
         return None
     contents = stored[_DIGEST_BYTES:]
@@ -90,7 +93,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, contents: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:
         with undone_at_signals(lambda: Path(temporary).unlink(missing_ok=True)), os.fdopen(descriptor, "wb") as file:

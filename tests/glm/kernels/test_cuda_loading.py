@@ -148,6 +148,18 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert isinstance(load(), CudaKernels)
 
 
+def test_what_another_user_may_have_written_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Code for a card that others may change, its digest with it, is not loaded; the directory is this user's alone."""
+    monkeypatch.setenv("GLMPIPE_CACHE", "on")
+    monkeypatch.setenv("GLMPIPE_CACHE_DIR", str(tmp_path / "cache"))
+    assert cubins.kept("one.cubin", lambda: b"first") == b"first"
+    assert cubins.kept("one.cubin", lambda: b"second") == b"first"
+    path = tmp_path / "cache" / "cuda" / "one.cubin"
+    assert [each.stat().st_mode & 0o777 for each in (path.parents[1], path.parent, path)] == [0o700, 0o700, 0o600]
+    path.chmod(0o666)
+    assert cubins.kept("one.cubin", lambda: b"second") == b"second"
+
+
 def test_many_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All get the whole contents, one file stays and no other."""
     monkeypatch.setenv("GLMPIPE_CACHE", "on")
