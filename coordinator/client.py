@@ -16,6 +16,7 @@ from coordinator.batch import Ended, Progress, Request
 from coordinator.closing import Closing
 from coordinator.conversation import Prompt
 from coordinator.errors import ConnectError, CoordinatorError, GenerationError, PromptTooLong, StageLost
+from coordinator.legible import legible
 from coordinator.which_launch import FIND_S, endpoint_of
 from glm.logprobs import TokenLogprob
 from protocol import sockets
@@ -292,7 +293,7 @@ class RemoteBackend(Closing):
         """The next message, or None after a short while without one. Raises ConnectError when the launch is gone."""
         if self._socket.poll(_POLL_MS):
             message, _ = decode(sockets.receive(self._socket), Plane.CLIENT)
-            return cast(ClientMessage, message)
+            return legible(message) if isinstance(message, Description | Queued) else cast(ClientMessage, message)
         if self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             raise ConnectError(f"the launch at {self.endpoint} is gone: its terminal says why")

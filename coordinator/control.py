@@ -22,6 +22,7 @@ import zmq
 from coordinator.closing import Closing
 from coordinator.door import Door
 from coordinator.errors import StageLost
+from coordinator.legible import legible
 from coordinator.notes import FewNotes
 from coordinator.reply import Reply
 from coordinator.roster import Member, NoteSink, Roster, Sender
@@ -223,6 +224,7 @@ class ControlPlane(Closing):
         except ProtocolError as error:
             self._tell_version(sender, error)
             return  # whoever sent this is no worker of ours; a worker's own silence is noticed by its heartbeat
+        message = legible(message)
         if isinstance(message, Join):
             with self.roster.changed:  # at once: what is begun from now on goes to the new sender by itself
                 begun = dict(self._requests)

@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ from typing import IO, Self
 
 from coordinator.closing import Closing
 from coordinator.errors import LaunchError, StageLost, WorkerDied
-from coordinator.log import WorkerLine
+from coordinator.log import WorkerLine, to_stderr
 from coordinator.plan import StagePlan
 from coordinator.signals import signals_deferred
 from coordinator.worker_command import usable_cores, worker_command, worker_environment
@@ -97,7 +96,7 @@ class Launcher(Closing):
         self.worker_ids = tuple(f"stage-{number}" for number in range(1, len(stages) + 1))
         """The `worker_id` each stage's worker joins with, in stage order; it keeps it when the stages change."""
         self._endpoint = endpoint
-        self._on_log = on_log or _to_stderr
+        self._on_log = on_log or to_stderr
         self._command = tuple(command) if command is not None else worker_command()
         self._workers: list[_Worker] = []
         self._lifeline: tuple[int, int] | None = None
@@ -292,7 +291,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return str(number)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -11,12 +11,64 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
+from glm.printable import printable_line, printable_lines
+
 Field = str | int | None
+Stream = Callable[[], TextIO | None]
 LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+def shown(text: str) -> str:
+    """As a terminal or a log may get it: no control characters, and no further line that begins like an event."""
+    first, *more = printable_lines(text).split("\n")
+    return "\n".join([first, *(line if line[:1].isspace() else f"  {line}" for line in more)])
+
+
+def one_line(text: str) -> str:
+    """What a peer said in words, for a place inside a line."""
+    return printable_line(" ".join(text.split()))
+
+
+class LineWriter:
+    """Lines to a stream whose disk may be full, or whose reader gone: then they are lost, and counted. Nobody fails.
+
+    `stream` says at each line where it goes; `lost` is the line that tells how many were. Safe from several threads.
+    """
+
+    def __init__(self, stream: Stream, lost: Callable[[int], str]) -> None:
+        self._stream = stream
+        self._lost = lost
+        self._num_lost = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, line: str) -> None:
+        """Write a line, and before it how many went missing, if any did."""
+        with self._lock:  # each worker's lines come in a thread of their own
+            stream = self._stream()
+            if stream is None:
+                return
+            try:
+                if self._num_lost:
+                    stream.write(f"\n{self._lost(self._num_lost)}\n")  # half of a line may have been written
+                    stream.flush()
+                    self._num_lost = 0
+                stream.write(f"{line}\n")
+                stream.flush()
+            except (OSError, ValueError):  # a full disk, a pipe that nobody reads, a stream that was closed
+                self._num_lost += 1
+
+
+def lines_lost(number: int) -> str:
+    """What is said of lines that went missing."""
+    return f"{number} lines of this log could not be written"
+
+
+to_stderr = LineWriter(lambda: sys.stderr, lines_lost)
+"""One event of a command, for people; the stream is that of the moment, which a terminal's panel may have replaced."""
 
 
 class WorkerLine(str):
@@ -31,7 +83,7 @@ class WorkerLine(str):
 
     def __new__(cls, stage_number: int, device: str, written: str) -> "WorkerLine":
         said = _said(written)
-        text = written if said is None else f"{str(said['level']).upper()} {said['message']}"
+        text = printable_line(written if said is None else f"{str(said['level']).upper()} {said['message']}")
         line = super().__new__(cls, f"[stage {stage_number} {device}] {text}")
         line.text = text
         fields = {"level": "info", "event": "output", "message": written} if said is None else said
@@ -47,7 +99,7 @@ class Log:
     def say(self, *lines: str, **_: Field) -> None:
         """One event a line. Its fields, `event` and `level` among them, are for programs and not shown here."""
         for line in lines:
-            print(line, file=sys.stderr, flush=True)
+            to_stderr(shown(line))
 
     def failed(self, error: Exception) -> None:
         """What ended the command; an error for users."""
@@ -60,8 +112,7 @@ class JsonLog(Log):
     is_json = True
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
-        self._lock = threading.Lock()
+        self._write_line = LineWriter(lambda: stream or sys.stderr, self._lost)
 
     def say(self, *lines: str, **fields: Field) -> None:
         for line in lines:
@@ -90,12 +141,15 @@ class JsonLog(Log):
         logging.getLogger("coordinator").setLevel(logging.INFO)
 
     def _write(self, fields: Mapping[str, Field]) -> None:
+        self._write_line(self._object(fields))
+
+    def _lost(self, number: int) -> str:
+        lost: dict[str, Field] = {"level": "warning", "event": "note", "pid": os.getpid()}
+        return self._object({**lost, "message": lines_lost(number)})
+
+    def _object(self, fields: Mapping[str, Field]) -> str:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "process": "coordinator", **fields})  # ASCII: no terminal's encoding breaks it
-        stream = self._stream or sys.stderr
-        with self._lock:  # each worker's lines come in a thread of their own
-            stream.write(f"{line}\n")
-            stream.flush()
+        return json.dumps({"time": now, "process": "coordinator", **fields})  # ASCII: no terminal's encoding breaks it
 
 
 class _Handler(logging.Handler):

@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from coordinator.log import one_line
+
 MOST_NOTES = 20
 INTERVAL_S = 60.0
 
@@ -28,4 +30,4 @@ class FewNotes:
                 self._until_s, self._num_notes = now_s + INTERVAL_S, 0
             self._num_notes += 1
             if self._num_notes <= MOST_NOTES:
-                self._sink("".join(character if character.isprintable() else "?" for character in text))
+                self._sink(one_line(text))

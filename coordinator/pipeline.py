@@ -10,6 +10,7 @@ import torch
 import zmq
 
 from coordinator.errors import StageLost, StepStuck
+from coordinator.legible import legible
 from coordinator.signals import signals_deferred
 from coordinator.stamps import believable
 from protocol.data import Span, Step, StepFailed
@@ -234,7 +235,10 @@ class Pipeline:
             return None
         del self._submitted[message.step_id]
         hidden = from_raw(tensors[0]) if isinstance(message, Step) else None
-        return with_changes(message, timings=told), hidden, submitted, arrived_at_s
+        message = with_changes(message, timings=told)
+        if isinstance(message, StepFailed):
+            message = legible(message)
+        return message, hidden, submitted, arrived_at_s
 
 
 class _Waiting:

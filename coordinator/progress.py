@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Self, TextIO
 
 from coordinator.closing import Closing
-from coordinator.log import Log
+from coordinator.log import LineWriter, Log, lines_lost, shown, to_stderr
 from coordinator.plan import Plan, StagePlan
 from glm.signals import undone_at_signals
 
@@ -48,7 +49,7 @@ class PlainView(LoadView):
 
     def __init__(self, plan: Plan, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._titles = _titles(plan)
-        self._stream = stream
+        self._write = to_stderr if stream is sys.stderr else LineWriter(lambda: stream, lines_lost)
         self._clock = clock
         self._due_s = dict.fromkeys(range(len(plan.stages)), clock() + PLAIN_INTERVAL_S)
 
@@ -62,8 +63,7 @@ class PlainView(LoadView):
         _explain(progress, self.log)
 
     def log(self, line: str) -> None:
-        self._stream.write(f"{line}\n")  # in one piece: workers' lines come in threads of their own
-        self._stream.flush()
+        self._write(shown(line))
 
     def close(self) -> None:
         pass
@@ -103,6 +103,8 @@ class BarView(LoadView):
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._stream = stream
+        # Whatever draws on the terminal by then has taken the place of stderr, to print above what it draws.
+        self._write = to_stderr if stream is sys.__stderr__ else LineWriter(lambda: stream, lines_lost)
         self._is_live = False
         self._restored = ExitStack()
         self._progress = Progress(
@@ -127,11 +129,11 @@ class BarView(LoadView):
         _explain(progress, self.log)
 
     def log(self, line: str) -> None:
-        if self._is_live:
-            self._progress.console.print(line, markup=False, soft_wrap=True)
-        else:
-            # Whatever draws on the terminal by then has taken the place of stderr, to print above what it draws.
-            print(line, file=sys.stderr if self._stream is sys.__stderr__ else self._stream, flush=True)
+        if not self._is_live:
+            self._write(shown(line))
+            return
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            self._progress.console.print(shown(line), markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._restored.enter_context(cursor_restored(self._stream))

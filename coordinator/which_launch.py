@@ -9,6 +9,7 @@ from pathlib import Path
 import zmq
 
 from coordinator.errors import ConnectError, UsageError
+from coordinator.legible import legible
 from coordinator.runtime_dir import RunningLaunch, find_running
 from protocol.client import Describe, Description, Error
 from protocol.endpoints import checked_endpoint, ipc_path
@@ -127,4 +128,4 @@ def _answer(socket: Socket) -> Description | Error | None:
         message, _ = decode(socket.recv_multipart(), Plane.CLIENT)
     except ProtocolError:
         return None  # of another release
-    return message if isinstance(message, Description | Error) else None
+    return legible(message) if isinstance(message, Description | Error) else None

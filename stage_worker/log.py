@@ -10,7 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
+from typing import TextIO
+
+from glm.printable import printable_line
 
 MAX_LINES = 10
 PERIOD_S = 10.0
@@ -23,11 +27,11 @@ facts: dict[str, str | int] = {}
 
 
 class _OneLine(logging.Formatter):
-    """An event is one line, whatever an error's text or a hostile frame brought along."""
+    """An event is one line without control characters, whatever an error's text or a hostile frame brought along."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return " ".join(text.split())[:2000]
+        return printable_line(" ".join(text.split()))[:2000]
 
 
 class _OneObject(_OneLine):
@@ -68,9 +72,30 @@ class RateLimit(logging.Filter):
         return count < MAX_LINES
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """Lines that cannot be written, as when a disk is full, are lost and counted; the next one says how many."""
+
+    num_lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost, self.num_lost = self.num_lost, 0
+        if lost:
+            with suppress(OSError, ValueError):
+                self.stream.write("\n")  # half of a line may have been written
+            text = "%d lines of this log could not be written"
+            super().emit(logging.LogRecord(record.name, logging.WARNING, "", 0, text, (lost,), None))
+        if self.num_lost:  # that one neither
+            self.num_lost = lost + 1
+        else:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - as logging has it
+        self.num_lost += 1
+
+
 def set_up_logging(*, as_json: bool = False) -> None:
     """Send this program's events to stderr, as lines for people or as JSON objects."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Lines(sys.stderr)
     handler.setFormatter(_OneObject("%(message)s") if as_json else _OneLine("%(levelname)s %(message)s"))
     handler.addFilter(RateLimit())
     logger.addHandler(handler)

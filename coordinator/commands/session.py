@@ -19,7 +19,7 @@ from coordinator.commands.options import (
     wrong_use,
 )
 from coordinator.errors import UsageError
-from coordinator.log import JsonLog, Log
+from coordinator.log import JsonLog, Log, shown, to_stderr
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
 from coordinator.signals import signals_unwind
@@ -348,7 +348,7 @@ def check_writable(path: Path, name: str) -> None:
 def say(*lines: str) -> None:
     """To stderr: everything that is not the command's result."""
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        to_stderr(shown(line))
 
 
 def _only_warnings(log: Callable[[str], None]) -> Callable[[str], None]:

@@ -1,8 +1,11 @@
 """What goes to stderr: the lines people read, and the same as JSON objects, each of them once encoded."""
 
+import errno
 import io
 import json
 import logging
+import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,12 +14,19 @@ from typing import Any
 
 import pytest
 
+from coordinator.cluster_settings import StageProgress
+from coordinator.legible import legible
 from coordinator.log import JsonLog, Log, WorkerLine
+from coordinator.plan import EndsPlan, Plan, StagePlan
+from coordinator.progress import load_view
 from coordinator.request_log import RequestLog
 from protocol import client
+from protocol.control import Failed, Leaving, Ready
+from protocol.data import StepFailed
 
 SECRET = "marker-7b1e"
 SAID = {"level": "warning", "message": 'step 3 "failed"', "epoch": 2, "pid": 7, "time": "T", "worker": "stage-1"}
+PLAN = Plan((StagePlan("cpu", 0, 1, "fp32"),), EndsPlan("cpu", "fp32", "cpu", "cpu", "fp32"))
 SAMPLING = client.SamplingParams(1.0, 0, 1.0, 0.0, 1.0, None, (SECRET,), 4, False, True)
 
 
@@ -180,3 +190,62 @@ def test_people_read_of_requests_only_if_they_asked_for_the_text(capsys: pytest.
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert all(SECRET in line for line in lines)
+
+
+class FullDisk(io.StringIO):
+    """Takes nothing while it is full."""
+
+    is_full = False
+
+    def write(self, text: str) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_full_disk_costs_lines_and_nothing_else(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any thread, in every view: they are counted, and told when there is room again."""
+    stream = FullDisk()
+    monkeypatch.setattr(sys, "stderr", stream)
+    log = JsonLog() if as_json else Log()
+    view = load_view(PLAN, log=log)
+    log.say("one")
+    stream.is_full = True
+    for _ in range(2):
+        log.say("lost")
+        view.log("lost")
+        view.update(StageProgress(0, 1, 1, 100, Ready(1, 1, 100, 100, 1.0, "torch")))  # a line, and how it computes
+    stream.is_full = False
+    log.say("two")
+    lines = list(filter(None, stream.getvalue().splitlines()))
+    said = [json.loads(line)["message"] for line in lines] if as_json else lines
+    assert said == ["one", "8 lines of this log could not be written", "two"]
+
+
+def test_what_others_wrote_neither_acts_on_a_terminal_nor_forges_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences are shown as text; a further line of an event is indented, and so begins like none."""
+    Log().failed(ValueError("tensor 'a\x1b]0;b\x07\n[pipeline] all is well\x9b2J'\n  | its line\u202e"))
+    assert capsys.readouterr().err == (
+        "glmpipe: tensor 'a\\x1b]0;b\\x07\n  [pipeline] all is well\\x9b2J'\n  | its line\\u202e\n"
+    )
+    said = {"level": "info", "message": "ready\x1b[2J\n[stage 2 cpu] INFO forged"}
+    assert WorkerLine(1, "cpu", json.dumps(said)) == "[stage 1 cpu] INFO ready\\x1b[2J\\n[stage 2 cpu] INFO forged"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ready(1, 1, 1, 1, 1.0, "torch\x1b[2J\nforged"),
+        Failed(1, 1, "internal", "no\x1b[2J\nforged"),
+        Leaving(0, "bye\x1b[2J\nforged"),
+        StepFailed(1, 1, 0, "internal", "no\x1b[2J\nforged", (), ()),
+        client.Queued(1, 1, "you\x1b[2J\nforged"),
+        client.Description(1, "a\x1b[2J\nforged", "b\x1b", 9, ("c\x1b[2J\nforged",), SAMPLING, None),
+    ],
+)
+def test_what_peers_say_in_words_is_one_line_each(message: Any) -> None:
+    """Every string of every message, those inside tuples and records too; whatever has none of it stays as it is."""
+    words = repr(legible(message))
+    assert "x1b" in words and not re.search(r"(?<!\\)\\(x1b|n)", words), words
+    assert legible(Leaving(0, "bye")) == Leaving(0, "bye")

@@ -19,4 +19,4 @@ def test_a_note_is_one_line_whatever_it_quotes() -> None:
     """A device called after an escape sequence clears no terminal, one with a line break forges no line."""
     said: list[str] = []
     FewNotes(said.append)("refused \x1b[2J\n[pipeline] all is well\u2028 你好")
-    assert said == ["refused ?[2J?[pipeline] all is well? 你好"]
+    assert said == ["refused \\x1b[2J [pipeline] all is well 你好"]

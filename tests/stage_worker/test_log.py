@@ -1,5 +1,6 @@
 """What a worker writes: bounded, whatever arrives."""
 
+import errno
 import io
 import json
 import logging
@@ -56,5 +57,35 @@ def test_an_event_is_one_json_object(written: io.StringIO) -> None:
         "joined x",
     )
     assert "stage" not in first
-    assert (second["stage"], second["epoch"], second["message"]) == (2, 5, 'dropped: a b "c" \x1b[2J\udc80你')
+    assert (second["stage"], second["epoch"], second["message"]) == (2, 5, 'dropped: a b "c" \\x1b[2J\\udc80你')
     assert written.getvalue().isascii()
+
+
+class FullDisk(io.StringIO):
+    """Takes nothing while it is full."""
+
+    is_full = False
+
+    def write(self, text: str) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_full_disk_costs_lines_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted, and told when there is room again; nothing is raised, nothing is printed beside it."""
+    stream, handlers = FullDisk(), list(logger.handlers)
+    monkeypatch.setattr(sys, "stderr", stream)
+    set_up_logging()
+    try:
+        logger.info("one")
+        stream.is_full = True
+        for number in range(5):
+            logger.info("lost %d", number)
+        stream.is_full = False
+        logger.info("two")
+        logger.info("three")
+    finally:
+        logger.handlers[:] = handlers
+    lost = "WARNING 5 lines of this log could not be written"
+    assert stream.getvalue().splitlines() == ["INFO one", "", lost, "INFO two", "INFO three"]
