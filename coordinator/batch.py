@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from coordinator.batch_prompts import BatchDefaults, BatchLine, read_prompts
-from coordinator.batch_results import ResultFile, answer, failure
+from coordinator.batch_results import answer, failure
 from coordinator.batch_view import Totals
 from coordinator.conversation import WANTED, Wanted, wanted_of
 from coordinator.errors import CoordinatorError, GenerationError, PromptFileError
+from coordinator.result_stream import Results
 from coordinator.signals import signals_deferred
 from glm.errors import GlmError
 from glm.sampling_params import chosen_over
@@ -165,7 +166,7 @@ class Survey:
     wanted: Wanted = "chat"
 
 
-def survey(prompts: Path, defaults: BatchDefaults, results: ResultFile) -> Survey:
+def survey(prompts: Path, defaults: BatchDefaults, results: Results) -> Survey:
     """Look through all prompts before anything is loaded, without keeping them.
 
     Raises:
@@ -206,7 +207,7 @@ class _Faults:
             self.told.append(fault if len(fault) <= 400 else f"{fault[:400]} ...")
 
 
-def missing_jobs(prompts: Path, defaults: BatchDefaults, results: ResultFile) -> Iterator[Job]:
+def missing_jobs(prompts: Path, defaults: BatchDefaults, results: Results) -> Iterator[Job]:
     """What is still to be answered, read as it is asked for."""
     for line in read_prompts(prompts, defaults):
         for indexes in _runs(results.missing(line)):
@@ -230,7 +231,7 @@ class BatchWatcher(Protocol):
 
 
 def run_batch(
-    backend: BatchBackend, jobs: Iterable[Job], results: ResultFile, watcher: BatchWatcher, *, most_open: int
+    backend: BatchBackend, jobs: Iterable[Job], results: Results, watcher: BatchWatcher, *, most_open: int
 ) -> None:
     """Answer everything, `most_open` answers at once, and write each answer as it is complete.
 
@@ -259,7 +260,7 @@ def run_batch(
 class _Batch:
     """The answers under way, by ticket."""
 
-    def __init__(self, backend: BatchBackend, results: ResultFile, totals: Totals) -> None:
+    def __init__(self, backend: BatchBackend, results: Results, totals: Totals) -> None:
         self.open: dict[int, tuple[BatchLine, int]] = {}
         self._backend = backend
         self._results = results

@@ -30,12 +30,16 @@ Key = tuple[str, str | int]
 
 @dataclass(frozen=True, slots=True)
 class BatchDefaults:
-    """What a command says for all lines that do not say otherwise. `raw` texts are continued, not answered."""
+    """What a command says for all lines that do not say otherwise. `raw` texts are continued, not answered.
+
+    `special_tokens`: names of special tokens in those become these tokens.
+    """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
     num_logprobs: int | None = None
     raw: bool = False
+    special_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _line(number: int, given: dict[str, Any], defaults: BatchDefaults) -> BatchLine:
     """Raises _Faults with everything that is wrong with a line."""
     faults = [f"unknown key {name[:40]!r}; known are {', '.join(KEYS)}" for name in given if name not in KEYS]
-    prompt = _collect(faults, lambda: _prompt(given, defaults.raw))
+    prompt = _collect(faults, lambda: _prompt(given, defaults))
     line_id = _collect(faults, lambda: _id(given.get("id")))
     num_answers = _collect(faults, lambda: _whole(given, "n", defaults.num_answers, 1, MOST_ANSWERS))
     num_logprobs = _collect(faults, lambda: _whole(given, "logprobs", defaults.num_logprobs, 0, MOST_TOP))
@@ -151,7 +155,7 @@ def _collect(faults: list[str], read: Callable[[], T]) -> T | None:
         return None
 
 
-def _prompt(given: dict[str, Any], raw: bool) -> Prompt:
+def _prompt(given: dict[str, Any], defaults: BatchDefaults) -> Prompt:
     names = [name for name in PROMPT_KEYS if name in given]
     if len(names) != 1:
         there = " and ".join(names) if names else "none of them"
@@ -162,8 +166,8 @@ def _prompt(given: dict[str, Any], raw: bool) -> Prompt:
     if names == ["messages"]:
         return ChatPrompt(_turns(value))
     text = _text(value, "prompt", MAX_PROMPT)
-    if raw:
-        return TextPrompt(text)
+    if defaults.raw:
+        return TextPrompt(text, defaults.special_tokens)
     if not text.strip():
         raise _Faults("the prompt is empty")
     return ChatPrompt((ChatTurn("user", "", text),))

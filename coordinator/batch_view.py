@@ -39,18 +39,21 @@ class WorkView(Closing):
         done: int = 0,
         clock: Callable[[], float] = time.monotonic,
         panel: WatchView | None = None,
+        *,
+        has_bar: bool = True,
+        is_silent: bool = False,
     ) -> None:
         """`unit` names what is counted, in the plural. `done` of `total` were done before this run.
 
-        The bar is drawn under `panel` if there is one.
+        The bar is drawn under `panel` if there is one. Without `has_bar` lines are written on a terminal, too.
         """
         self.totals = Totals()
         self._stream, self._unit, self._total, self._done_before = stream, unit, total, done
         self._clock = clock
         self._started_at_s = clock()
-        self._bar = _Bar(stream, unit, total, panel) if stream.isatty() else None
+        self._bar = _Bar(stream, unit, total, panel) if stream.isatty() and has_bar and not is_silent else None
         self._interval_s = PLAIN_INTERVAL_S if self._bar is None else 1 / DRAWS_PER_S
-        self._due_s = self._started_at_s + self._interval_s
+        self._due_s = math.inf if is_silent else self._started_at_s + self._interval_s
 
     @property
     def tokens_per_s(self) -> float:

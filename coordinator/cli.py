@@ -28,7 +28,7 @@ from coordinator.commands import (
 from coordinator.commands.session import log_of
 from coordinator.errors import CoordinatorError, UsageError
 from coordinator.log import JsonLog
-from glm.command_line import Parser
+from glm.command_line import EXIT_USAGE, Parser
 from glm.standard_streams import OutputError
 from protocol.version import VERSION
 
@@ -67,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         worker.become_worker(words[1:])
     # OpenMP reads this when torch is imported. Spinning threads would take the cores from the stage whose turn it is.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options = make_parser().parse_args(words)
+    parser = make_parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    options = parser.parse_args(words)
     try:
         return int(COMMANDS[options.command].run(options))
     except KeyboardInterrupt:

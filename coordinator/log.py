@@ -95,6 +95,8 @@ class Log:
     """Lines for people, on stderr."""
 
     is_json = False
+    is_quiet = False
+    """Whether only what went wrong is shown."""
 
     def say(self, *lines: str, **_: Field) -> None:
         """One event a line. Its fields, `event` and `level` among them, are for programs and not shown here."""
@@ -104,6 +106,18 @@ class Log:
     def failed(self, error: Exception) -> None:
         """What ended the command; an error for users."""
         self.say(f"glmpipe: {error}", event="failed", level="error")
+
+
+class QuietLog(Log):
+    """Warnings and errors alone, those of the workers included."""
+
+    is_quiet = True
+
+    def say(self, *lines: str, **fields: Field) -> None:
+        for line in lines:
+            level = line.fields["level"] if isinstance(line, WorkerLine) else fields.get("level", "info")
+            if level not in ("debug", "info"):
+                super().say(line)
 
 
 class JsonLog(Log):

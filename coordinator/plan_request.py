@@ -15,7 +15,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class StageRequest:
-    """A wished stage. `layers` is `1-12` or `5`, counted from 1; `kv_budget` is in bytes, such as `2GiB`."""
+    """A wished stage. `layers` is `1-12`, `5`, `13-` or `all`, counted from 1; `kv_budget` a size, such as `2GiB`."""
 
     origin: str
     device: str

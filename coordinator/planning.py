@@ -195,11 +195,13 @@ def _kv_budget(
 
 def _range(wish: StageRequest, num_layers: int, faults: list[str]) -> _Range | None:
     """The half-open range a wish means, cut to the model (and then perhaps empty); None where it cannot be read."""
-    match = re.fullmatch(r"\s*(-?[0-9]{1,9})\s*(?:-\s*([0-9]{1,9}))?\s*", wish.layers)
+    layers = f"1-{num_layers}" if wish.layers.strip().lower() == "all" else wish.layers
+    match = re.fullmatch(r"\s*(-?[0-9]{1,9})\s*(-\s*([0-9]{1,9})?)?\s*", layers)
     if match is None:
-        faults.append(f"{wish.origin}: {wish.layers!r} is not a layer range; write 1-12, or 5 for one layer")
+        faults.append(f"{wish.origin}: {wish.layers!r} is not a layer range; write 1-12, 5, 13- (to the last), or all")
         return None
-    first, last = int(match[1]), int(match[2] or match[1])
+    first = int(match[1])
+    last = int(match[3] or (max(first, num_layers) if match[2] else first))
     if first > last:
         faults.append(f"{wish.origin}: layers {first}-{last} run backwards; write {last}-{first}")
         return None

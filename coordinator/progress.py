@@ -37,8 +37,8 @@ class LoadView(Closing):
 
 
 def load_view(plan: Plan, stream: TextIO | None = None, log: Log | None = None) -> LoadView:
-    """The view that suits `stream`, stderr by default; or `log`, if that is for programs."""
-    if log is not None and log.is_json:
+    """The view that suits `stream`, stderr by default; or `log`, if that is for programs, or shows little."""
+    if log is not None and (log.is_json or log.is_quiet):
         return LogView(plan, log)
     stream = stream or sys.stderr
     return BarView(plan, stream) if stream.isatty() else PlainView(plan, stream)

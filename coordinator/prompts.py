@@ -49,7 +49,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Callable[[], Tokenizer]) -> list[int]:
         return list(prompt.token_ids)
     with faults_as(GenerationError, "the prompt could not be turned into token ids"):
         if isinstance(prompt, client.TextPrompt):
-            return tokenizer().encode_prompt(prompt.text)
+            return tokenizer().encode_prompt(prompt.text, allow_special=prompt.special_tokens)
         messages = [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata) for turn in prompt.turns]
         return chat_format_for(tokenizer()).encode(messages)
 

@@ -40,11 +40,13 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         if not {"-h", "--help"}.isdisjoint(words):
             return super().parse_known_args(words, namespace)
+        words = self._words_first(words)
         unknown = tuple(dict.fromkeys(self._unknown_options(words)))
         if unknown:
             told = ", ".join(f"{name}{self._meant(name)}" for name in unknown)
             self.error(f"unknown option{'s' * (len(unknown) > 1)} {told}")
-        stray = next(self._stray_words(words), None)
+        takes_words = any(not action.option_strings for action in self._actions)
+        stray = None if takes_words else next((words[place] for place in self._stray_words(words)), None)
         if stray is not None:
             has_prompt = "--prompt" in self._option_string_actions
             hint = f"; a question goes behind --prompt: --prompt {stray!r}" if has_prompt else ""
@@ -82,15 +84,20 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(r"-[^\d. ]\S*", name) and name not in known and (name[1] == "-" or name[:2] not in known):
                 yield name
 
-    def _stray_words(self, words: Sequence[str]) -> Iterator[str]:
-        """Words that are neither options nor values, of a parser that takes none."""
+    def _words_first(self, words: Sequence[str]) -> list[str]:
+        """With what is not an option's before all options: argparse finds an optional word there only."""
+        if self._subparsers is not None or "--" in words:
+            return list(words)
+        places = list(self._stray_words(words))
+        return [words[place] for place in places] + [each for place, each in enumerate(words) if place not in places]
+
+    def _stray_words(self, words: Sequence[str]) -> Iterator[int]:
+        """The places of words that are neither options nor values."""
         known = self._option_string_actions
-        if any(not action.option_strings for action in self._actions):
-            return
-        for before, word in pairwise(["", *words]):
+        for place, (before, word) in enumerate(pairwise(["", *words])):
             takes_values = before in known and known[before].nargs != 0
             if not takes_values and not word.startswith("-"):
-                yield word
+                yield place
 
     def _meant(self, name: str) -> str:
         others = [command for command, parser in self.neighbours.items() if name in parser._option_string_actions]

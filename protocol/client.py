@@ -62,9 +62,13 @@ class ChatPrompt(Variant, frozen=True):
 
 
 class TextPrompt(Variant, frozen=True):
-    """Plain text, to be tokenized as the family's published tokenizer does."""
+    """Plain text, to be tokenized as the family's published tokenizer does.
+
+    `special_tokens`: names of special tokens in the text become these tokens, as far as the tokenizer knows them so.
+    """
 
     text: Prompt
+    special_tokens: bool = False
 
 
 class TokenPrompt(Variant, frozen=True):

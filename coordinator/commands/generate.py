@@ -15,6 +15,7 @@ from coordinator.commands.options import (
     add_placement_options,
     add_sampling_options,
     add_watching_options,
+    chosen_system,
     sampling_overrides,
 )
 from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
@@ -42,6 +43,8 @@ examples:
   glmpipe generate --ids 5,64286 --greedy --max-new-tokens 16 --json
   glmpipe generate --prompt "Name a city." --n 4 --temperature 1 --logprobs 3
   glmpipe generate --connect --prompt "你好" --stats
+  echo "Translate: 你好" | glmpipe generate -q
+  glmpipe generate --raw --special-tokens --prompt "<|code_prefix|>def f(<|code_suffix|>    return x<|code_middle|>"
   glmpipe generate --prompts questions.jsonl --out answers.jsonl --max-new-tokens 200
 
 {generate_file.HELP}"""
@@ -66,7 +69,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FILE",
         type=Path,
-        help="where the answers to --prompts go, line by line; goes on where it ended",
+        help="where the answers to --prompts go, line by line; goes on where it ended; - for standard output",
     )
     add_connect_option(parser)
     add_model_options(parser)
@@ -84,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
     from coordinator.conversation import wanted_of
 
     prompt = read_prompt(options)
-    with opened(options, wanted_of(prompt), lambda config: check_ids(prompt, config)) as backend:
+    system, wanted = chosen_system(options), wanted_of(prompt)
+    with opened(options, wanted, lambda config: check_ids(prompt, config), system=system) as backend:
         sampling = chosen_sampling(options, backend.describe().defaults)
         if options.n == 1 and options.logprobs is None:
             _conclude(_streamed(backend, prompt, sampling, options), options)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, cast
 
 from coordinator.commands.options import sampling_overrides
-from coordinator.commands.session import check_watch, opened, say, watched
+from coordinator.commands.prompts import check_kind
+from coordinator.commands.session import check_watch, log_of, opened, watched
 from coordinator.errors import UsageError
+from coordinator.terminal import is_terminal
 
 if TYPE_CHECKING:
     from coordinator.batch import BatchBackend, Survey
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     from coordinator.watch_view import WatchView
     from glm.config import ModelConfig
 
+STANDARD = "-"
+"""In the place of a file: standard input, or output."""
 REMOTE_SEQUENCES = 32
 """Taken for the most sequences at once of a launch that this command only connects to, and that may have others."""
 
@@ -32,32 +39,43 @@ a file of prompts (--prompts) has a JSON object a line, with one of
 and, where wanted, "id", "n", "logprobs", and sampling options by their names ("max_new_tokens", "seed", "stop", ...),
 which go before the command's. Every line is checked before a model is loaded.
 
---out gets a JSON object for each answer, as soon as it is complete: "id", "line", "index" (of n), "text", "token_ids",
-"finish_reason", "note" where the answer breaks off unasked, "prompt_tokens", "new_tokens", "logprobs" where wanted,
-"prompt_digest". A request that failed by itself has "error" in place of its answer. The same command
-again does what is missing, failed ones included; an answer is recognised by its "id", or else by the number of its
-prompt's line.
+--out (- for standard output) gets a JSON object for each answer, as soon as it is complete: "id", "line", "index" (of
+n), "text", "token_ids", "finish_reason", "note" where the answer breaks off unasked, "prompt_tokens", "new_tokens",
+"logprobs" where wanted, "prompt_digest". A request that failed by itself has "error" in place of its answer. The same
+command again does what is missing, failed ones included; an answer is recognised by its "id", or else by the number of
+its prompt's line.
 """
 
 
 def run_file(options: argparse.Namespace) -> int:
     """Check all prompts, launch or connect, answer what is missing; 1 if requests failed by themselves."""
+    if str(options.prompts) == STANDARD:
+        with _spooled() as options.prompts:
+            return _run(options)
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     _check(options)
     check_watch(options)
     from coordinator.batch import ANSWERS_OPEN, missing_jobs, run_batch, survey
     from coordinator.batch_prompts import BatchDefaults
     from coordinator.batch_results import ResultFile
+    from coordinator.result_stream import ResultStream
 
-    defaults = BatchDefaults(sampling_overrides(options), options.n, options.logprobs, options.raw)
-    with ResultFile(options.out) as results:
+    defaults = BatchDefaults(
+        sampling_overrides(options), options.n, options.logprobs, options.raw, options.special_tokens
+    )
+    log = log_of(options)
+    with ResultStream(sys.stdout) if str(options.out) == STANDARD else ResultFile(options.out) as results:
         found = survey(options.prompts, defaults, results)
         if results.num_cut_bytes:
-            say(f"note: {options.out} ended within a line, as after a kill: {results.num_cut_bytes} bytes are cut")
+            log.say(f"note: {options.out} ended within a line, as after a kill: {results.num_cut_bytes} bytes are cut")
         if not found.num_answers:
-            say(f"{options.prompts} asks for nothing: it has no line with a prompt")
+            log.say(f"{options.prompts} asks for nothing: it has no line with a prompt")
             return 0
         if not found.num_missing:
-            say(f"{_answers(found.num_answers)} in {options.out} already: nothing is left to do")
+            log.say(f"{_answers(found.num_answers)} in {options.out} already: nothing is left to do")
             return 0
         with opened(options, found.wanted, lambda config: _check_ids(found, options, config)) as opened_backend:
             backend, num_sequences = batch_backend(options, opened_backend)
@@ -67,17 +85,35 @@ def run_file(options: argparse.Namespace) -> int:
     return 1 if view.totals.num_failed else 0
 
 
+@contextmanager
+def _spooled() -> Iterator[Path]:
+    """Standard input as a file that can be read twice, which a pipe cannot."""
+    with TemporaryDirectory(prefix="glmpipe-prompts-") as name:
+        path = Path(name) / "standard input"
+        try:
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        except OSError as error:
+            raise UsageError(f"--prompts -: standard input cannot be kept in {name}: {error.strerror}") from None
+        yield path
+
+
 def _check(options: argparse.Namespace) -> None:
     if options.out is None:
         raise UsageError("--prompts needs --out: the file that the answers go to")
     for name in ("json", "stats"):
         if getattr(options, name):
             raise UsageError(f"--{name} is about a single answer; with --prompts, drop it")
+    if options.system is not None:
+        raise UsageError(
+            '--system is for one prompt; in a file of prompts, "messages" begin with {"role": "system", ...}'
+        )
+    check_kind(options)
     if not options.prompts.exists():
         raise UsageError(f"--prompts {options.prompts}: there is no such file")
     if not options.prompts.is_file():
-        raise UsageError(f"--prompts {options.prompts} is not a file; it is read twice, so a pipe will not do")
-    if options.out.exists() and options.out.samefile(options.prompts):
+        raise UsageError(f"--prompts {options.prompts} is not a file; it is read twice: give a pipe as --prompts -")
+    if str(options.out) != STANDARD and options.out.exists() and options.out.samefile(options.prompts):
         raise UsageError(f"--out {options.out} is the file of prompts itself; name another one")
 
 
@@ -112,22 +148,37 @@ def _shown(options: argparse.Namespace, found: Survey, panel: WatchView | None) 
     from coordinator.batch_view import WorkView
 
     done_before = found.num_answers - found.num_missing
-    view = WorkView(sys.stderr, "answers", found.num_answers, done_before, panel=panel)
+    log = log_of(options)
+    view = WorkView(
+        sys.stderr,
+        "answers",
+        found.num_answers,
+        done_before,
+        panel=panel,
+        has_bar=not _shows_answers(options),
+        is_silent=log.is_quiet,
+    )
     try:
         with view:
             yield view
     finally:
-        say(_outcome(options, found, view))
+        log.say(_outcome(options, found, view), level="warning" if view.totals.num_failed else "info")
+
+
+def _shows_answers(options: argparse.Namespace) -> bool:
+    """Whether a bar would be drawn into the answers."""
+    return str(options.out) == STANDARD and is_terminal(sys.stdout)
 
 
 def _outcome(options: argparse.Namespace, found: Survey, view: WorkView) -> str:
     totals = view.totals
     num_there = found.num_answers - found.num_missing + totals.num_done - totals.num_failed
-    text = f"{num_there} of {_answers(found.num_answers)} in {options.out}"
+    is_file = str(options.out) != STANDARD
+    text = f"{num_there} of {_answers(found.num_answers)}" + (f" in {options.out}" if is_file else "")
     text += f", {totals.num_tokens} tokens in this run, {view.tokens_per_s:.1f} tokens/s"
     if totals.num_failed:
         text += f'; {totals.num_failed} failed by themselves (their lines have "error")'
-    if num_there < found.num_answers:
+    if num_there < found.num_answers and is_file:
         text += "; the same command does what is missing"
     return text
 

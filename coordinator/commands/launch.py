@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coordinator.commands.options import add_model_options, add_placement_options, add_watching_options
+from coordinator.commands.options import (
+    add_model_options,
+    add_placement_options,
+    add_watching_options,
+    may_be_a_model,
+)
 from coordinator.commands.session import check_watch, launched, log_of, watched
 from coordinator.errors import PlanError, UsageError
 from coordinator.log import JsonLog, Log
@@ -20,6 +26,7 @@ HELP = "start the stages of a plan, stay in front and serve `--connect` programs
 EXAMPLES = """\
 examples:
   glmpipe launch plan.toml --watch
+  glmpipe launch THUDM/chatglm2-6b --layers cuda:0=all --gpu-precision int8
   glmpipe launch --model THUDM/chatglm-6b --layers cuda:1=1-12 --layers cuda:0=13-24 --layers cpu=25-28 \\
                  --gpu-precision int8 --cpu-precision fp32 --embeddings cpu --final-layernorm cpu
   glmpipe chat --connect                                       # in another terminal
@@ -54,8 +61,10 @@ a plan file:
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("plan_file", metavar="PLAN", nargs="?", help="a plan file (TOML); or use the options below")
-    add_model_options(parser)
+    parser.add_argument(
+        "plan_file", metavar="PLAN|MODEL", nargs="?", help="a plan file (TOML), or a model as behind --model"
+    )
+    add_model_options(parser, positional=False)
     add_placement_options(parser)
     add_watching_options(parser, can_watch="")
     group = parser.add_argument_group("logs", "All go to stderr. docs/operations.md says what is in them.")
@@ -69,10 +78,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM."""
-    if options.plan_file is not None:
-        if options.plan is not None:
-            raise PlanError([f"{options.plan_file} and --plan {options.plan} are both given; give one plan"])
-        options.plan = options.plan_file
+    _take_word(options)
     check_watch(options)
     log = log_of(options)
     if isinstance(log, JsonLog):
@@ -97,6 +103,21 @@ def run(options: argparse.Namespace) -> int:
             requests = RequestLog(log, with_text=options.log_prompts)
             serve_at(chat_model, reception, _announcing(endpoint, log, panel), requests)
     return 0
+
+
+def _take_word(options: argparse.Namespace) -> None:
+    """PLAN|MODEL is what `--plan` or `--model` would be. Raises PlanError, UsageError where both are given."""
+    word = options.plan_file
+    if word is None:
+        return
+    if may_be_a_model(word) and not Path(word).is_file():
+        if options.model not in (None, word):
+            raise UsageError(f"two models are named, {word} and {options.model}; name one")
+        options.model = word
+        return
+    if options.plan is not None:
+        raise PlanError([f"{word} and --plan {options.plan} are both given; give one plan"])
+    options.plan = word
 
 
 def _announcing(endpoint: str, log: Log, panel: WatchView | None) -> Callable[[], bool]:

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,10 +30,42 @@ SAMPLING = (
 )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--revision`, the cache, `-v`."""
+class ChooseModel(argparse.Action):
+    """A model by `--model`, or by a word alone; two different ones are refused."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, flag: str | None = None
+    ) -> None:
+        chosen = getattr(options, "model", None)
+        if chosen is not None and chosen != value:
+            parser.error(f"two models are named, {chosen} and {value}; name one")
+        if flag is None and not may_be_a_model(value):
+            hint = f"; a question goes behind --prompt: --prompt {value!r}" if "prompt" in vars(options) else ""
+            parser.error(
+                f"nothing can be done here with {value!r}: it is neither a directory nor a hub id such as "
+                f"THUDM/chatglm2-6b{hint}"
+            )
+        options.model = value
+
+
+def may_be_a_model(word: str) -> bool:
+    """Whether a word looks like a hub id or `random:SHAPE`, or is a directory."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+|random:\S+", word) is not None or Path(word).expanduser().is_dir()
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
+    """`--model` or the word MODEL, `--revision`, the cache, `-v` and `-q`."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="DIR|ID", help="a model directory or hub id (default: the demo model inside)")
+    group.add_argument(
+        "--model",
+        metavar="DIR|ID",
+        action=ChooseModel,
+        help="a model directory or hub id (default: the demo model inside)",
+    )
+    if positional:
+        group.add_argument(
+            "model", metavar="MODEL", nargs="?", action=ChooseModel, default=SUPPRESS, help="the same, without --model"
+        )
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
     group.add_argument(
         "--chat-format",
@@ -44,7 +78,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="where quantised layers are kept (default ~/.cache/glmpipe; see glmpipe cache)",
     )
     group.add_argument("--no-cache", action="store_true", help="keep no quantised layers, and look for none")
-    group.add_argument("-v", "--verbose", action="store_true", help="every layer's place, and the workers' own lines")
+    loudness = group.add_mutually_exclusive_group()
+    loudness.add_argument(
+        "-v", "--verbose", action="store_true", help="every layer's place, and the workers' own lines"
+    )
+    loudness.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but warnings and errors")
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +94,10 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--layers",
-        metavar="[HOST/]DEVICE=FIRST-LAST",
+        metavar="[HOST/]DEVICE=LAYERS",
         action="append",
-        help="one stage, such as cuda:1=1-12, cpu=5, or lab2/cuda:0=13-28 on another host; repeat",
+        help="one stage, such as cuda:1=1-12, cpu=5, cuda:0=13- (to the last), cpu=all, "
+        "or lab2/cuda:0=13-28 on another host; repeat",
     )
     group.add_argument("--stages", metavar="N", type=int, help="split all layers evenly over N stages on the CPU")
     group.add_argument("--gpu-precision", metavar="P", help="of the layers on GPUs (default fp16)")
@@ -344,7 +383,7 @@ def _stages(texts: list[str]) -> tuple[tuple[StageRequest, ...], list[str]]:
         if equals:
             stages.append(StageRequest(f"--layers {text}", device, layers, host=host if slash else None))
         else:
-            faults.append(f"--layers {text}: no '='; write DEVICE=FIRST-LAST, such as cuda:1=1-12")
+            faults.append(f"--layers {text}: no '='; write DEVICE=LAYERS, such as cuda:1=1-12 or cpu=all")
     return tuple(stages), faults
 
 

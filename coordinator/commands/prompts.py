@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coordinator.commands.options import token_ids
+from coordinator.commands.options import add_system_option, chosen_system, token_ids
+from coordinator.conversation import system_turn
 from coordinator.errors import UsageError
+from coordinator.terminal import is_terminal
 
 if TYPE_CHECKING:
     from glm.config import ModelConfig
@@ -18,32 +20,63 @@ if TYPE_CHECKING:
 def add_prompt_options(parser: argparse.ArgumentParser, *, many: bool = False) -> None:
     """`--prompt`, `--prompt-file` or `--ids`, one of them, and `--raw`; with `many` also `--prompts`."""
     names = ["--prompt", "--prompt-file", "--ids"] + ["--prompts"] * many
-    group = parser.add_argument_group("prompt", f"One of {', '.join(names[:-1])} and {names[-1]}.")
-    one = group.add_mutually_exclusive_group(required=True)
+    otherwise = "; without any, a question on standard input" if many else ""
+    group = parser.add_argument_group("prompt", f"One of {', '.join(names[:-1])} and {names[-1]}{otherwise}.")
+    one = group.add_mutually_exclusive_group(required=not many)
     one.add_argument("--prompt", metavar="TEXT", help="a question, put into the model's chat format")
     one.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file, or from stdin (-)")
     one.add_argument("--ids", metavar="5,64286", type=token_ids, help="token ids, taken as they are")
     if many:
         one.add_argument(
-            "--prompts", metavar="FILE", type=Path, help="many, one JSON object a line (see below); needs --out"
+            "--prompts",
+            metavar="FILE",
+            type=Path,
+            help="many, one JSON object a line (see below), from stdin with -; needs --out",
         )
+    add_system_option(group)
     group.add_argument("--raw", action="store_true", help="continue the text itself instead of answering it in a chat")
+    group.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="with --raw: names of special tokens in the text are these tokens, such as <|code_prefix|>",
+    )
 
 
 def read_prompt(options: argparse.Namespace) -> ChatPrompt | TextPrompt | TokenPrompt:
     """The prompt that the options mean. Raises UsageError when there is none to read."""
     from protocol.client import ChatPrompt, ChatTurn, TextPrompt, TokenPrompt
 
+    check_kind(options)
     if options.ids is not None:
         if options.raw:
             raise UsageError("--raw is about text; token ids are always taken as they are, so drop it")
         return TokenPrompt(options.ids)
-    text = options.prompt if options.prompt is not None else _read(options.prompt_file)
+    text = _text(options)
     if options.raw:
-        return TextPrompt(text)
+        return TextPrompt(text, options.special_tokens)
     if not text.strip():
         raise UsageError("the prompt is empty; ask something, or continue plain text with --raw")
-    return ChatPrompt((ChatTurn("user", "", text),))
+    return ChatPrompt((*system_turn(chosen_system(options)), ChatTurn("user", "", text)))
+
+
+def check_kind(options: argparse.Namespace) -> None:
+    """Raises UsageError for options about another kind of prompt than the one that is given."""
+    if options.special_tokens and not options.raw:
+        raise UsageError("--special-tokens is about text that is continued as it is; add --raw, or drop it")
+    if options.system is not None and (options.raw or options.ids is not None):
+        raise UsageError("--system is a part of a chat; with --raw and --ids, drop it")
+
+
+def _text(options: argparse.Namespace) -> str:
+    if options.prompt is not None:
+        text: str = options.prompt
+        return text
+    if options.prompt_file is None and (sys.stdin is None or is_terminal(sys.stdin)):
+        raise UsageError(
+            "nothing was asked for; give one of --prompt, --prompt-file, --ids and --prompts, "
+            "or a question on standard input"
+        )
+    return _read(options.prompt_file or "-")
 
 
 def check_ids(prompt: ChatPrompt | TextPrompt | TokenPrompt, config: ModelConfig) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.options import (
@@ -19,7 +20,7 @@ from coordinator.commands.options import (
     wrong_use,
 )
 from coordinator.errors import UsageError
-from coordinator.log import JsonLog, Log, shown, to_stderr
+from coordinator.log import JsonLog, Log, QuietLog, shown, to_stderr
 from coordinator.plan import QUANTIZED
 from coordinator.progress import load_view
 from coordinator.signals import signals_unwind
@@ -167,7 +168,9 @@ def _model_text(
 
 def log_of(options: argparse.Namespace) -> Log:
     """Where a command with these options says what happens."""
-    return JsonLog() if getattr(options, "log_json", False) else Log()
+    if getattr(options, "log_json", False):
+        return JsonLog()
+    return QuietLog() if getattr(options, "quiet", False) else Log()
 
 
 def _say_pipeline(log: Log, chat_model: ChatModel, text: str) -> None:
@@ -191,7 +194,7 @@ def _listening(options: argparse.Namespace) -> Listening | None:
     with wrong_use():
         endpoint = listen_endpoint(options.listen)
         keys.own()
-    shows_tokens = sys.stderr.isatty() and not log_of(options).is_json
+    shows_tokens = sys.stderr.isatty() and type(log_of(options)) is Log
     return Listening(endpoint, keys, await_s, shows_tokens)
 
 
@@ -224,27 +227,29 @@ def opened(
     from coordinator.client import connect
     from coordinator.which_launch import FIND_S, endpoint_of
 
+    log = log_of(options)
+
     def say_looking(find_s: float) -> None:
-        say(f"no running `glmpipe launch` is seen yet; looking for one for {find_s:g} s")
+        log.say(f"no running `glmpipe launch` is seen yet; looking for one for {find_s:g} s")
 
     with wrong_use():
         endpoint = endpoint_of(options.connect or None, find_s=FIND_S, on_looking=say_looking)
 
     def say_waiting(waits_for: str) -> None:
-        say(f"the launch is not ready yet, it waits for {waits_for}")
+        log.say(f"the launch is not ready yet, it waits for {waits_for}")
 
     with connect(endpoint, on_waiting=say_waiting) as backend:
         waits_for = backend.describe().waits_for
         if waits_for is not None:
-            say(f"the launch does not serve at the moment, it waits for {waits_for}")
-        backend.on_queued = _say_queued
+            log.say(f"the launch does not serve at the moment, it waits for {waits_for}")
+        backend.on_queued = partial(_say_queued, log)
         with signals_unwind():
             yield backend
 
 
-def _say_queued(position: int, waits_for: str | None) -> None:
+def _say_queued(log: Log, position: int, waits_for: str | None) -> None:
     why = "for room at the launch" if waits_for is None else f"as the launch itself waits for {waits_for}"
-    say(f"waiting {why}; place {position} in its queue")
+    log.say(f"waiting {why}; place {position} in its queue")
 
 
 def _traces(options: argparse.Namespace, plan: Plan, stack: ExitStack, log: Log) -> list[TraceFile]:

@@ -98,13 +98,21 @@ def test_worker_is_the_stage_worker() -> None:
     assert glmpipe("worker", "--join", "nowhere").returncode == 2
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["generate"], ["generate", "--prompt", "a", "--ids", "1"]])
+@pytest.mark.parametrize("arguments", [["sing"], ["dump", "--out", "x"], ["generate", "--prompt", "a", "--ids", "1"]])
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """No command, an unknown one, no prompt, two prompts."""
+    """An unknown command, no prompt, two prompts."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "usage: glmpipe" in capsys.readouterr().err
+
+
+def test_without_a_command_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing was tried, so the exit code is 2; how to go on is all there."""
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    for command in (*COMMANDS, "worker"):
+        assert f"\n    {command} " in err
 
 
 def test_a_bad_plan_is_refused_with_all_its_faults_and_nothing_else(model_dir: Path) -> None:
@@ -144,7 +152,7 @@ def test_a_layers_option_without_a_device_is_a_fault_of_the_plan() -> None:
     with pytest.raises(PlanError) as caught:
         resolve(request, 4, ("cpu",))  # type: ignore[arg-type]
     assert caught.value.faults == (
-        "--layers 1-2: no '='; write DEVICE=FIRST-LAST, such as cuda:1=1-12",
+        "--layers 1-2: no '='; write DEVICE=LAYERS, such as cuda:1=1-12 or cpu=all",
         "--layers cpu=3-9: layer 9 is out of range; the model's layers are 1-4",
     )
 

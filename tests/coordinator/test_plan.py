@@ -128,7 +128,7 @@ FAULTS = {
     "duplicate": (ask("cpu=1-28", "cpu=1-28"), "--layers cpu=1-28 is given twice"),
     "out of range": (ask("cpu=1-30"), "layer 30 is out of range; the model's layers are 1-28"),
     "layer zero": (ask("cpu=0-28"), "layer 0 is out of range"),
-    "malformed": (ask("cpu=1_28"), "'1_28' is not a layer range; write 1-12, or 5 for one layer"),
+    "malformed": (ask("cpu=1_28"), "'1_28' is not a layer range; write 1-12, 5, 13- (to the last), or all"),
     "empty": (ask("cpu="), "'' is not a layer range"),
     "backwards": (ask("cpu=28-1"), "layers 28-1 run backwards; write 1-28"),
     "unknown device": (ask("gpu0=1-28"), "device 'gpu0' is unknown; choose one of cpu, cuda:0, cuda:1"),

@@ -15,7 +15,7 @@ import pytest
 from tests.commands import start
 
 ROOT = Path(__file__).resolve().parents[2]
-GLMPIPE = f"{sys.executable} -m coordinator.cli"
+GLMPIPE = f"{sys.executable} -m coordinator"
 PROMPT = "shell> "
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def test_generate_is_quiet_and_shows_no_escapes(base: Path) -> None:
     change = (
         "import glm.decoding as d; plain = d.IncrementalDecoder.push; "
         "d.IncrementalDecoder.push = lambda self, i: plain(self, i) + chr(27) + '[31mred'; "
-        "import sys; from coordinator.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from coordinator.__main__ import main; main()"
     )
     command = f'{sys.executable} -c "{change}" generate --prompt 你好 --greedy --threads 1 2>/dev/null'
     with shell(base) as child:
