@@ -32,7 +32,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coordinator.errors import PlanError
+from coordinator.errors import PlanError, UsageError
+from coordinator.input_files import MOST_PLAN_BYTES, read_input
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 from glm.command_line import nearest
 
@@ -72,10 +73,10 @@ def read_plan_file(path: Path) -> PlanRequest:
     Raises PlanError when the file cannot be read as TOML at all.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_input(path, "the plan file", MOST_PLAN_BYTES).decode("utf-8-sig")
         table = tomllib.loads(text)
-    except OSError as error:
-        raise PlanError([f"the plan file {path} cannot be read: {error.strerror}"]) from None
+    except UsageError as error:
+        raise PlanError([str(error)]) from None
     except UnicodeDecodeError:
         raise PlanError([f"the plan file {path} is not UTF-8 text"]) from None
     except RecursionError:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from coordinator.errors import UsageError
+from coordinator.input_files import MOST_PROMPT_BYTES, read_input
 from protocol.limits import MAX_PROMPT
 
 
@@ -16,12 +17,13 @@ def read_system(text: str) -> str:
         return _checked(text.removeprefix("@") if text.startswith("@@") else text, "the system prompt")
     path = Path(text[1:])
     try:
-        content = path.expanduser().read_bytes().decode("utf-8-sig")
+        content = read_input(path.expanduser(), "the system prompt", MOST_PROMPT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"the system prompt {path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"the system prompt {path} cannot be read: {reason}; @@ begins a text with an @") from None
+    except UsageError as error:
+        raise UsageError(f"{error}; @@ begins a text with an @") from None
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the system prompt {path} cannot be read: {error}; @@ begins a text with an @") from None
     return _checked(content.replace("\r\n", "\n").removesuffix("\n"), f"the system prompt {path}")
 
 

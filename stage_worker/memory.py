@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,12 +22,26 @@ def resident_bytes(device: torch.device) -> int:
 
 
 def moved_bytes() -> int:
-    """What this process has read and written so far, mapped files included; 0 where the system does not say."""
+    """What this process and its children, which fetch a hub's model, have read and written so far.
+
+    Mapped files are included; 0 where the system does not say.
+    """
+    return sum(map(_moved_by, (Path("/proc/self"), *_children())))
+
+
+def _moved_by(process: Path) -> int:
     try:
-        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
+        counts = dict(line.split(": ") for line in (process / "io").read_text(encoding="ascii").splitlines())
         return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
     except (OSError, ValueError, KeyError):
         return 0
+
+
+def _children() -> Iterator[Path]:
+    """Those of every thread."""
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            yield from (Path("/proc") / pid for pid in listed.read_text(encoding="ascii").split())
 
 
 def return_memory(device: torch.device) -> None:

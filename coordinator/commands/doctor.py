@@ -10,6 +10,7 @@ from coordinator.errors import LaunchError
 from coordinator.signals import signals_deferred
 from coordinator.worker_command import facts_command, usable_cores, worker_environment
 from glm.signals import undone_at_signals
+from glm.weights_only import why_unsafe
 from protocol.version import VERSION
 
 HELP = "say which devices, kernels and libraries are here, and what is missing"
@@ -30,6 +31,9 @@ def run(options: argparse.Namespace) -> int:  # noqa: ARG001 - every command has
     packages = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     print(f"glmpipe   {VERSION}, Python {platform.python_version()} on {platform.platform(terse=True)}")
     print(f"packages  {packages}")
+    unsafe = why_unsafe(_version("torch"))
+    if unsafe is not None:
+        print(f"          note: no .bin weights are read, {unsafe}")
     print(f"hub       {_hub()}")
     print(f"threads   {usable_cores()}: the cores this process may use, and a stage's unless --threads says less")
     print(_worker_facts(), end="", flush=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from coordinator.commands.options import add_system_option, chosen_system, token_ids
 from coordinator.conversation import system_turn
 from coordinator.errors import UsageError
+from coordinator.input_files import MOST_PROMPT_BYTES, read_input
 from coordinator.terminal import is_terminal
 
 if TYPE_CHECKING:
@@ -97,9 +98,6 @@ def check_ids(prompt: ChatPrompt | TextPrompt | TokenPrompt, config: ModelConfig
 def _read(name: str) -> str:
     """A file's text without the newline that editors put at its end."""
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8").removesuffix("\n")
-    except OSError as error:
-        raise UsageError(f"--prompt-file {name} cannot be read: {error.strerror}") from None
+        return read_input(name, "--prompt-file", MOST_PROMPT_BYTES).decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompt-file {name} is not UTF-8 text (byte {error.start}); convert it") from None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from coordinator.commands.options import add_model_options, add_placement_options
 from coordinator.commands.session import check_writable, launched
 from coordinator.errors import UsageError
+from coordinator.input_files import MOST_TEXT_BYTES, read_input
 
 if TYPE_CHECKING:
     from coordinator.chat_model import ChatModel
@@ -140,9 +141,7 @@ def _lines(score: TextScore, window: int, stride: int, seconds: float) -> tuple[
 
 def _read(name: str) -> str:
     try:
-        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"--text {name} cannot be read: {error.strerror}") from None
+        text = read_input(name, "--text", MOST_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"--text {name} is not UTF-8 text (byte {error.start}); convert it") from None
     if not text:

@@ -1,0 +1,30 @@
+"""What a user has a command read whole: a file, or stdin, of a size that can be meant."""
+
+import sys
+from pathlib import Path
+
+from coordinator.errors import UsageError
+
+MOST_PLAN_BYTES = 1 << 20
+MOST_PROMPT_BYTES = 32 << 20
+MOST_TEXT_BYTES = 256 << 20
+"""Of a text whose likelihood is asked for."""
+
+
+def read_input(name: str | Path, what: str, most_bytes: int) -> bytes:
+    """All of a file, or of stdin (`-`); no more than `most_bytes` are ever in memory. `what` is how errors call it.
+
+    Raises:
+        UsageError: it cannot be read, or is larger.
+    """
+    try:
+        if name == "-":
+            found = sys.stdin.buffer.read(most_bytes + 1)
+        else:
+            with Path(name).open("rb") as file:
+                found = file.read(most_bytes + 1)
+    except OSError as error:
+        raise UsageError(f"{what} {name} cannot be read: {error.strerror}") from None
+    if len(found) > most_bytes:
+        raise UsageError(f"{what} {name} is larger than {most_bytes >> 20} MiB, the most that is read of such a file")
+    return found
