@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coordinator.conversation import Prompt
-from coordinator.errors import PromptFileError, UsageError
+from coordinator.errors import GenerationError, PromptFileError, UsageError
+from coordinator.tools import tools_text
 from glm.errors import SamplingError
 from glm.logprobs import MOST_TOP
 from glm.sampling_params import MOST, SamplingParams
@@ -19,6 +20,7 @@ MOST_ANSWERS = 256
 """To one prompt."""
 LONGEST_LINE_BYTES = 32 * 2**20
 ROLES = ("system", "user", "assistant", "observation")
+_NEEDED = {"role", "content"}
 PROMPT_KEYS = ("prompt", "messages", "token_ids")
 SAMPLING_KEYS = tuple(each.name for each in fields(SamplingParams))
 KEYS = (*PROMPT_KEYS, "id", "n", "logprobs", *SAMPLING_KEYS)
@@ -193,12 +195,18 @@ def _turns(value: object) -> tuple[ChatTurn, ...]:
 
 def _turn(index: int, message: object) -> ChatTurn:
     where = f"message {index}"
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys() <= {"role", "content", "metadata"}:
-        raise _Faults(f"{where} must have role and content, may have metadata, and nothing else")
+    if not isinstance(message, dict) or not _NEEDED <= message.keys() <= {*_NEEDED, "metadata", "tools"}:
+        raise _Faults(f"{where} must have role and content, may have metadata and tools, and nothing else")
     if message["role"] not in ROLES:
         raise _Faults(f"{where}: role {str(message['role'])[:40]!r} is unknown; known are {', '.join(ROLES)}")
     metadata = _text(message.get("metadata", ""), f"{where}: metadata", MAX_NAME)
-    return ChatTurn(message["role"], metadata, _text(message["content"], f"{where}: content", MAX_PROMPT))
+    content = _text(message["content"], f"{where}: content", MAX_PROMPT)
+    if message.get("tools") and message["role"] != "system":
+        raise _Faults(f"{where}: tools belong to the system's message, not to the {message['role']}'s")
+    try:
+        return ChatTurn(message["role"], metadata, content, tools_text(message.get("tools")))
+    except GenerationError as error:
+        raise _Faults(f"{where}: {error}") from None
 
 
 def _text(value: object, name: str, longest: int) -> str:
@@ -258,4 +266,4 @@ def _digest(prompt: Prompt, sampling: Mapping[str, Any], num_logprobs: int | Non
 
 
 def _turn_fields(turn: ChatTurn) -> list[str]:
-    return [turn.role, turn.metadata, turn.content]
+    return [turn.role, turn.metadata, turn.content, *([turn.tools] if turn.tools else [])]

@@ -25,20 +25,20 @@ def run_chat(
     sampling: SamplingParams,
     *,
     show_stats: bool = False,
-    system: str = "",
+    conversation: Conversation | None = None,
     overflow: Overflow = "slide",
     console: Console | None = None,
 ) -> int:
     """Chat until the input ends or somebody says `stop`.
 
-    `system`: what the model is told before everything else. `overflow`: what is done about a full context.
+    `conversation`: how it begins, such as with a system prompt. `overflow`: what is done about a full context.
     Returns the exit code: 1 when a question read from a file or pipe failed, or the model was lost for good; else 0.
 
     Raises:
         CoordinatorError: the backend is lost, and the input is no terminal.
     """
     console = console or open_console()
-    return Chat(backend, sampling, console, show_stats=show_stats, system=system, overflow=overflow).run()
+    return Chat(backend, sampling, console, show_stats=show_stats, conversation=conversation, overflow=overflow).run()
 
 
 class Chat:
@@ -51,12 +51,13 @@ class Chat:
         console: Console,
         *,
         show_stats: bool,
-        system: str,
+        conversation: Conversation | None,
         overflow: Overflow,
     ) -> None:
         self._backend = backend
         self._console = console
-        self._state = ChatState(backend.describe(), sampling, show_stats=show_stats, conversation=Conversation(system))
+        begun = conversation or Conversation()
+        self._state = ChatState(backend.describe(), sampling, show_stats=show_stats, conversation=begun)
         self._overflow = overflow
         self._most_tokens = self._state.description.max_context
         """Of a prompt and its answer; less than the context where an answer was seen to end before that."""

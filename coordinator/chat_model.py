@@ -32,6 +32,7 @@ from coordinator.runtime_dir import RuntimeDir
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
+from coordinator.tools import tools_text
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
@@ -47,7 +48,7 @@ from protocol import client
 from protocol.limits import MAX_NAME, clip_text
 from protocol.records import with_changes
 
-History = list[dict[str, str]]
+History = list[dict[str, Any]]
 StreamEvent = client.Delta | client.Finished
 
 
@@ -203,11 +204,12 @@ class ChatModel(Closing):
         return None if words is None else clip_text(words)
 
     def chat(
-        self, query: str, history: AbstractSequence[Mapping[str, str]] = (), **sampling: Any
+        self, query: str, history: AbstractSequence[Mapping[str, Any]] = (), **sampling: Any
     ) -> tuple[str, History]:
         """Answer a question; returns the answer and the history with both appended.
 
-        `history` is a list of `{"role": ..., "content": ...}`; `sampling` are fields of `SamplingParams`, those not
+        `history` is a list of `{"role": ..., "content": ...}`; a system message may have `"tools"`, a list of JSON
+        objects. `sampling` are fields of `SamplingParams`, those not
         given have the model's defaults.
 
         Raises:
@@ -219,14 +221,16 @@ class ChatModel(Closing):
         return reply, grown
 
     def stream_chat(
-        self, query: str, history: AbstractSequence[Mapping[str, str]] = (), **sampling: Any
+        self, query: str, history: AbstractSequence[Mapping[str, Any]] = (), **sampling: Any
     ) -> Iterator[tuple[str, History]]:
         """As `chat`, yielding the answer so far and the history with it, each time it has grown.
 
         An answer that breaks off, for want of context or by a bound of the model's files, is warned of.
         """
         asked = [*map(dict, history), {"role": "user", "content": query}]
-        turns = tuple(client.ChatTurn(m["role"], m.get("metadata", ""), m["content"]) for m in asked)
+        turns = tuple(
+            client.ChatTurn(m["role"], m.get("metadata", ""), m["content"], tools_text(m.get("tools"))) for m in asked
+        )
         text = ""
         for event in self.stream(client.ChatPrompt(turns), self._sampling(sampling)):
             text = event.text if isinstance(event, client.Finished) else text + event.text

@@ -19,6 +19,11 @@ def wanted_of(prompt: Prompt) -> Wanted:
     return "text" if isinstance(prompt, TextPrompt) else "token ids"
 
 
+def system_turns(prompt: Prompt) -> tuple[ChatTurn, ...]:
+    """What of a prompt tells a model things before everything else."""
+    return tuple(turn for turn in getattr(prompt, "turns", ()) if turn.role == "system")
+
+
 class ChatBackend(Protocol):
     """What answers: a model launched by this program, or a running launch. Used from one thread, `cancel` aside."""
 
@@ -72,16 +77,18 @@ class Conversation:
     rounds are kept, but no model hears of them any more.
     """
 
-    def __init__(self, system: str = "") -> None:
+    def __init__(self, system: str = "", tools: str = "") -> None:
         self.system = system
         """What the model is told before everything else; empty for nothing."""
+        self.tools = tools
+        """Which tools it is told of there, as a `ChatTurn` carries them; empty for none."""
         self.rounds: list[Round] = []
         self.num_left_out = 0
 
     @property
     def turns(self) -> tuple[ChatTurn, ...]:
         """Questions and answers in turns, behind the system's."""
-        return (*system_turn(self.system), *(turn for each in self.rounds for turn in each.turns))
+        return (*system_turn(self.system, self.tools), *(turn for each in self.rounds for turn in each.turns))
 
     @property
     def heard(self) -> list[Round]:
@@ -91,7 +98,7 @@ class Conversation:
     def prompt(self, question: str) -> ChatPrompt:
         """What of the conversation is not left out, with a question at its end."""
         heard = (turn for each in self.heard for turn in each.turns)
-        return ChatPrompt((*system_turn(self.system), *heard, ChatTurn("user", "", question)))
+        return ChatPrompt((*system_turn(self.system, self.tools), *heard, ChatTurn("user", "", question)))
 
     def add(self, question: str, answer: str, num_tokens: int) -> None:
         """Remember a question and its answer; `num_tokens` are those of its prompt and its answer together."""
@@ -115,7 +122,7 @@ class Conversation:
         """Have these turns, as `turns` gives them, in the place of all."""
         has_system = bool(turns) and turns[0].role == "system"
         texts = [turn.content for turn in turns[has_system:]]
-        self.system = turns[0].content if has_system else ""
+        self.system, self.tools = (turns[0].content, turns[0].tools) if has_system else ("", "")
         self.rounds = [
             Round(*pair, guessed_tokens("".join(pair))) for pair in zip(texts[::2], texts[1::2], strict=True)
         ]
@@ -128,6 +135,6 @@ def guessed_tokens(text: str) -> int:
     return 1 + num_ascii // 3 + len(text) - num_ascii
 
 
-def system_turn(text: str) -> tuple[ChatTurn, ...]:
-    """The turn with which a conversation with this system prompt begins; none for an empty one."""
-    return (ChatTurn("system", "", text),) if text else ()
+def system_turn(text: str, tools: str = "") -> tuple[ChatTurn, ...]:
+    """The turn with which a conversation with this system prompt and these tools begins; none where both are empty."""
+    return (ChatTurn("system", "", text, tools),) if text or tools else ()

@@ -3,16 +3,19 @@
 These small files are read before anything is started, so that what is wrong with them is told at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.conversation import Wanted
+from coordinator.prompts import messages_of
 from glm.chat_format import ChatFormat, ChatMessage, chat_format_for
 from glm.config import ModelConfig
 from glm.dialect import find_dialect
 from glm.errors import ChatFormatError, NoTokenizerError, TokenizerError
 from glm.generation import GenerationDefaults, generation_defaults
 from glm.tokenizer import Tokenizer, load_tokenizer
+from protocol.client import ChatTurn
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class ModelText:
         is_chat = wanted in ("chat", None) and self.found is not None
         return tuple(note for note in (self.chat_note if is_chat else "", self.rotary_note) if note)
 
-    def check(self, wanted: Wanted, system: str = "") -> None:
+    def check(self, wanted: Wanted, system: Sequence[ChatTurn] = ()) -> None:
         """Raises TokenizerError or ChatFormatError where that cannot be had, or a system prompt is not taken."""
         if wanted == "token ids":
             return
@@ -53,12 +56,13 @@ class ModelText:
             if system:
                 self._check_system(chat_format, system)
 
-    def _check_system(self, chat_format: ChatFormat, system: str) -> None:
+    def _check_system(self, chat_format: ChatFormat, system: Sequence[ChatTurn]) -> None:
         try:
-            chat_format.encode([ChatMessage("system", system), ChatMessage("user", "Hello")])
+            chat_format.encode(messages_of((*system, ChatTurn("user", "", "Hello"))))
         except ChatFormatError as error:
+            what = "tools" if any(turn.tools for turn in system) else "system prompt"
             raise ChatFormatError(
-                f"this model takes no system prompt ({error}): leave it out, or write it into the first question"
+                f"this model takes no {what} ({error}): leave it out, or write it into the first question"
             ) from None
 
     def check_files(self) -> str | None:

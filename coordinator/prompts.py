@@ -7,6 +7,7 @@ from typing import cast
 
 from coordinator.errors import GenerationError, PromptTooLong
 from coordinator.scheduler import SchedulerSettings
+from coordinator.tools import tools_of
 from glm.chat_format import ChatMessage, Role, chat_format_for
 from glm.config import ModelConfig
 from glm.errors import faults_as
@@ -50,8 +51,12 @@ def prompt_ids(prompt: Prompt, tokenizer: Callable[[], Tokenizer]) -> list[int]:
     with faults_as(GenerationError, "the prompt could not be turned into token ids"):
         if isinstance(prompt, client.TextPrompt):
             return tokenizer().encode_prompt(prompt.text, allow_special=prompt.special_tokens)
-        messages = [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata) for turn in prompt.turns]
-        return chat_format_for(tokenizer()).encode(messages)
+        return chat_format_for(tokenizer()).encode(messages_of(prompt.turns))
+
+
+def messages_of(turns: AbstractSequence[client.ChatTurn]) -> list[ChatMessage]:
+    """The turns as a chat format takes them. Raises GenerationError for tools that are none."""
+    return [ChatMessage(cast(Role, turn.role), turn.content, turn.metadata, tools_of(turn.tools)) for turn in turns]
 
 
 def max_model_len(config: ModelConfig, settings: SchedulerSettings) -> int:

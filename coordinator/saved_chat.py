@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from coordinator.errors import UsageError
+from coordinator.errors import GenerationError, UsageError
+from coordinator.tools import tools_of, tools_text
 from protocol.client import ChatTurn
 from protocol.limits import MAX_PROMPT, MAX_TURNS
 
@@ -19,7 +20,10 @@ _ESCAPED_HEADING = re.compile(rf"^\\(\\*(?:{'|'.join(_ROLES)}):)$", re.MULTILINE
 
 def as_json(turns: tuple[ChatTurn, ...]) -> str:
     """The turns as `[{"role": ..., "content": ...}, ...]`, as `ChatModel.chat` takes for a history."""
-    plain = [{"role": turn.role, "content": turn.content} for turn in turns]
+    plain = [
+        {"role": turn.role, "content": turn.content} | ({"tools": tools_of(turn.tools)} if turn.tools else {})
+        for turn in turns
+    ]
     return json.dumps(plain, ensure_ascii=False, indent=2) + "\n"
 
 
@@ -88,7 +92,10 @@ def _turn(path: Path, number: int, message: Any) -> ChatTurn:
         )
     if len(content) > MAX_PROMPT:
         raise UsageError(f"{path}: message {number} has {len(content)} characters; {MAX_PROMPT} are the most")
-    return ChatTurn(role, "", content)
+    try:
+        return ChatTurn(role, "", content, tools_text(message.get("tools")) if role == "system" else "")
+    except GenerationError as error:
+        raise UsageError(f"{path}: message {number}: {error}") from None
 
 
 def _from_text(path: Path, text: str) -> tuple[ChatTurn, ...]:

@@ -15,6 +15,7 @@ GLM4_TOOLS_PREAMBLE = (
     "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
     "你的任务是针对用户的问题和要求提供适当的答复和支持。"
 )
+CHATGLM3_TOOLS_PREAMBLE = "Answer the following questions as best as you can. You have access to the following tools:"
 GLM4_TOOL_HINT = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
 
@@ -86,6 +87,7 @@ class RoundsFormat:
     """Whether a question without history is passed as it is."""
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+        _refuse_tools(messages)
         questions, answers = self._rounds(messages)
         if self.bare_first and not answers:
             return self.tokenizer.encode_prompt(questions[0])
@@ -148,6 +150,7 @@ class PlainFormat:
     tokenizer: Tokenizer
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+        _refuse_tools(messages)
         _check_last(messages)
         return self.tokenizer.encode_prompt("\n".join(message.content for message in messages))
 
@@ -159,7 +162,7 @@ class ToolsWriter(Protocol):
 
 
 def _chatglm3_tools(message: ChatMessage) -> str:
-    return f"{message.content}\n{_as_json(message.tools)}"
+    return f"{message.content or CHATGLM3_TOOLS_PREAMBLE}\n{_as_json(message.tools)}"
 
 
 def _glm4_tools(message: ChatMessage) -> str:
@@ -172,6 +175,11 @@ def _glm4_tools(message: ChatMessage) -> str:
 
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=4)
+
+
+def _refuse_tools(messages: Sequence[ChatMessage]) -> None:
+    if any(message.tools for message in messages):
+        raise ChatFormatError("this model's chat format has no place for tools: describe them in the question")
 
 
 def _check_last(messages: Sequence[ChatMessage]) -> None:

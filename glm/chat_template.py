@@ -71,17 +71,25 @@ class TemplateFormat:
         if not messages:
             raise ChatFormatError("the conversation is empty: it needs at least the user's message")
         tools = [self._harmless(tool) for message in messages for tool in message.tools]
+        mappings = [self._as_mapping(message) for message in messages]
         try:
-            return self._template.render(
-                {
-                    **self._tokenizer.vocabulary.template_variables,
-                    "messages": [self._as_mapping(message) for message in messages],
-                    "tools": tools or None,
-                    "add_generation_prompt": True,
-                }
-            )
+            text = self._render_with(mappings, tools)
         except ChatFormatError as error:
             raise ChatFormatError(f"the model's chat template refuses this conversation: {error}") from error
+        if tools and self._is_same_without_tools(mappings, text):
+            raise ChatFormatError("the model's chat template has no place for tools: describe them in the question")
+        return text
+
+    def _is_same_without_tools(self, messages: list[dict[str, Any]], text: str) -> bool:
+        without = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+        try:
+            return self._render_with(without, []) == text
+        except ChatFormatError:  # one that insists on them
+            return False
+
+    def _render_with(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
+        fixed = {**self._tokenizer.vocabulary.template_variables, "add_generation_prompt": True}
+        return self._template.render({**fixed, "messages": messages, "tools": tools or None})
 
     def _as_mapping(self, message: ChatMessage) -> dict[str, Any]:
         fields: dict[str, Any] = {"role": message.role, "content": self._harmless(message.content)}

@@ -48,11 +48,15 @@ class SamplingParams(Record, frozen=True):
 
 
 class ChatTurn(Record, frozen=True):
-    """One message of a conversation; `metadata` is a tool's name, mostly empty."""
+    """One message of a conversation; `metadata` is a tool's name, mostly empty.
+
+    `tools`: descriptions of tools in the system's message, a JSON list of objects as text; empty for none.
+    """
 
     role: Name
     metadata: Name
     content: Prompt
+    tools: Prompt = ""
 
 
 class ChatPrompt(Variant, frozen=True):

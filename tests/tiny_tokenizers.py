@@ -23,7 +23,7 @@ SPECIAL = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *R
 
 
 def tiny_config(family: str, **changes: object) -> ModelConfig:
-    """A config for which only what tokenizers look at is meant seriously."""
+    """A config for which only what tokenizers look at is meant seriously; a `name` is one that config.json says."""
     facts: dict[str, object] = {
         "family": family,
         "name": "tiny",
@@ -41,6 +41,7 @@ def tiny_config(family: str, **changes: object) -> ModelConfig:
         "stored_dtype": "float32",
         "eos_ids": (2,),
         "pad_id": 0,
+        "published_name": changes.get("name", ""),
     }
     return ModelConfig(**{**facts, **changes})  # type: ignore[arg-type]
 

@@ -8,8 +8,10 @@ from coordinator.commands.options import (
     add_placement_options,
     add_sampling_options,
     add_system_option,
+    add_tools_option,
     add_watching_options,
     chosen_system,
+    chosen_tools,
 )
 from coordinator.commands.session import check_sampling, chosen_sampling, opened
 from coordinator.context_window import OVERFLOWS
@@ -31,6 +33,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--stats", action="store_true", help="report after each answer what it cost")
     add_system_option(parser)
+    add_tools_option(parser)
     parser.add_argument(
         "--context-overflow",
         choices=OVERFLOWS,
@@ -48,9 +51,12 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Open the backend and hand over to the REPL."""
     check_sampling(options)
-    system = chosen_system(options)
-    with opened(options, "chat", system=system) as backend:
+    from coordinator.conversation import Conversation, system_turn
+
+    begun = Conversation(chosen_system(options), chosen_tools(options))
+    with opened(options, "chat", system=system_turn(begun.system, begun.tools)) as backend:
         from coordinator.chat import run_chat
 
         sampling = chosen_sampling(options, backend.describe().defaults)
-        return run_chat(backend, sampling, show_stats=options.stats, system=system, overflow=options.context_overflow)
+        overflow = options.context_overflow
+        return run_chat(backend, sampling, show_stats=options.stats, conversation=begun, overflow=overflow)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from coordinator.commands.options import add_model_options, add_placement_options, chosen_system
+from coordinator.commands.options import add_model_options, add_placement_options
 from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
 from coordinator.commands.session import check_writable, launched, say
 
@@ -31,14 +31,14 @@ def run(options: argparse.Namespace) -> int:
     """Launch, feed the prompt, write the file."""
     prompt = read_prompt(options)
     check_writable(options.out, "--out")
-    from coordinator.conversation import wanted_of
+    from coordinator.conversation import system_turns, wanted_of
 
     with launched(
         options,
         record_hidden_states=True,
         check=lambda config: check_ids(prompt, config),
         wanted=wanted_of(prompt),
-        system=chosen_system(options),
+        system=system_turns(prompt),
     ) as chat_model:
         from coordinator.dump import dump
 

@@ -15,7 +15,6 @@ from coordinator.commands.options import (
     add_placement_options,
     add_sampling_options,
     add_watching_options,
-    chosen_system,
     sampling_overrides,
 )
 from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
@@ -84,10 +83,10 @@ def run(options: argparse.Namespace) -> int:
     check_sampling(options)
     if options.prompts is not None:
         return generate_file.run_file(options)
-    from coordinator.conversation import wanted_of
+    from coordinator.conversation import system_turns, wanted_of
 
     prompt = read_prompt(options)
-    system, wanted = chosen_system(options), wanted_of(prompt)
+    system, wanted = system_turns(prompt), wanted_of(prompt)
     with opened(options, wanted, lambda config: check_ids(prompt, config), system=system) as backend:
         sampling = chosen_sampling(options, backend.describe().defaults)
         if options.n == 1 and options.logprobs is None:

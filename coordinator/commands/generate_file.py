@@ -34,7 +34,7 @@ REMOTE_SEQUENCES = 32
 HELP = """\
 a file of prompts (--prompts) has a JSON object a line, with one of
   {"prompt": "..."}                                            a question (with --raw a text to continue)
-  {"messages": [{"role": "user", "content": "..."}, ...]}      a conversation
+  {"messages": [{"role": "user", "content": "..."}, ...]}      a conversation; a system message may have "tools"
   {"token_ids": [5, 64286, ...]}                               taken as they are
 and, where wanted, "id", "n", "logprobs", and sampling options by their names ("max_new_tokens", "seed", "stop", ...),
 which go before the command's. Every line is checked before a model is loaded.
@@ -108,6 +108,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(
             '--system is for one prompt; in a file of prompts, "messages" begin with {"role": "system", ...}'
         )
+    if options.tools is not None:
+        raise UsageError('--tools is for one prompt; in a file of prompts, the system\'s message has "tools": [...]')
     check_kind(options)
     if not options.prompts.exists():
         raise UsageError(f"--prompts {options.prompts}: there is no such file")

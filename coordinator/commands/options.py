@@ -252,6 +252,23 @@ def chosen_system(options: argparse.Namespace) -> str:
     return "" if options.system is None else read_system(options.system)
 
 
+def add_tools_option(parser: argparse._ActionsContainer) -> None:
+    """`--tools FILE`."""
+    parser.add_argument(
+        "--tools",
+        metavar="FILE",
+        type=Path,
+        help="a JSON list of tools that the model is told of (ChatGLM3, GLM-4, chat templates that know tools)",
+    )
+
+
+def chosen_tools(options: argparse.Namespace) -> str:
+    """What `--tools` holds, empty without it. Raises UsageError."""
+    from coordinator.tools import read_tools
+
+    return "" if options.tools is None else read_tools(options.tools)
+
+
 def add_connect_option(parser: argparse.ArgumentParser) -> None:
     """`--connect [ENDPOINT]`."""
     parser.add_argument(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coordinator.commands.options import add_system_option, chosen_system, token_ids
+from coordinator.commands.options import add_system_option, add_tools_option, chosen_system, chosen_tools, token_ids
 from coordinator.conversation import system_turn
 from coordinator.errors import UsageError
 from coordinator.input_files import MOST_PROMPT_BYTES, read_input
@@ -35,6 +35,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, many: bool = False) -
             help="many, one JSON object a line (see below), from stdin with -; needs --out",
         )
     add_system_option(group)
+    add_tools_option(group)
     group.add_argument("--raw", action="store_true", help="continue the text itself instead of answering it in a chat")
     group.add_argument(
         "--special-tokens",
@@ -57,15 +58,17 @@ def read_prompt(options: argparse.Namespace) -> ChatPrompt | TextPrompt | TokenP
         return TextPrompt(text, options.special_tokens)
     if not text.strip():
         raise UsageError("the prompt is empty; ask something, or continue plain text with --raw")
-    return ChatPrompt((*system_turn(chosen_system(options)), ChatTurn("user", "", text)))
+    system = system_turn(chosen_system(options), chosen_tools(options))
+    return ChatPrompt((*system, ChatTurn("user", "", text)))
 
 
 def check_kind(options: argparse.Namespace) -> None:
     """Raises UsageError for options about another kind of prompt than the one that is given."""
     if options.special_tokens and not options.raw:
         raise UsageError("--special-tokens is about text that is continued as it is; add --raw, or drop it")
-    if options.system is not None and (options.raw or options.ids is not None):
-        raise UsageError("--system is a part of a chat; with --raw and --ids, drop it")
+    for name in ("system", "tools"):
+        if getattr(options, name) is not None and (options.raw or options.ids is not None):
+            raise UsageError(f"--{name} is a part of a chat; with --raw and --ids, drop it")
 
 
 def _text(options: argparse.Namespace) -> str:

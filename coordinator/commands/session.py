@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from coordinator.trace import TraceFile
     from coordinator.watch_view import WatchView
     from glm.config import ModelConfig
-    from protocol.client import SamplingParams
+    from protocol.client import ChatTurn, SamplingParams
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def launched(
     record_hidden_states: bool = False,
     check: Callable[[ModelConfig], None] = lambda _: None,
     wanted: Wanted | None = None,
-    system: str = "",
+    system: tuple[ChatTurn, ...] = (),
     on_started: Callable[[Cluster], None] = lambda _: None,
     runtime_dir: RuntimeDir | None = None,
 ) -> Iterator[ChatModel]:
@@ -60,7 +60,7 @@ def launched(
 
     `request` replaces what the placement options ask for. The plan is checked before anything loads, and so is what
     `check` raises for. `wanted` is what is going to be asked with; None is whatever the model can be asked with.
-    `system` is a system prompt that it will get.
+    `system` is the turn of a system prompt, or of tools, that it will get.
     Nothing is left when the block ends. With `show_logs` all lines of the workers go to stderr; otherwise only
     warnings do, and the last lines in an error if there is one.
     """
@@ -124,7 +124,7 @@ def _choose(
     log: Log,
     check: Callable[[ModelConfig], None],
     wanted: Wanted | None,
-    system: str,
+    system: tuple[ChatTurn, ...],
 ) -> _Chosen:
     """Find the model, check all that can be, say the plan; the weights of a hub's model are not fetched yet."""
     from coordinator.chat_model import check_hosts
@@ -153,7 +153,11 @@ def _choose(
 
 
 def _model_text(
-    model_dir: Path, config: ModelConfig, wanted: Wanted | None, chat_format: str | None, system: str
+    model_dir: Path,
+    config: ModelConfig,
+    wanted: Wanted | None,
+    chat_format: str | None,
+    system: tuple[ChatTurn, ...],
 ) -> tuple[ModelText, tuple[str, ...]]:
     """The model's tokenizer and chat format, before its weights are fetched or loaded, and what to note about them."""
     from coordinator.model_text import read_model_text
@@ -216,7 +220,7 @@ def opened(
     wanted: Wanted,
     check: Callable[[ModelConfig], None] = lambda _: None,
     *,
-    system: str = "",
+    system: tuple[ChatTurn, ...] = (),
 ) -> Iterator[ChatBackend]:
     """The running launch that `--connect` means, or a model launched for this command, if `check` raises nothing."""
     if options.connect is None:

@@ -17,6 +17,7 @@ import pytest
 
 from coordinator.chat import run_chat
 from coordinator.chat_console import PlainConsole, history_file, is_open_block
+from coordinator.conversation import Conversation
 from protocol.client import ChatTurn
 from tests.coordinator.fake_backend import DEFAULTS, FakeBackend
 
@@ -261,7 +262,9 @@ def test_the_system_prompt(tmp_path: Path) -> None:
     assert systems == [["你是诗人。\nBe brief."], ["你是诗人。\nBe brief."], ["@home"], []]
     assert "there is no system prompt; /system TEXT" in chat.notes
     assert f"{tmp_path}/none cannot be read: No such file" in Piped(f"/system @{tmp_path}/none\n").notes
-    assert Piped("a\n", system="be brief").backend.prompts[0].turns[0] == ChatTurn("system", "", "be brief")
+    assert Piped("a\n", conversation=Conversation("be brief")).backend.prompts[0].turns[0] == ChatTurn(
+        "system", "", "be brief"
+    )
 
 
 def test_a_system_prompt_that_the_model_refuses_can_be_dropped() -> None:

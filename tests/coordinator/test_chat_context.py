@@ -57,7 +57,7 @@ def test_the_oldest_rounds_are_left_out_and_that_is_said(tmp_path) -> None:
 
 def test_the_system_prompt_is_never_left_out() -> None:
     """It comes first in every prompt."""
-    _, prompts = chat(QUESTIONS, CountingBackend(), system="s" * 30)
+    _, prompts = chat(QUESTIONS, CountingBackend(), conversation=Conversation("s" * 30))
     assert [prompt[0] for prompt in prompts] == ["s30"] * 5
     assert prompts[-1] == ["s30", "五20"]
 

@@ -127,7 +127,7 @@ def test_other_layouts_have_one_dialect(tmp_path: Path) -> None:
 
 def test_tokenizer_files_come_before_names(tmp_path: Path) -> None:
     """The content of tokenizer.model, then role tokens in tokenizer_config.json, outweigh a name."""
-    config = tiny_config("chatglm2", published_name="THUDM/chatglm2-6b", max_context=32768)
+    config = tiny_config("chatglm2", name="THUDM/chatglm2-6b", max_context=32768)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<|user|>"}))
     assert detect_dialect(config, tmp_path) == "chatglm3"
     write_glm4(tmp_path)
@@ -156,7 +156,7 @@ def test_what_was_taken_is_said_with_its_reason(tmp_path: Path) -> None:
 
 def test_the_caller_has_the_last_word(tmp_path: Path) -> None:
     """An override is taken as it is, an unknown one refused with what is known."""
-    config = tiny_config("chatglm2", published_name="THUDM/chatglm3-6b")
+    config = tiny_config("chatglm2", name="THUDM/chatglm3-6b")
     assert detect_dialect(config, tmp_path, "chatglm2") == "chatglm2"
     with pytest.raises(TokenizerError, match=r"'llama'.*chatglm, chatglm2, chatglm3"):
         detect_dialect(config, tmp_path, "llama")
@@ -190,5 +190,5 @@ def test_published_configs(published: str, dialect: str, shared_dir: Path) -> No
 def test_published_tokenizers(published: str, shared_dir: Path) -> None:
     """The publisher's tokenizer alone tells, whatever config.json calls itself."""
     dialect = {"chatglm2-6b": "chatglm2", "chatglm3-6b": "chatglm3", "glm-4-9b-chat": "glm4"}[published]
-    config = tiny_config("chatglm2", published_name="/root/ChatGLM3/output", max_context=4096)
+    config = tiny_config("chatglm2", name="/root/ChatGLM3/output", max_context=4096)
     assert detect_dialect(config, shared_dir / "tokenizers" / published) == dialect

@@ -44,7 +44,7 @@ def test_published_defaults(
 
 def test_a_small_model_stays_within_its_own_bounds(tmp_path: Path) -> None:
     """Neither the context nor the vocabulary of a small model is exceeded by what was published for large ones."""
-    defaults = generation_defaults(tiny_config("chatglm2", published_name="chatglm3-tiny", vocab_size=704), tmp_path)
+    defaults = generation_defaults(tiny_config("chatglm2", name="chatglm3-tiny", vocab_size=704), tmp_path)
     assert (defaults.max_length, defaults.end_ids) == (512, (2,))
     assert generation_defaults(tiny_config("glm4", vocab_size=100), tmp_path).guard_id == 99
 
