@@ -31,7 +31,7 @@ from protocol.errors import ProtocolError, VersionError
 from protocol.flood_guard import Inflow
 from protocol.messages import Message, Plane
 from protocol.records import with_changes
-from protocol.security import Gatekeeper, sender_key
+from protocol.security import Gatekeeper, sender_address, sender_key
 from protocol.sockets import Socket, bind, control_inflow_bytes, control_socket
 from protocol.wire import Frame, decode, encode
 
@@ -214,11 +214,11 @@ class ControlPlane(Closing):
         identity, *received = router.recv_multipart(copy=False)
         if not received:
             return
-        key = ""
+        key = address = ""
         if router is not self._router:
             self._inflow.note(received)
-            key = sender_key(received[0])
-        sender = Sender(router, identity.bytes, key)
+            key, address = sender_key(received[0]), sender_address(received[0])
+        sender = Sender(router, identity.bytes, key, address)
         try:
             message, tensors = decode([frame.buffer for frame in received], Plane.CONTROL)
         except ProtocolError as error:

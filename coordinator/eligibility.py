@@ -1,10 +1,11 @@
 """Why a worker that wants to join does not suit this launch, in words that name the remedy: pure."""
 
-from collections.abc import Callable
+import ipaddress
+from collections.abc import Callable, Collection
 
 from coordinator.plan import parse_device
 from protocol.control import HostModel, Join
-from protocol.endpoints import checked_own_address, ipc_path, is_local
+from protocol.endpoints import checked_own_address, host_of, ipc_path, is_local
 from protocol.errors import EndpointError, SecurityError
 from protocol.security import checked_key
 from protocol.version import VERSION
@@ -43,8 +44,11 @@ def own_fault(join: Join) -> str | None:
     return _device_fault(join)
 
 
-def reach_fault(join: Join) -> str | None:
-    """Why neither this host nor a neighbouring stage could connect to that worker as it says; None if they could."""
+def reach_fault(join: Join, addresses: Collection[str]) -> str | None:
+    """Why neither this host nor a neighbouring stage could connect to that worker as it says; None if they could.
+
+    `addresses` are those that are known to be its host's: nobody is sent to another's.
+    """
     try:
         endpoint = checked_own_address(join.data_endpoint)
         checked_key(join.public_key)
@@ -52,6 +56,12 @@ def reach_fault(join: Join) -> str | None:
         return str(error)
     if ipc_path(endpoint) is not None or endpoint.endswith((":*", ":0")):
         return f"{join.data_endpoint:.80} is no address and port"
+    address = (host_of(endpoint) or "").strip("[]")
+    if ipaddress.ip_address(address) not in {ipaddress.ip_address(known) for known in addresses if known}:
+        return (
+            f"it says to be at {address}, and comes from {' or '.join(sorted(filter(None, addresses)))}; if both are "
+            f"its, on the launching host: glmpipe keys allow {join.host} 'ITS KEY' --address {address}"
+        )
     return _device_fault(join) if join.is_guarded else f"{endpoint} demands no keys"
 
 

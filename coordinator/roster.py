@@ -31,11 +31,15 @@ NoteSink = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Where a worker is reached, and the key it has proved to own: empty for a worker of this host."""
+    """Where a worker is reached, the key it has proved to own and the IP address it comes from.
+
+    Both are empty for a worker of this host.
+    """
 
     router: Socket
     identity: bytes
     key: str = ""
+    address: str = field(default="", compare=False)
 
 
 @dataclass(slots=True)
@@ -120,7 +124,7 @@ class Roster:
         join = with_changes(join, host=name, token=None)
         if not suits(join.glmpipe_version):
             return self._refuse(join, "version", version_fault(f"worker {join.worker_id} of {name}", join))
-        fault = reach_fault(join)
+        fault = reach_fault(join, {sender.address, *self.door.allowed.addresses(name)})
         if fault is not None:
             return self._refuse(join, "join", f"a worker of {name} cannot be reached: {fault}")
         difference = None if self.model is None or join.model is None else model_fault(self.model, join.model, name)

@@ -3,17 +3,21 @@
     ~/.config/glmpipe/keys/      0700
         own.key                  0600: this host's key pair
         allowed/                 0700
-            lab2.pub             0600: public keys, one a line, of the host that is called lab2 here
+            lab2.pub             0600: public keys, one a line, of the host that is called lab2 here; `address IP`, too,
+                             where its workers listen at an address that they do not come from
 
 Files are made whole under another name and then moved: nobody ever reads half of one.
 """
 
+import contextlib
+import ipaddress
 import os
 import re
 import stat
 import tempfile
 import threading
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.errors import KeyFileError, SecurityError
@@ -21,6 +25,7 @@ from protocol.security import KeyPair, checked_key, new_key_pair
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SUFFIX = ".pub"
+_ADDRESS = "address "
 MAX_FILE_BYTES = 64 * 1024
 
 
@@ -36,6 +41,14 @@ def checked_host_name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise SecurityError(f"{text!r:.80} does not suit as a host's name: use letters, digits and . _ - (at most 63)")
     return text
+
+
+def checked_address(text: str) -> str:
+    """`text` if it is an IP address. Raises SecurityError."""
+    try:
+        return str(ipaddress.ip_address(text.strip()))
+    except ValueError:
+        raise SecurityError(f"{text!r:.80} is no IP address of a host") from None
 
 
 class KeyDirectory:
@@ -96,6 +109,7 @@ class AllowList:
         self._lock = threading.Lock()
         self._seen: object = None
         self._names: dict[str, str] = {}
+        self._addresses: dict[str, tuple[str, ...]] = {}
 
     def names(self) -> dict[str, str]:
         """The name that each allowed public key stands for.
@@ -106,9 +120,16 @@ class AllowList:
         with self._lock:
             state = self._state()
             if state != self._seen:
-                self._names = self._read()
+                self._names, self._addresses = self._read()
                 self._seen = state
             return dict(self._names)
+
+    def addresses(self, name: str) -> tuple[str, ...]:
+        """Where a host's workers may listen besides the address that they come from; as it was last read."""
+        with contextlib.suppress(SecurityError):
+            self.names()
+        with self._lock:
+            return self._addresses.get(name, ())
 
     def name_of(self, key: str) -> str | None:
         """Whose key this is; None for a stranger's, and for everybody's while the list cannot be read."""
@@ -117,14 +138,19 @@ class AllowList:
         except SecurityError:
             return None
 
-    def add(self, name: str, key: str) -> None:
-        """Let a host in. Its other keys go on counting. Raises SecurityError if the key is another host's."""
+    def add(self, name: str, key: str, addresses: Sequence[str] = ()) -> None:
+        """Let a host in. Its other keys and addresses go on counting.
+
+        Raises SecurityError if the key is another host's, or an address is none.
+        """
         known = self.names().get(checked_key(key))
         if known not in (None, checked_host_name(name)):
             raise SecurityError(f"this key is {known}'s already: `glmpipe keys revoke {known}` first")
-        if known is None:
-            keys = [*(k for k, other in self.names().items() if other == name), key]
-            self._write(name, keys)
+        there = self.addresses(name)
+        wanted = tuple(dict.fromkeys((*there, *map(checked_address, addresses))))
+        if known is None or wanted != there:
+            keys = dict.fromkeys((*(k for k, other in self.names().items() if other == name), key))
+            self._write(name, list(keys), wanted)
 
     def remove(self, name_or_key: str) -> list[str]:
         """Let a host in no more, or one of its keys; returns the keys that went. Raises SecurityError if none did."""
@@ -134,13 +160,15 @@ class AllowList:
             known = ", ".join(sorted(set(names.values()))) or "none at all"
             raise SecurityError(f"no host and no key {name_or_key!r:.80} is allowed here; allowed are: {known}")
         name = names[gone[0]]
-        self._write(name, [key for key, other in names.items() if other == name and key not in gone])
+        left = [key for key, other in names.items() if other == name and key not in gone]
+        self._write(name, left, self.addresses(name))
         return gone
 
-    def _write(self, name: str, keys: list[str]) -> None:
+    def _write(self, name: str, keys: Sequence[str], addresses: Sequence[str]) -> None:
         path = self.path / f"{name}{_SUFFIX}"
         if keys:
-            _write_private(path, "".join(f"{key}\n" for key in keys))
+            lines = [*keys, *(f"{_ADDRESS}{address}" for address in addresses)]
+            _write_private(path, "".join(f"{line}\n" for line in lines))
         else:
             try:
                 path.unlink()
@@ -166,17 +194,20 @@ class AllowList:
             states.append((path.name, info.st_ino, info.st_mtime_ns, info.st_size, info.st_mode))
         return states
 
-    def _read(self) -> dict[str, str]:
+    def _read(self) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
         names: dict[str, str] = {}
+        addresses: dict[str, tuple[str, ...]] = {}
         files = self._files()
         if files:
             _check_private(self.path, 0o700)
         for path in files:
             name = checked_host_name(path.name.removesuffix(_SUFFIX))
-            for line in read_private(path).splitlines():
-                if line.strip() and not line.startswith("# "):
-                    names.setdefault(checked_key(line.strip()), name)
-        return names
+            for line in map(str.strip, read_private(path).splitlines()):
+                if line.startswith(_ADDRESS):
+                    addresses[name] = (*addresses.get(name, ()), checked_address(line.removeprefix(_ADDRESS)))
+                elif line and not line.startswith("# "):
+                    names.setdefault(checked_key(line), name)
+        return names, addresses
 
 
 def _is_there(path: Path) -> bool:

@@ -82,6 +82,14 @@ def sender_key(frame: zmq.Frame) -> str:
         return ""
 
 
+def sender_address(frame: zmq.Frame) -> str:
+    """The IP address that a received frame came from; empty where there is none, as of files."""
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return ""
+
+
 class Gatekeeper:
     """Decides who may connect to the guarded sockets of one context. A context manager: close it before the context.
 

@@ -46,6 +46,13 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     allow = actions.add_parser("allow", help="let a host join")
     allow.add_argument("name", metavar="NAME", help="what plans call that host")
     allow.add_argument("key", metavar="PUBLIC_KEY", help="what `glmpipe keys show` prints there")
+    allow.add_argument(
+        "--address",
+        metavar="IP",
+        action="append",
+        default=[],
+        help="where its workers listen, too (--listen): they may always where they come from",
+    )
     revoke = actions.add_parser("revoke", help="let a host join no more")
     revoke.add_argument("name", metavar="NAME|PUBLIC_KEY", help="a host, or one of its keys")
 
@@ -68,7 +75,7 @@ def _run(options: argparse.Namespace, keys: KeyDirectory) -> None:
         case "list":
             _list(keys)
         case "allow":
-            keys.allowed.add(options.name, options.key)
+            keys.allowed.add(options.name, options.key, options.address)
             print(f"{options.name} may join")
         case "revoke":
             for key in keys.allowed.remove(options.name):
@@ -79,7 +86,7 @@ def _list(keys: KeyDirectory) -> None:
     names = keys.allowed.names()
     width = max((len(name) for name in names.values()), default=0)
     for key, name in sorted(names.items(), key=lambda entry: entry[::-1]):
-        print(f"{name:<{width}}  {key}")
+        print("  ".join([f"{name:<{width}}  {key}", *keys.allowed.addresses(name)]))
     if not names:
         say(
             f"no other host may join ({keys.allowed.path} has no key): `glmpipe keys allow NAME 'PUBLIC KEY'` lets one "

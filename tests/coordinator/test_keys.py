@@ -21,6 +21,10 @@ def test_two_hosts_get_to_know_each_other(tmp_path: Path, capsys: pytest.Capture
     assert keys(launching, "allow", "lab2", public) == 0
     assert keys(launching, "list") == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"lab2  {public}"
+    assert keys(launching, "allow", "lab2", public, "--address", "10.0.0.2", "--address", "fd00::2") == 0
+    capsys.readouterr()
+    assert keys(launching, "list") == 0
+    assert capsys.readouterr().out == f"lab2  {public}  10.0.0.2  fd00::2\n"
     assert keys(launching, "revoke", "lab2") == 0
     assert capsys.readouterr().out == f"revoked {public}\n"
     assert keys(launching, "list") == 0
@@ -34,6 +38,7 @@ def test_faults_are_told_without_a_traceback(tmp_path: Path, capsys: pytest.Capt
     for words, told in (
         (("show",), "glmpipe keys new"),
         (("allow", "lab2", "short"), "no public key"),
+        (("allow", "lab2", "a" * 40, "--address", "lab2.example"), "is no IP address"),
         (("revoke", "lab2"), "allowed are: none at all"),
     ):
         assert keys(tmp_path, *words) == 2

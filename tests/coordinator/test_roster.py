@@ -37,7 +37,7 @@ class Host:
         keys.allowed.add(name, self.key)
 
     def sender(self, identity: bytes = b"1") -> Sender:
-        return Sender(ROUTER, self.name.encode() + identity, self.key)
+        return Sender(ROUTER, self.name.encode() + identity, self.key, "192.0.2.1")
 
     def join(
         self,
@@ -81,7 +81,7 @@ def test_a_token_that_somebody_else_used_is_told_to_both_sides(
     assert people.door is not None
     token, thief, rightful = people.door.tokens.issue("lab2"), new_key_pair().public, new_key_pair().public
     join = with_changes(Host(keys, "lab3").join(), token=token)
-    assert people.admit_other(Sender(ROUTER, b"1", thief), join) is False
+    assert people.admit_other(Sender(ROUTER, b"1", thief, "192.0.2.1"), join) is False
     assert notes == [f"let in lab2 by its token: its key {thief} is allowed from now on"]
     refused = people.admit_other(Sender(ROUTER, b"2", rightful), join)
     assert isinstance(refused, Refused) and refused.code == "token"
@@ -184,6 +184,9 @@ def test_nobody_is_put_out_while_the_list_cannot_be_read(people: Roster, keys: K
         ({"data_endpoint": "tcp://lab2:7500"}, "no IP address"),
         ({"data_endpoint": "ipc:///tmp/worker-1"}, "no address and port"),
         ({"is_guarded": False}, "demands no keys"),
+        ({"data_endpoint": "tcp://127.0.0.1:7500"}, "it says to be at 127.0.0.1, and comes from 192.0.2.1"),
+        ({"data_endpoint": "tcp://192.0.2.2:7500"}, "keys allow lab2 'ITS KEY' --address 192.0.2.2"),
+        ({"data_endpoint": "tcp://[::1]:7500"}, "it says to be at ::1"),
         ({"device": "cuda:\x1b[2J"}, "is no device"),
         ({"device": "cuda:0" + "0" * 250}, "is no device"),
     ],
@@ -285,3 +288,12 @@ def test_a_worker_of_this_host_is_reached_where_it_says(notes: list[str]) -> Non
         refused = people.admit_own(Sender(ROUTER, b"1"), with_changes(join, **changes))
         assert isinstance(refused, Refused) and refused.code == "join", changes
     assert len(notes) == 4 and people.admit_own(Sender(ROUTER, b"1"), join) is False
+
+
+def test_a_host_with_two_addresses_may_say_so(people: Roster, keys: KeyDirectory) -> None:
+    """It joins from one and listens at another, which the launching host has allowed."""
+    lab2 = Host(keys, "lab2")
+    join = with_changes(lab2.join(), data_endpoint="tcp://10.0.0.2:7500")
+    assert isinstance(people.admit_other(lab2.sender(), join), Refused)
+    keys.allowed.add("lab2", lab2.key, ["10.0.0.2"])
+    assert people.admit_other(lab2.sender(), join) is False
