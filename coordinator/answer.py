@@ -138,7 +138,7 @@ class Answer:
             stages=tuple(
                 StageStats(
                     number,
-                    stage.place,
+                    self._plan.place(stage.device, stage.host),
                     stage.layers_text,
                     stage.precision,
                     share.compute_s,

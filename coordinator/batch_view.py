@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from coordinator.closing import Closing
+from coordinator.progress import ROOMY
 
 if TYPE_CHECKING:
     from coordinator.watch_view import WatchView
@@ -86,11 +87,15 @@ class _Bar:
     def __init__(self, stream: TextIO, unit: str, total: int, panel: WatchView | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
+        console = Console(file=stream, highlight=False)
         self._progress = Progress(
-            BarColumn(bar_width=24, complete_style="cyan", finished_style="green"),
-            TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}, {{task.fields[text]}}"),
-            console=Console(file=stream, highlight=False),
+            BarColumn(bar_width=24 if console.width >= ROOMY else 8, complete_style="cyan", finished_style="green"),
+            TextColumn(
+                f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}, {{task.fields[text]}}", table_column=Column()
+            ),
+            console=console,
             auto_refresh=False,
             transient=True,
         )

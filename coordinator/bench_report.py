@@ -197,7 +197,7 @@ def _stage(chat_model: ChatModel, index: int, measured: Measured) -> PartReport:
     return _part(
         measured,
         lambda timing: timing.stages[index],
-        device=stage.device,
+        device=chat_model.cluster.plan.place(stage.device, stage.host),
         layers=stage.layers_text,
         precision=stage.precision,
         resident_bytes=measured.health[index].resident_bytes,

@@ -1,7 +1,7 @@
 """What a terminal shows of a measurement: its progress, then a table and bars."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -15,10 +15,12 @@ from coordinator.bench_streams import Reporter
 from coordinator.progress import format_bytes
 from coordinator.watch_view import WatchView
 
-_BAR_WIDTH = 24
+_BAR_WIDTH, _NARROW_BAR_WIDTH = 24, 8
 _DRAW_INTERVAL_S = 1.0
 _WIDTH = 100  # where the stream is no terminal
+_WIDE = 90  # columns that the whole table may take
 _COLUMNS = ("part", "device", "layers", "precision", "compute", "wire", "busy", "weights", "resident")
+_NARROW_COLUMNS = (_COLUMNS[:4], ("part", *_COLUMNS[4:]))
 
 
 @contextmanager
@@ -69,12 +71,14 @@ def show(report: BenchReport, stream: TextIO) -> None:
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else _WIDTH)
     for line in _headlines(report):
         console.print(line, markup=False)
-    console.print(_table(report))
+    for columns in (_COLUMNS,) if console.width >= _WIDE else _NARROW_COLUMNS:
+        console.print(_table(report, columns))
     for path in dict.fromkeys(part.kernel_path for _, part in _parts(report)):
         names = ", ".join(name for name, part in _parts(report) if part.kernel_path == path)
         console.print(f"{names}: {path}", markup=False, style="dim")
-    for bar in (*_step_bars(report), *_efficiency_bars(report)):
-        console.print(bar, no_wrap=True, overflow="crop")
+    bar_width = _BAR_WIDTH if console.width >= _WIDE else _NARROW_BAR_WIDTH
+    for bar in (*_step_bars(report, bar_width), *_efficiency_bars(report, bar_width)):
+        console.print(bar)
 
 
 def _headlines(report: BenchReport) -> tuple[str, ...]:
@@ -90,23 +94,24 @@ def _headlines(report: BenchReport) -> tuple[str, ...]:
     )
 
 
-def _table(report: BenchReport) -> Table:
+def _table(report: BenchReport, columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in _COLUMNS:
+    for name in columns:
         is_text = name in ("part", "device", "layers", "precision")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for name, part in _parts(report):
-        table.add_row(
-            name,
-            part.device,
-            part.layers,
-            part.precision,
-            f"{part.compute_s:.2f} s",
-            f"{part.wire_s:.2f} s",
-            f"{part.busy_share:.1%}",
-            format_bytes(part.weight_bytes),
-            format_bytes(part.resident_bytes),
-        )
+        cells = {
+            "part": name,
+            "device": part.device,
+            "layers": part.layers,
+            "precision": part.precision,
+            "compute": f"{part.compute_s:.2f} s",
+            "wire": f"{part.wire_s:.2f} s",
+            "busy": f"{part.busy_share:.1%}",
+            "weights": format_bytes(part.weight_bytes),
+            "resident": format_bytes(part.resident_bytes),
+        }
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 
@@ -115,7 +120,7 @@ def _parts(report: BenchReport) -> list[tuple[str, PartReport]]:
     return [*stages, ("ends", report.coordinator)]
 
 
-def _step_bars(report: BenchReport) -> list[Text]:
+def _step_bars(report: BenchReport, bar_width: int) -> list[Text]:
     """Where the time of a decode step goes; of several streams, whose steps overlap, how busy each part is."""
     decode_s = report.decode_step_s * report.new_tokens
     rows = [(name, part.decode_compute_s) for name, part in _parts(report)]
@@ -127,23 +132,25 @@ def _step_bars(report: BenchReport) -> list[Text]:
     lines = [Text(f"\n{title}", style="bold")]
     for name, seconds in rows:
         share = seconds / decode_s
-        lines.append(_bar(name, share, "cyan", f"{1000 * seconds / report.new_tokens:8.2f} ms {share:6.1%}"))
+        lines.append(_bar(bar_width, name, share, "cyan", f"{1000 * seconds / report.new_tokens:8.2f} ms {share:6.1%}"))
     return lines
 
 
-def _efficiency_bars(report: BenchReport) -> list[Text]:
+def _efficiency_bars(report: BenchReport, bar_width: int) -> list[Text]:
     """How near both phases come to what the machine can do."""
     bandwidth, flops = report.read_bandwidth_bytes_per_s, report.matmul_flops_per_s
     step = format_bytes(report.step_weight_bytes)
     return [
         Text("\nof what the machine can do", style="bold"),
         _bar(
+            bar_width,
             "decode",
             report.decode_efficiency,
             "green",
             f"{report.decode_efficiency:6.1%} of {bandwidth / 1e9:.1f} GB/s ({step} a step)",
         ),
         _bar(
+            bar_width,
             "prefill",
             report.prefill_efficiency,
             "green",
@@ -152,9 +159,9 @@ def _efficiency_bars(report: BenchReport) -> list[Text]:
     ]
 
 
-def _bar(name: str, share: float, style: str, text: str) -> Text:
-    filled = round(_BAR_WIDTH * min(1.0, max(0.0, share)))
+def _bar(width: int, name: str, share: float, style: str, text: str) -> Text:
+    filled = round(width * min(1.0, max(0.0, share)))
     line = Text(f"{name:<12}")
     line.append("█" * filled, style=style)
-    line.append("·" * (_BAR_WIDTH - filled), style="dim")
+    line.append("·" * (width - filled), style="dim")
     return line.append(f" {text}")

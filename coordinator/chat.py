@@ -188,7 +188,9 @@ class Chat:
         note = why_it_ended(finished, self._state, self._overflow)
         if note:
             self._console.note(note)
-        lines = report_lines(finished.stats) if self._state.show_stats else warnings(finished.stats)
+        lines = (
+            report_lines(finished.stats, self._console.width) if self._state.show_stats else warnings(finished.stats)
+        )
         if lines:
             self._console.note(*lines)
 

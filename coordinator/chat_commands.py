@@ -9,7 +9,7 @@ from coordinator import chat_settings
 from coordinator.chat_console import Console, Entry
 from coordinator.conversation import Conversation
 from coordinator.errors import UsageError
-from coordinator.report import report_lines
+from coordinator.report import report_lines, two_columns
 from coordinator.saved_chat import as_json, as_text, read_saved
 from coordinator.system_prompt import read_system
 from glm.command_line import nearest
@@ -125,8 +125,7 @@ def _stop(state: ChatState, console: Console, argument: str) -> None:
 
 def _help(state: ChatState, console: Console, argument: str) -> None:
     del state, argument
-    width = max(len(command.usage) for command in LISTED)
-    console.note(*(f"{command.usage.ljust(width)}   {command.help}" for command in LISTED))
+    console.note(*two_columns([(command.usage, command.help) for command in LISTED], console.width))
     console.note(*KEYS)
 
 
@@ -153,7 +152,7 @@ def _stats(state: ChatState, console: Console, argument: str) -> None:
     elif state.last_stats is None:
         console.note("there is no answer yet")
     else:
-        console.note(*report_lines(state.last_stats))
+        console.note(*report_lines(state.last_stats, console.width))
 
 
 def _load(state: ChatState, console: Console, argument: str) -> None:
@@ -196,7 +195,7 @@ def _set(state: ChatState, console: Console, argument: str) -> None:
     before = state.sampling
     wanted = chat_settings.names_only(argument)
     if wanted is not None:
-        console.note(*chat_settings.setting_lines(before, wanted))
+        console.note(*chat_settings.setting_lines(before, wanted, console.width))
         return
     is_reset = argument in ("default", "defaults")
     state.sampling = state.description.defaults if is_reset else chat_settings.changed(before, argument)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from coordinator.terminal import AnswerWriter, quiet_terminal
+from coordinator.terminal import AnswerWriter, columns, quiet_terminal
 from glm.printable import PrintableStream, printable_lines
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ class Console(Protocol):
     """Both directions of a chat."""
 
     is_interactive: bool
+
+    @property
+    def width(self) -> int | None:
+        """How many columns notes have; None for as many as they take."""
+        ...
 
     def read(self) -> Entry | None:
         """The next entry, never blank; None when there are no more. Raises KeyboardInterrupt."""
@@ -71,6 +76,10 @@ class PlainConsole:
         self._questions = questions
         self._out = AnswerWriter(out)
         self._notes = notes
+
+    @property
+    def width(self) -> int | None:
+        return columns(self._notes)
 
     def read(self) -> Entry | None:
         for line in self._questions:
@@ -123,6 +132,10 @@ class TerminalConsole:
         self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if has_color else ("", "")
         self._is_line_begun = False
         self._shown = PrintableStream()
+
+    @property
+    def width(self) -> int | None:
+        return columns(sys.stdout)
 
     def read(self) -> Entry | None:
         while True:

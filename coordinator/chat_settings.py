@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from coordinator.errors import UsageError
+from coordinator.report import two_columns
 from glm.command_line import nearest
 from glm.errors import SamplingError
 from glm.sampling_params import ALLOWED
@@ -43,11 +44,9 @@ def names_only(text: str) -> tuple[str, ...] | None:
     return (names or tuple(ALLOWED)) if all(name in ALLOWED for name in names) else None
 
 
-def setting_lines(params: SamplingParams, names: Iterable[str]) -> list[str]:
-    """These settings with their values and what they may be, aligned."""
-    shown = [(f"{name}={_shown(getattr(params, name))}", ALLOWED[name][0]) for name in names]
-    width = max(len(pair) for pair, _ in shown)
-    return [f"{pair.ljust(width)}   {must}" for pair, must in shown]
+def setting_lines(params: SamplingParams, names: Iterable[str], width: int | None = None) -> list[str]:
+    """These settings with their values and what they may be, aligned, in `width` columns."""
+    return two_columns([(f"{name}={_shown(getattr(params, name))}", ALLOWED[name][0]) for name in names], width)
 
 
 def difference(before: SamplingParams, after: SamplingParams) -> str:

@@ -150,8 +150,8 @@ def context_line(plan: Plan, max_context: int, kv_budgets: Sequence[int]) -> str
     tightest = list(kv_budgets).index(longest)
     stage = plan.stages[tightest]
     return (
-        f"{text}, the KV budget of stage {tightest + 1} ({stage.device}, layers {stage.layers_text}); "
-        f"the model's own is {max_context}"
+        f"{text}, the KV budget of stage {tightest + 1} ({plan.place(stage.device, stage.host)}, layers "
+        f"{stage.layers_text}); the model's own is {max_context}"
     )
 
 

@@ -76,7 +76,8 @@ def judge(needs: Sequence[Need], available: Mapping[Place, int], most_kv_tokens:
     for place, free_bytes in available.items():
         here = [need for need in needs if need.place == place]
         needed = sum(need.num_bytes(kv_tokens) for need in here)
-        lines.append(_line(place, here, needed, free_bytes, kv_tokens))
+        name = f"{place[1]} of {place[0]}" if len({host for host, _ in available}) > 1 else place[1]
+        lines.append(_line(name, here, needed, free_bytes, kv_tokens))
         if needed > free_bytes:
             shortages.append(_shortage(place, here, needed, free_bytes, kv_tokens))
     return Verdict(tuple(lines), tuple(shortages), kv_tokens)
@@ -145,8 +146,8 @@ def _dtype(precision: Precision, device_type: str) -> torch.dtype:
     return names.get(precision, torch.float16 if device_type == "cuda" else torch.float32)
 
 
-def _line(place: Place, here: Sequence[Need], needed: int, free_bytes: int, kv_tokens: int) -> str:
-    text = f"memory of {place[1]}: {format_bytes(needed)} needed, {format_bytes(free_bytes)} available"
+def _line(name: str, here: Sequence[Need], needed: int, free_bytes: int, kv_tokens: int) -> str:
+    text = f"memory of {name}: {format_bytes(needed)} needed, {format_bytes(free_bytes)} available"
     rate = sum(need.kv_bytes_per_token for need in here)
     if not rate:
         return text

@@ -43,11 +43,6 @@ class StagePlan:
         return self.layer_end - self.layer_start
 
     @property
-    def place(self) -> str:
-        """The device as a user reads it: `cuda:0`, or `cuda:0 of lab2`."""
-        return self.device if self.host is None else f"{self.device} of {self.host}"
-
-    @property
     def layers_text(self) -> str:
         """The layers as a user reads them: `1-12`, or `5` for a single one."""
         return layers_text(self.layer_start, self.layer_end)
@@ -90,6 +85,12 @@ class Plan:
     def num_layers(self) -> int:
         """How many layers the model has according to this plan."""
         return self.stages[-1].layer_end
+
+    def place(self, device: str, host: str | None = None) -> str:
+        """A device as a user reads it: `cuda:0`; where the plan has stages of several hosts, `cuda:0 of lab2`."""
+        if all(stage.host is None for stage in self.stages):
+            return device
+        return f"{device} of {host or 'this host'}"
 
 
 def layers_text(start: int, end: int) -> str:
@@ -136,12 +137,12 @@ def describe(plan: Plan, *, verbose: bool = False) -> tuple[str, ...]:
     """
     ends = plan.ends
     one_by_one = verbose or plan.num_layers <= MAX_UNGROUPED_LAYERS
-    lines = [_line("embeddings", ends.embedding_precision, ends.embedding_device)]
+    lines = [_line("embeddings", ends.embedding_precision, plan.place(ends.embedding_device))]
     for stage in plan.stages:
         parts = _parts(stage, one_by_one)
-        lines += [_line(part, stage.precision, stage.place) for part in parts]
-    lines.append(_line("final_layernorm", ends.final_layernorm_precision, ends.final_layernorm_device))
-    lines.append(_line("lm_head", ends.lm_head_precision, ends.lm_head_device))
+        lines += [_line(part, stage.precision, plan.place(stage.device, stage.host)) for part in parts]
+    lines.append(_line("final_layernorm", ends.final_layernorm_precision, plan.place(ends.final_layernorm_device)))
+    lines.append(_line("lm_head", ends.lm_head_precision, plan.place(ends.lm_head_device)))
     return tuple(lines)
 
 
@@ -149,7 +150,7 @@ def describe_stages(plan: Plan) -> tuple[str, ...]:
     """A line for each stage, by its number, and each part of the ends: `stage 1, layers 1-12 -> int8 -> cuda:1`."""
     first, *_, norm, lm_head = describe(plan)
     stages = [
-        _line(f"stage {number}, {part}", stage.precision, stage.place)
+        _line(f"stage {number}, {part}", stage.precision, plan.place(stage.device, stage.host))
         for number, stage in enumerate(plan.stages, start=1)
         for part in _parts(stage, one_by_one=False)
     ]

@@ -19,6 +19,8 @@ from glm.signals import undone_at_signals
 if TYPE_CHECKING:
     from coordinator.cluster_settings import StageProgress
 
+ROOMY = 80
+"""Columns of a terminal from which on bars have their whole width."""
 PLAIN_INTERVAL_S = 3.0
 """Without a terminal, a loading stage is mentioned at most this often."""
 _SHOW_CURSOR = b"\x1b[?25h\n"
@@ -48,7 +50,7 @@ class PlainView(LoadView):
     """Lines: when a stage is ready, and every few seconds while one is loading."""
 
     def __init__(self, plan: Plan, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._titles = _titles(plan)
+        self._plan, self._titles = plan, _titles(plan)
         self._write = to_stderr if stream is sys.stderr else LineWriter(lambda: stream, lines_lost)
         self._clock = clock
         self._due_s = dict.fromkeys(range(len(plan.stages)), clock() + PLAIN_INTERVAL_S)
@@ -60,7 +62,7 @@ class PlainView(LoadView):
         self._due_s[progress.stage_index] = now_s + PLAIN_INTERVAL_S
         state = f"{progress.layers_done}/{progress.layers_total} layers, {_size(progress)}"
         self.log(f"{self._titles[progress.stage_index]}: {state}")
-        _explain(progress, self.log)
+        _explain(self._plan, progress, self.log)
 
     def log(self, line: str) -> None:
         self._write(shown(line))
@@ -80,13 +82,13 @@ class LogView(LoadView):
         number, stage = progress.stage_index + 1, self._plan.stages[progress.stage_index]
         done = f"{progress.layers_done}/{progress.layers_total} layers, {_size(progress)}"
         self._log.say(
-            f"{_title(number, stage)}: {done}",
+            f"{_title(self._plan, number, stage)}: {done}",
             event="loading" if progress.ready is None else "ready",
             stage=number,
             device=stage.device,
             epoch=None if progress.ready is None else progress.ready.epoch,
         )
-        _explain(progress, self.log)
+        _explain(self._plan, progress, self.log)
 
     def log(self, line: str) -> None:
         self._log.say(line)
@@ -101,18 +103,20 @@ class BarView(LoadView):
     def __init__(self, plan: Plan, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
-        self._stream = stream
+        self._plan, self._stream = plan, stream
         # Whatever draws on the terminal by then has taken the place of stderr, to print above what it draws.
         self._write = to_stderr if stream is sys.__stderr__ else LineWriter(lambda: stream, lines_lost)
         self._is_live = False
         self._restored = ExitStack()
+        console = Console(file=stream, highlight=False)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16, complete_style="cyan", finished_style="green"),
+            TextColumn("{task.description}", table_column=Column()),  # wraps where there is no room
+            BarColumn(bar_width=16 if console.width >= ROOMY else 6, complete_style="cyan", finished_style="green"),
             TextColumn("{task.completed:.0f}/{task.total:.0f} layers"),
-            TextColumn("{task.fields[size]}"),
-            console=Console(file=stream, highlight=False),
+            TextColumn("{task.fields[size]}", table_column=Column()),
+            console=console,
         )
         self._tasks = [
             self._progress.add_task(title, total=stage.layer_end - stage.layer_start, size="")
@@ -126,7 +130,7 @@ class BarView(LoadView):
             total=progress.layers_total,
             size=_size(progress),
         )
-        _explain(progress, self.log)
+        _explain(self._plan, progress, self.log)
 
     def log(self, line: str) -> None:
         if not self._is_live:
@@ -170,15 +174,22 @@ def _size(progress: StageProgress) -> str:
     return size if progress.ready is None else f"{size}, ready in {progress.ready.load_s:.1f} s"
 
 
-def _explain(progress: StageProgress, log: Callable[[str], None]) -> None:
+def _explain(plan: Plan, progress: StageProgress, log: Callable[[str], None]) -> None:
     """What computes in a stage, which is also where a slower way than possible is explained."""
     if progress.ready is not None:
-        log(f"stage {progress.stage_index + 1} computes with {progress.ready.kernel_path}")
+        log(f"{_where(plan, progress.stage_index)} computes with {progress.ready.kernel_path}")
+
+
+def _where(plan: Plan, index: int) -> str:
+    """`stage 1`, with its place where there are several hosts."""
+    stage = plan.stages[index]
+    place = plan.place(stage.device, stage.host)
+    return f"stage {index + 1}" if place == stage.device else f"stage {index + 1} ({place})"
 
 
 def _titles(plan: Plan) -> list[str]:
-    return [_title(number, stage) for number, stage in enumerate(plan.stages, start=1)]
+    return [_title(plan, number, stage) for number, stage in enumerate(plan.stages, start=1)]
 
 
-def _title(number: int, stage: StagePlan) -> str:
-    return f"stage {number} {stage.device} {stage.layers_text} {stage.precision}"
+def _title(plan: Plan, number: int, stage: StagePlan) -> str:
+    return f"stage {number} {plan.place(stage.device, stage.host)} {stage.layers_text} {stage.precision}"

@@ -1,18 +1,23 @@
 """What an answer cost, in lines for a terminal."""
 
-from collections.abc import Callable, Iterable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from glm.logprobs import TokenLogprob
 from protocol.client import Finished, GenerationStats
 
 _COLUMNS = ("stage", "device", "layers", "precision", "compute", "share", "wire", "KV tokens")
+_ROOMY = 90  # columns for all that is said of the whole
+_WHERE = 4  # the columns about where a stage is; the others are about what it did
 
 
-def report_lines(stats: GenerationStats) -> tuple[str, ...]:
+def report_lines(stats: GenerationStats, width: int | None = None) -> tuple[str, ...]:
     """Prompt, answer and total with their speed, then a table of the stages, notes, and warnings.
 
-    The first new token comes out of the prefill, so decoding is timed over the others. `share` is the part of the
-    whole time that a stage computed; what is missing to 100 % went into the ends, sampling, and the wire.
+    In `width` columns, None for as many as it takes. Speeds count tokens that were computed, not those of the prompt
+    that were cached already. The first new token comes out of the prefill, so decoding is timed over the others.
+    `share` is the part of the whole time that a stage computed; what is missing to 100 % went into the ends, sampling,
+    and the wire.
     """
     table: list[tuple[str, ...]] = [_COLUMNS]
     for stage in stats.stages:
@@ -28,12 +33,14 @@ def report_lines(stats: GenerationStats) -> tuple[str, ...]:
                 str(stage.kv_tokens),
             )
         )
+    num_computed = stats.prompt_tokens - stats.reused_tokens
     return (
-        _line("prompt", stats.prompt_tokens, stats.prefill_s, _ratio(stats.prompt_tokens, stats.prefill_s)),
+        _line("prompt", stats.prompt_tokens, stats.prefill_s, _ratio(num_computed, stats.prefill_s)),
+        *([f"         {num_computed} of them computed, which is what the speed counts"] if stats.reused_tokens else []),
         _line("answer", stats.new_tokens, stats.decode_s, _ratio(stats.new_tokens - 1, stats.decode_s)),
         _line("total", stats.prompt_tokens + stats.new_tokens, stats.total_s, average_tokens_per_s(stats))
-        + " (new tokens over the whole time)",
-        *_aligned(table),
+        + (" (new tokens over the whole time)" if width is None or width >= _ROOMY else ""),
+        *_fitting(table, width),
         *stats.notes,
         *warnings(stats),
     )
@@ -79,12 +86,35 @@ def average_tokens_per_s(stats: GenerationStats) -> float:
     return _ratio(stats.new_tokens, stats.total_s)
 
 
+def two_columns(rows: Sequence[tuple[str, str]], width: int | None = None) -> list[str]:
+    """Names and what is said of them, side by side; in fewer columns than that takes, one below the other."""
+    longest = max(len(name) for name, _ in rows)
+    lines = [f"{name.ljust(longest)}   {text}" for name, text in rows]
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    indent = "    "
+    return [
+        line
+        for name, text in rows
+        for line in (name, *textwrap.wrap(text, max(20, width), initial_indent=indent, subsequent_indent=indent))
+    ]
+
+
 def _line(name: str, num_tokens: int, seconds: float, tokens_per_s: float) -> str:
     return f"{name:<8} {num_tokens:>6} tokens  {seconds:>8.3f} s  {tokens_per_s:>8.1f} tokens/s"
 
 
 def _ratio(amount: float, whole: float) -> float:
     return amount / whole if whole > 0 else 0.0
+
+
+def _fitting(table: list[tuple[str, ...]], width: int | None) -> list[str]:
+    """The table; where it is too wide, one of where the stages are and one of what they did."""
+    lines = _aligned(table)
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    places = [row[:_WHERE] for row in table]
+    return [*_aligned(places), *_aligned([(row[0], *row[_WHERE:]) for row in table])]
 
 
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:

@@ -1,6 +1,7 @@
 """The terminal while an answer is written: what is typed is not shown in the middle of it; and Ctrl-Z, at any time."""
 
 import os
+import shutil
 import signal
 import sys
 import termios
@@ -94,6 +95,13 @@ class AnswerWriter:
         if text:
             self._stream.write(text)
             self._stream.flush()
+
+
+def columns(stream: object) -> int | None:
+    """How wide a terminal is; None for what is none."""
+    if not is_terminal(stream):
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def is_terminal(stream: object) -> bool:

@@ -212,9 +212,9 @@ class _InFlight:
 
 
 def stage_titles(plan: Plan) -> list[str]:
-    """`stage 1 (cpu, layers 1-14)`."""
+    """`stage 1 (cpu, layers 1-14)`, with the host where there are several."""
     return [
-        f"stage {number} ({stage.device}, layers {stage.layers_text})"
+        f"stage {number} ({plan.place(stage.device, stage.host)}, layers {stage.layers_text})"
         for number, stage in enumerate(plan.stages, start=1)
     ]
 

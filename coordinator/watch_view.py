@@ -13,6 +13,7 @@ from rich.text import Text
 
 from coordinator.closing import Closing
 from coordinator.plan import Plan
+from coordinator.progress import ROOMY
 from coordinator.timing import EngineLoad, StepRecord
 from coordinator.trace import stage_titles
 from coordinator.watch import Meter, Numbers
@@ -20,7 +21,7 @@ from coordinator.watch import Meter, Numbers
 DRAWS_PER_S = 2.0
 """Drawing takes the interpreter from what is being watched."""
 LOOK_INTERVAL_S = 0.1
-_BAR_WIDTH = 20
+_BAR_WIDTH, _NARROW_BAR_WIDTH = 20, 8
 
 
 class WatchView(Closing):
@@ -38,8 +39,9 @@ class WatchView(Closing):
         self._looked_at_s = 0.0
         self._meter = Meter(len(self._titles))
         self._lock = threading.Lock()  # the panel is drawn by a thread of its own, also while a step takes long
+        self._console = Console(file=stream or sys.stderr, highlight=False)
         self._live = Live(
-            console=Console(file=stream or sys.stderr, highlight=False),
+            console=self._console,
             get_renderable=self._draw,
             refresh_per_second=DRAWS_PER_S,
             transient=True,
@@ -73,17 +75,20 @@ class WatchView(Closing):
     def _draw(self) -> RenderableType:
         with self._lock:
             numbers = self._meter.numbers(time.monotonic(), self._load)
-            return Group(panel(numbers, self._titles, self._kv_budgets), self.below)
+            return Group(panel(numbers, self._titles, self._kv_budgets, self._console.width), self.below)
 
 
-def panel(numbers: Numbers, titles: Sequence[str], kv_budgets: Sequence[int]) -> RenderableType:
-    """What `--watch` shows: two lines about everything, a row for each process."""
+def panel(numbers: Numbers, titles: Sequence[str], kv_budgets: Sequence[int], width: int = ROOMY) -> RenderableType:
+    """What `--watch` shows: two lines about everything, a row for each process; in `width` columns, nothing cut off."""
+    is_roomy = width >= ROOMY
+    bar_width = _BAR_WIDTH if is_roomy else _NARROW_BAR_WIDTH
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("", "busy", "steps queued", "KV tokens"):
-        table.add_column(name, justify="left" if name in ("", "busy") else "right", no_wrap=True)
-    table.add_row("coordinator", _bar(numbers.coordinator_busy), "", "")
+    table.add_column("", overflow="fold")
+    for name in ("busy", "steps queued" if is_roomy else "queued", "KV tokens"):
+        table.add_column(name, justify="left" if name == "busy" else "right", no_wrap=True)
+    table.add_row("coordinator", _bar(numbers.coordinator_busy, bar_width), "", "")
     for title, stage, budget in zip(titles, numbers.stages, kv_budgets, strict=True):
-        table.add_row(title, _bar(stage.busy), f"{stage.num_queued:.1f}", f"{stage.kv_tokens} of {budget}")
+        table.add_row(title, _bar(stage.busy, bar_width), f"{stage.num_queued:.1f}", f"{stage.kv_tokens} of {budget}")
     return Group(Text("\n".join(lines(numbers))), table)
 
 
@@ -99,9 +104,9 @@ def lines(numbers: Numbers) -> tuple[str, str]:
     )
 
 
-def _bar(share: float) -> Text:
-    filled = round(_BAR_WIDTH * min(1.0, share))
+def _bar(share: float, width: int) -> Text:
+    filled = round(width * min(1.0, share))
     text = Text()
     text.append("█" * filled, style="cyan")
-    text.append("·" * (_BAR_WIDTH - filled), style="dim")
+    text.append("·" * (width - filled), style="dim")
     return text.append(f" {share:4.0%}")

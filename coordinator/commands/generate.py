@@ -20,7 +20,7 @@ from coordinator.commands.options import (
 from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
 from coordinator.commands.session import check_sampling, chosen_sampling, opened, say
 from coordinator.errors import GenerationError, UsageError
-from coordinator.terminal import AnswerWriter, quiet_terminal
+from coordinator.terminal import AnswerWriter, columns, quiet_terminal
 from glm.printable import printable_json
 from protocol.records import as_builtins
 
@@ -206,4 +206,4 @@ def _report(finished: Finished, options: argparse.Namespace) -> None:
 
     if note := cut_note(finished, options.max_new_tokens):
         say(f"note: {note}")
-    say(*(report_lines(finished.stats) if options.stats else warnings(finished.stats)))
+    say(*(report_lines(finished.stats, columns(sys.stderr)) if options.stats else warnings(finished.stats)))

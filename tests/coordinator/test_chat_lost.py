@@ -18,6 +18,7 @@ class Interactive:
     """A console as of a terminal, with entries that were written beforehand."""
 
     is_interactive = True
+    width = None
 
     def __init__(self, *entries: str) -> None:
         self._entries = iter(entries)

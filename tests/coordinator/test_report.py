@@ -32,6 +32,13 @@ def test_the_report_names_tokens_seconds_and_speeds() -> None:
     assert average_tokens_per_s(STATS) == 8.4
 
 
+def test_speeds_count_what_was_computed() -> None:
+    """Tokens that were cached already took no time: of 50, 40 were, so 10 were computed in 0.5 s."""
+    prompt, computed, *_ = report_lines(with_changes(STATS, reused_tokens=40))
+    assert prompt.split() == ["prompt", "50", "tokens", "0.500", "s", "20.0", "tokens/s"]
+    assert computed.strip() == "10 of them computed, which is what the speed counts"
+
+
 def test_each_stage_has_a_row_with_its_share_of_the_wall_time() -> None:
     """Device, layers, precision, compute seconds, share, wire seconds, KV tokens."""
     header, first, second, note = report_lines(STATS)[3:]
