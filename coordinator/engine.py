@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -37,8 +36,7 @@ class Engine:
         """While true, prompts are fed and no answer goes on: for measuring one without the other."""
         self.pacing = Pacing(settings.max_steps_in_flight, settings.steps_in_flight)
         self._chain = Chain(embedding, pipeline)
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
-        """By sequence id, in order of arrival."""
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._kept = KeptPrefixes()
         self._step_cost = StepCost()
@@ -56,13 +54,14 @@ class Engine:
         """Generate for this sequence as soon as it fits."""
         if self.settings.speculate and sequence.drafter is None:
             sequence.drafter = PromptLookup(sequence.token_ids)
-        self._waiting[sequence.sequence_id] = sequence
+        self._waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop generating for it; the stages forget it before anything else they do, as they do in a new epoch."""
         if not sequence.is_finished:
             sequence.finish_reason = "cancelled"
-        self._waiting.pop(sequence.sequence_id, None)
+        if not any(sequence is running for running in self._running) and sequence in self._waiting:
+            self._waiting.remove(sequence)
         self._retire()
 
     def forget_prefixes(self) -> None:
@@ -95,10 +94,10 @@ class Engine:
 
     def fail_all(self, reason: str) -> list[Sequence]:
         """End every request with this reason; the pipeline is gone, so that nothing is to be told to it."""
-        failed = [*self._running, *self._waiting.values()]
+        failed = [*self._running, *self._waiting]
         for sequence in failed:
             sequence.error = sequence.error or GenerationError(reason)
-        self._running, self._waiting = [], OrderedDict()
+        self._running, self._waiting = [], []
         return failed
 
     @property
@@ -109,7 +108,7 @@ class Engine:
     def queue(self, start: int = 0, most: int | None = None) -> list[tuple[int, Sequence]]:
         """Those that wait, each with its place from 1: `most` of them at most, behind the first `start`."""
         end = None if most is None else start + most
-        return list(enumerate(itertools.islice(self._waiting.values(), start, end), start=start + 1))
+        return list(enumerate(self._waiting[start:end], start=start + 1))
 
     def load(self) -> EngineLoad:
         """What is going on, in numbers."""
@@ -148,7 +147,7 @@ class Engine:
         Raises:
             GenerationError: a stage could not do it.
         """
-        del self._waiting[sequence.sequence_id]
+        self._waiting.remove(sequence)
         self._running.append(sequence)
         parts = []
         with self._chain.doubted():
@@ -172,16 +171,15 @@ class Engine:
 
     def _admit(self) -> list[Sequence]:
         """Whoever fits starts; returns one that never will, because it does not fit even alone."""
-        for sequence in admissible(self._waiting.values(), self._running, self.settings):
-            del self._waiting[sequence.sequence_id]
+        for sequence in admissible(self._waiting, self._running, self.settings):
+            self._waiting.remove(sequence)
             self._running.append(sequence)
             self._reuse(sequence)
             self.pacing.disturb()
         self._running.sort(key=lambda sequence: sequence.sequence_id)
         if self._running or not self._waiting:
             return []
-        _, hopeless = self._waiting.popitem(last=False)
-        return [self._over_budget(hopeless)]
+        return [self._over_budget(self._waiting.pop(0))]
 
     def _reuse(self, sequence: Sequence) -> None:
         """Let it go on from what an ended sequence left, or copy what a running one has, where they begin alike."""
@@ -260,8 +258,7 @@ class Engine:
         for sequence in sequences:
             sequence.start_over()
         self._running = [sequence for sequence in self._running if sequence not in sequences]
-        waiting = sorted([*self._waiting.values(), *sequences], key=lambda sequence: sequence.sequence_id)
-        self._waiting = OrderedDict((sequence.sequence_id, sequence) for sequence in waiting)
+        self._waiting = sorted([*self._waiting, *sequences], key=lambda sequence: sequence.sequence_id)
         self.pacing.disturb()
 
     def _send(self, decision: Decision) -> None:

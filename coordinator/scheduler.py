@@ -1,6 +1,5 @@
 """Decides who is admitted and what the next step carries: pure, no sockets, no clock."""
 
-from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,7 +83,7 @@ class Decision:
 
 
 def admissible(
-    waiting: Iterable[Sequence], running: AbstractSequence[Sequence], settings: SchedulerSettings
+    waiting: AbstractSequence[Sequence], running: AbstractSequence[Sequence], settings: SchedulerSettings
 ) -> list[Sequence]:
     """Those that may start now, in order of arrival: nobody overtakes one that does not fit yet.
 

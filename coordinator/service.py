@@ -25,7 +25,7 @@ from protocol.wire import decode, encode
 
 _IDLE_POLL_MS = 200
 _TURN_MESSAGES, _TURN_BYTES = 64, 2**20
-_TURN_POSITIONS = 64
+_TURN_POSITIONS = 32
 _READING_POLL_S = 0.002
 """How long clients may go unheard while nothing is computed and a prompt is being read."""
 _MOST_OPEN = 4096
