@@ -14,6 +14,7 @@ from coordinator.batch_results import answer, failure
 from coordinator.batch_view import Totals
 from coordinator.conversation import WANTED, Wanted, wanted_of
 from coordinator.errors import CoordinatorError, GenerationError, PromptFileError
+from coordinator.model_identity import identity_in
 from coordinator.result_stream import Results
 from coordinator.signals import signals_deferred
 from glm.errors import GlmError
@@ -239,7 +240,8 @@ def run_batch(
     `watcher.totals` says how far it came.
 
     Raises:
-        ResultsError: the results cannot be written. Any other CoordinatorError: the backend is lost.
+        ResultFileError: what is there was answered by another model. ResultsError: no answer can be written.
+        Any other CoordinatorError: the backend is lost.
     """
     batch = _Batch(backend, results, watcher.totals)
     waiting = iter(jobs)
@@ -265,7 +267,11 @@ class _Batch:
         self._backend = backend
         self._results = results
         self._totals = totals
-        self._defaults = backend.describe().defaults
+        described = backend.describe()
+        self._defaults = described.defaults
+        model = identity_in(described)
+        results.refuse_other_models(model)
+        self._model = {"model": model.as_json()}
 
     def submit(self, job: Job) -> None:
         sampling = with_changes(self._defaults, **chosen_over(job.line.sampling))
@@ -289,12 +295,12 @@ class _Batch:
                 self._fail(line, index, ended.error or "cancelled")
                 continue
             with signals_deferred():
-                self._results.add(answer(line, index, ended.finished, ended.logprobs))
+                self._results.add(answer(line, index, ended.finished, ended.logprobs) | self._model)
                 self._totals.num_done += 1
 
     def _fail(self, line: BatchLine, index: int, text: str) -> None:
         with signals_deferred():
-            self._results.add(failure(line, index, text))
+            self._results.add(failure(line, index, text) | self._model)
             self._totals.num_failed += 1
             self._totals.num_done += 1
 

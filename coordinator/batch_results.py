@@ -15,6 +15,7 @@ from typing import Any
 from coordinator.batch_prompts import BatchLine, Key
 from coordinator.closing import Closing
 from coordinator.errors import ResultFileError, ResultsError
+from coordinator.model_identity import ModelIdentity
 from coordinator.report import cut_note
 from glm.logprobs import TokenLogprob
 from protocol.client import Finished
@@ -34,6 +35,9 @@ class Answered:
     is_asked_for: bool = False
 
 
+NOT_SAID = ModelIdentity("", "", "", "")
+
+
 class ResultFile(Closing):
     """An open file of results, and what was in it when it was opened. A context manager; no two at once.
 
@@ -46,6 +50,7 @@ class ResultFile(Closing):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answered: dict[Key, Answered] = {}
+        self._models: dict[ModelIdentity, int] = {}
         self.num_cut_bytes = 0
         self._is_new = not path.exists()
         self._file = _opened(path)
@@ -79,6 +84,15 @@ class ResultFile(Closing):
                     "among these prompts: name another file with --out"
                 )
 
+    def refuse_other_models(self, model: ModelIdentity) -> None:
+        """Raises ResultFileError where an answer is of another model, of another precision, or another chat format."""
+        for other, number in self._models.items():
+            differences = "; ".join(model.differences(other))
+            if differences:
+                whose = f"the answer is that of {other.name}, and now another would answer ({differences})"
+                said = "it does not say which model answered" if other == NOT_SAID else whose
+                raise ResultFileError(f"{self.path}, line {number}: {said}: name another file with --out")
+
     def add(self, result: Mapping[str, Any]) -> None:
         """Append a line, with one call that reaches the system before this returns. Raises ResultsError."""
         data = (json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -103,6 +117,8 @@ class ResultFile(Closing):
             digest, index, failed = found["prompt_digest"], found["index"], "error" in found
             sound = isinstance(digest, str) and type(index) is int and 0 <= index < 2**16
             sound = sound and type(key[1]) in (str, int)
+            model = NOT_SAID if "model" not in found else ModelIdentity(**found["model"])
+            self._models |= {} if failed or not sound else {model: self._models.get(model, number)}
         except (ValueError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:

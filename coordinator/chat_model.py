@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from coordinator.launcher import LogSink
 from coordinator.limits import default_kv_tokens, limits_of, max_step_tokens
 from coordinator.memory import NoteSink
 from coordinator.mending import Mender
+from coordinator.model_identity import identity_of
 from coordinator.model_text import ModelText, read_model_text
 from coordinator.plan import Plan, describe_stages
 from coordinator.planning import PlanSource, plan_for
@@ -45,7 +46,7 @@ from glm.sampling_params import chosen_over
 from glm.speculation import PromptLookup
 from glm.tokenizer import Tokenizer
 from protocol import client
-from protocol.limits import MAX_NAME, clip_text
+from protocol.limits import clip_text
 from protocol.records import with_changes
 
 History = list[dict[str, Any]]
@@ -188,15 +189,23 @@ class ChatModel(Closing):
 
     def describe(self) -> client.Description:
         """What runs here: model, family, context, where each part went, sampling defaults."""
+        identity = identity_of(self.model_dir, self.config, self.cluster.plan, self._text, self._fingerprint)
         return client.Description(
             request_id=0,
-            model_name=clip_text(self.config.name or self.model_dir.name, MAX_NAME),
+            model_name=identity.name,
+            fingerprint=identity.fingerprint,
+            precision=identity.precision,
+            chat_format=identity.chat_format,
             family=self.config.family,
             max_context=max_model_len(self.config, self.engine.settings),
             plan_lines=describe_stages(self.cluster.plan),
             defaults=to_wire(self.defaults.sampling),
             waits_for=self.waits_for(),
         )
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return open_checkpoint(self.model_dir).fingerprint()
 
     def waits_for(self) -> str | None:
         """What keeps the stages from serving, such as a worker that was lost; None while they serve."""

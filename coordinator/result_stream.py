@@ -6,6 +6,7 @@ from typing import Any, Protocol, Self, TextIO
 
 from coordinator.batch_prompts import BatchLine
 from coordinator.closing import Closing
+from coordinator.model_identity import ModelIdentity
 from glm.printable import printable_json
 
 
@@ -21,6 +22,10 @@ class Results(Protocol):
 
     def refuse_strangers(self) -> None:
         """Raises ResultFileError where an answer is to a prompt that `missing` was not asked about."""
+        ...
+
+    def refuse_other_models(self, model: ModelIdentity) -> None:
+        """Raises ResultFileError where an answer is of another model, of another precision, or another chat format."""
         ...
 
     def add(self, result: Mapping[str, Any]) -> None:
@@ -44,6 +49,9 @@ class ResultStream(Closing):
         return tuple(range(line.num_answers))
 
     def refuse_strangers(self) -> None:
+        """There are none."""
+
+    def refuse_other_models(self, model: ModelIdentity) -> None:
         """There are none."""
 
     def add(self, result: Mapping[str, Any]) -> None:

@@ -197,7 +197,11 @@ class Describe(Record, frozen=True):
 
 
 class Description(Record, frozen=True):
-    """Answer to Describe. `waits_for`: what keeps the launch from serving, and since when; None while it serves."""
+    """Answer to Describe. `waits_for`: what keeps the launch from serving, and since when; None while it serves.
+
+    `fingerprint` tells models apart by their files, `precision` says at which each part is held, `chat_format` how
+    conversations are written (empty where there is no tokenizer): what answers depend on, besides what was asked.
+    """
 
     request_id: Id
     model_name: Name
@@ -206,6 +210,9 @@ class Description(Record, frozen=True):
     plan_lines: Annotated[tuple[Text, ...], Meta(max_length=MAX_STAGES + 64)]
     defaults: SamplingParams
     waits_for: Text | None
+    fingerprint: Name = ""
+    precision: Text = ""
+    chat_format: Name = ""
 
 
 ClientMessage = Generate | Queued | Delta | Finished | Error | Cancel | Describe | Description

@@ -4,7 +4,7 @@ VERSION = "0.1.0"
 """The package's version, as `glmpipe --version` prints it."""
 
 
-PROTOCOL_VERSION = 13
+PROTOCOL_VERSION = 14
 """Goes into every header; two programs that differ in it do not talk to each other."""
 
 

@@ -41,9 +41,9 @@ which go before the command's. Every line is checked before a model is loaded.
 
 --out (- for standard output) gets a JSON object for each answer, as soon as it is complete: "id", "line", "index" (of
 n), "text", "token_ids", "finish_reason", "note" where the answer breaks off unasked, "prompt_tokens", "new_tokens",
-"logprobs" where wanted, "prompt_digest". A request that failed by itself has "error" in place of its answer. The same
-command again does what is missing, failed ones included; an answer is recognised by its "id", or else by the number of
-its prompt's line.
+"logprobs" where wanted, "prompt_digest", "model" (its name, files, precisions, chat format). A request that failed by
+itself has "error" in place of its answer. The same command again does what is missing, failed ones included; an answer
+is recognised by its "id", or else by the number of its prompt's line, and all must be of one model.
 """
 
 
@@ -77,7 +77,10 @@ def _run(options: argparse.Namespace) -> int:
         if not found.num_missing:
             log.say(f"{_answers(found.num_answers)} in {options.out} already: nothing is left to do")
             return 0
-        with opened(options, found.wanted, lambda config: _check_ids(found, options, config)) as opened_backend:
+        identify = results.refuse_other_models
+        with opened(
+            options, found.wanted, lambda config: _check_ids(found, options, config), identify=identify
+        ) as opened_backend:
             backend, num_sequences = batch_backend(options, opened_backend)
             with _panel(options, opened_backend) as panel, _shown(options, found, panel) as view:
                 jobs = missing_jobs(options.prompts, defaults, results)

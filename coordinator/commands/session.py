@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from coordinator.cluster import Cluster
     from coordinator.cluster_settings import Listening
     from coordinator.conversation import ChatBackend, Wanted
+    from coordinator.model_identity import ModelIdentity
     from coordinator.model_text import ModelText
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
@@ -55,14 +56,14 @@ def launched(
     system: tuple[ChatTurn, ...] = (),
     on_started: Callable[[Cluster], None] = lambda _: None,
     runtime_dir: RuntimeDir | None = None,
+    identify: Callable[[ModelIdentity], None] | None = None,
 ) -> Iterator[ChatModel]:
     """Launch the model that the options name where they say, telling stderr where each part goes and how far it is.
 
     `request` replaces what the placement options ask for. The plan is checked before anything loads, and so is what
     `check` raises for. `wanted` is what is going to be asked with; None is whatever the model can be asked with.
-    `system` is the turn of a system prompt, or of tools, that it will get.
-    Nothing is left when the block ends. With `show_logs` all lines of the workers go to stderr; otherwise only
-    warnings do, and the last lines in an error if there is one.
+    `system` is the turn of a system prompt, or of tools, that it will get; `identify` is told who will answer.
+    Nothing is left when the block ends. Of the workers' lines warnings go to stderr, all with `show_logs`.
     """
     request = plan_request(options) if request is None else request
     check_scheduling(options)
@@ -74,18 +75,18 @@ def launched(
     from coordinator.terminal import around_stops
 
     chosen = _choose(options, request, listening, log, check, wanted, system)
-    plan = chosen.plan
+    _identify(chosen, identify)
     with ExitStack() as stack:
-        observers = _traces(options, plan, stack, log)
+        observers = _traces(options, chosen.plan, stack, log)
 
         def started(cluster: Cluster) -> None:
             stack.enter_context(around_stops(cluster.pause, cluster.resume))
             on_started(cluster)
 
-        with load_view(plan, log=log) as view:
+        with load_view(chosen.plan, log=log) as view:
             chat_model = launch(
                 chosen.model,
-                plan,
+                chosen.plan,
                 revision=chosen.revision,
                 text=chosen.text,
                 on_progress=view.update,
@@ -150,6 +151,18 @@ def _choose(
         *_cache_notes(find_model(model, revision), config, plan),
     )
     return _Chosen(model, revision, config, plan, text)
+
+
+def _identify(chosen: _Chosen, identify: Callable[[ModelIdentity], None] | None) -> None:
+    """Of a model whose weights are still to be fetched nobody knows; it is told once more when it answers."""
+    from coordinator.model_identity import identity_of
+    from glm.hub import find_model
+    from glm.model_source import open_checkpoint
+
+    model_dir = None if identify is None else find_model(chosen.model, chosen.revision)
+    if model_dir is not None and identify is not None:
+        fingerprint = open_checkpoint(model_dir).fingerprint()
+        identify(identity_of(model_dir, chosen.config, chosen.plan, chosen.text, fingerprint))
 
 
 def _model_text(
@@ -221,10 +234,11 @@ def opened(
     check: Callable[[ModelConfig], None] = lambda _: None,
     *,
     system: tuple[ChatTurn, ...] = (),
+    identify: Callable[[ModelIdentity], None] | None = None,
 ) -> Iterator[ChatBackend]:
     """The running launch that `--connect` means, or a model launched for this command, if `check` raises nothing."""
     if options.connect is None:
-        with launched(options, check=check, wanted=wanted, system=system) as chat_model:
+        with launched(options, check=check, wanted=wanted, system=system, identify=identify) as chat_model:
             yield chat_model
         return
     refuse_with_connect(options)

@@ -17,7 +17,8 @@ class FakeBatch:
     The question `refused` is refused, `broken` fails on its way, `cancelled` ends so. `on_poll` is called before each.
     """
 
-    def __init__(self, on_poll: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_poll: Callable[[], None] = lambda: None, precision: str = "fp32") -> None:
+        self.precision = precision
         self.open: dict[int, tuple[str, Request, int | None]] = {}
         self.most_open = 0
         self.requests: list[Request] = []
@@ -27,7 +28,7 @@ class FakeBatch:
         self._choice = random.Random(5)
 
     def describe(self) -> Description:
-        return Description(0, "fake-model", "chatglm2", 100, (), DEFAULTS, None)
+        return Description(0, "fake-model", "chatglm2", 100, (), DEFAULTS, None, "f1", self.precision, "chatglm2")
 
     def submit(self, request: Request) -> list[int]:
         assert isinstance(request.prompt, ChatPrompt)

@@ -240,3 +240,18 @@ def test_answers_to_one_request_come_in_order() -> None:
     with pytest.raises(Interruption):
         answers_to(backend, request)
     assert backend.was_dropped
+
+
+def test_answers_of_two_models_do_not_come_into_one_file(tmp_path: Path) -> None:
+    """Each line names its model; a run with another precision is refused before it asks, and changes nothing."""
+    prompts, out = write_prompts(tmp_path, [{"prompt": "a"}, {"prompt": "broken"}]), tmp_path / "out"
+    run(prompts, out, FakeBatch())
+    assert {str(line["model"]) for line in results(out)} == {
+        str({"name": "fake-model", "fingerprint": "f1", "precision": "fp32", "chat_format": "chatglm2"})
+    }
+    before, other = out.read_bytes(), FakeBatch(precision="int8, lm_head int8")
+    with pytest.raises(ResultFileError, match=r"fake-model, and now another would answer \(precision int8, lm_head"):
+        run(prompts, out, other)
+    assert (out.read_bytes(), other.requests) == (before, [])
+    run(prompts, out, FakeBatch())
+    assert len(results(out)) == 3

@@ -11,6 +11,7 @@ import pytest
 from coordinator.batch_prompts import BatchLine
 from coordinator.batch_results import ResultFile, answer, failure, logprobs_as_json
 from coordinator.errors import ResultFileError, ResultsError
+from coordinator.model_identity import ModelIdentity
 from glm.logprobs import TokenLogprob
 from protocol.client import Finished, TokenPrompt
 from tests.coordinator.fake_backend import STATS
@@ -168,3 +169,45 @@ def test_an_answer_that_broke_off_unasked_has_a_note(tmp_path: Path) -> None:
 
 def replace_reason(reason: Any) -> Finished:
     return Finished(1, reason, "你好", (1, 2), STATS)
+
+
+MODEL = ModelIdentity("a", "f1", "fp32", "chatglm2")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (replace(MODEL, name="renamed"), None),
+        (
+            replace(MODEL, fingerprint="f2"),
+            "line 2: the answer is that of a, and now another .*files f2 instead of f1",
+        ),
+        (replace(MODEL, precision="int8"), "precision int8 instead of fp32"),
+        (replace(MODEL, chat_format="chatglm3"), "chat format chatglm3 instead of chatglm2"),
+    ],
+)
+def test_which_model_answered_is_compared(model: ModelIdentity, said: str | None, tmp_path: Path) -> None:
+    """By its files, precision and chat format; a failure is nobody's answer."""
+    failed = failure(LINE, 0, "no") | {"model": replace(MODEL, precision="int4").as_json()}
+    write(tmp_path / "out", failed, answer(LINE, 1, FINISHED) | {"model": MODEL.as_json()})
+    with ResultFile(tmp_path / "out") as file:
+        if said is None:
+            file.refuse_other_models(model)
+        else:
+            with pytest.raises(ResultFileError, match=said):
+                file.refuse_other_models(model)
+
+
+def test_an_answer_of_nobody_knows_whom_is_not_gone_on_from(tmp_path: Path) -> None:
+    """Files had no word of the model before; what is no model is no line of ours."""
+    write(tmp_path / "out", answer(LINE, 0, FINISHED))
+    with (
+        ResultFile(tmp_path / "out") as file,
+        pytest.raises(ResultFileError, match="line 1: it does not say which mod"),
+    ):
+        file.refuse_other_models(MODEL)
+    for model in ({"name": "a"}, "a", {**MODEL.as_json(), "precision": []}):
+        write(tmp_path / "other", answer(LINE, 0, FINISHED) | {"model": model})
+        with pytest.raises(ResultFileError, match="line 1: not a line that this command writes"):
+            ResultFile(tmp_path / "other")
+        (tmp_path / "other").unlink()
