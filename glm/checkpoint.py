@@ -23,6 +23,7 @@ from glm.lfs import is_lfs_pointer, lfs_complaint
 from glm.quantization import StoredPart
 from glm.small_file import is_file, read_whole
 from glm.weights_only import why_unsafe
+from glm.zip_shard import is_zip, zip_fault
 
 # (index, single file), the preferred format first.
 _LAYOUTS = (
@@ -31,7 +32,6 @@ _LAYOUTS = (
 )
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 4096
-_ZIP_END_BYTES = 22 + 65535  # the end record with the longest comment
 
 
 class TensorSource(Protocol):
@@ -196,23 +196,16 @@ def _check_shard(shard: Path) -> None:
             with _mapped_safetensors(shard):
                 return
         _check_reader(shard)
-        if _is_zip(shard):
-            with shard.open("rb") as file:
-                file.seek(max(0, shard.stat().st_size - _ZIP_END_BYTES))
-                if b"PK\x05\x06" not in file.read():
-                    raise _truncated(shard, "its end is missing")
 
 
 def _check_reader(shard: Path) -> None:
-    """Refuse a pickle where torch's weights-only reader is known to have holes."""
+    """Refuse a `.bin` where torch's weights-only reader is known to have holes, and one that would unpack to no end."""
     reason = why_unsafe(torch.__version__)
     if reason is not None:
         raise ShardError(f"{shard} is not read: {reason}, or get the weights as safetensors")
-
-
-def _is_zip(shard: Path) -> bool:
-    with shard.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+    fault = zip_fault(shard) if is_zip(shard) else None
+    if fault is not None:
+        raise _truncated(shard, fault)
 
 
 def _truncated(shard: Path, detail: str) -> ShardError:
@@ -243,7 +236,7 @@ def _mapped_bin(shard: Path) -> dict[str, torch.Tensor]:
     """
     _check_reader(shard)
     try:
-        tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=_is_zip(shard))
+        tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=is_zip(shard))
     except OSError:
         raise
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and more for a damaged file

@@ -173,7 +173,10 @@ def _partly_cached(name: str, revision: str | None, *, with_weights: bool) -> Pa
     """What another program has cached of a model, if that is its config at least, and all weights where they count."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except (OSError, ValueError):  # no such id can be, or the cache cannot be read
+        return None
     if not isinstance(found, str):
         return None
     snapshot = Path(found).parent.absolute()

@@ -126,40 +126,36 @@ def _read(lines: IO[bytes], answers: _Answers) -> None:
 
 
 def complaint(name: str, at: str, why: str, text: str, needed: dict[str, Any] | None = None) -> str:
-    """What was tried, what the hub said and what to do about it."""
+    """What was tried, what the hub said and what to do about it; `needed` is what there is to fetch, where known."""
     from huggingface_hub import constants
 
-    tried = f"no model {name!r}: there is no such directory, and {constants.ENDPOINT}"
-    if why == "gated":
-        return (
-            f"{tried} asks for consent first: accept the terms on {constants.ENDPOINT}/{name}, then set HF_TOKEN to a "
-            "token of that account (or run `hf auth login`)"
-        )
-    if why == "revision":
-        return f"{tried} has the model, but not {at}: name one of its branches, tags or commits"
-    if why == "repository":
-        return (
-            f"{tried} has none of this name that you may see: check the spelling; a private model needs HF_TOKEN (or "
-            "`hf auth login`)"
-        )
-    if why == "disk":
-        sizes = "" if needed is None else f", {needed['num_bytes'] / 1e9:.2f} GB are needed"
-        free = "" if needed is None else f" and {needed['free_bytes'] / 1e9:.2f} GB were free"
-        return (
-            f"{name} does not fit on the disk of {constants.HF_HUB_CACHE}{sizes}{free} ({text}): make room, or set "
-            "HF_HOME to a directory on another disk; what is here already is kept"
-        )
-    if why == "silent":
-        return (
-            f"{tried}, asked for {at}, has said nothing for {text}: check the network, the proxy and HF_ENDPOINT (a "
-            "mirror's address), or give a directory"
-        )
-    if why == "offline":
-        return (
-            f"no model {name!r}: there is no such directory, and {constants.HF_HUB_CACHE} does not hold all of {at}; "
-            "HF_HUB_OFFLINE is set: unset it once to download, or give a directory"
-        )
-    return (
-        f"{tried} could not be asked for {at}, of which {constants.HF_HUB_CACHE} holds too little ({text}): check the "
-        "network, the proxy and HF_ENDPOINT (a mirror's address), or give a directory"
+    sizes = {"num_bytes": 0, "free_bytes": 0} if needed is None else needed
+    return _COMPLAINTS[why].format(
+        none=f"no model {name!r}: there is no such directory, and",
+        name=name,
+        at=at,
+        text=text,
+        endpoint=constants.ENDPOINT,
+        cache=constants.HF_HUB_CACHE,
+        room=f"{sizes['num_bytes'] / 1e9:.2f} GB are needed and {sizes['free_bytes'] / 1e9:.2f} GB were free",
     )
+
+
+_NETWORK = "check the network, the proxy and HF_ENDPOINT (a mirror's address), or give a directory"
+_COMPLAINTS = {
+    "gated": "{none} {endpoint} asks for consent first: accept the terms on {endpoint}/{name}, then set HF_TOKEN to a "
+    "token of that account (or run `hf auth login`)",
+    "revision": "{none} {endpoint} has the model, but not {at}: name one of its branches, tags or commits",
+    "repository": "{none} {endpoint} has none of this name that you may see: check the spelling; a private model needs "
+    "HF_TOKEN (or `hf auth login`)",
+    "name": "{none} no hub has such a name ({text}): check the spelling",
+    "disk": "{name} does not fit on the disk of {cache}, {room} ({text}): make room, or set HF_HOME to a directory on "
+    "another disk; what is here already is kept",
+    "closed": "{name} cannot be kept in {cache} ({text}): check its permissions, or set HF_HOME to another directory",
+    "offline": "{none} {cache} does not hold all of {at}; HF_HUB_OFFLINE is set: unset it once to download, or give a "
+    "directory",
+    "silent": "{none} {endpoint}, asked for {at}, has said nothing for {text}: " + _NETWORK,
+    "unreachable": "{none} {endpoint} could not be asked for {at}, of which {cache} holds too little ({text}): "
+    + _NETWORK,
+}
+"""By why it failed, as `hub_program` says, or by what went wrong here: `offline`, `silent`."""

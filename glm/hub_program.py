@@ -24,8 +24,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
 
-WHYS = ("gated", "revision", "repository", "disk", "unreachable")
+WHYS = ("gated", "revision", "repository", "name", "disk", "closed", "unreachable")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _EVERY_S = 1.0
 
 
@@ -95,8 +96,12 @@ def _why(error: BaseException) -> str:
         return "revision"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "repository"
-    is_full = isinstance(error, OSError) and error.errno in _FULL
-    return "disk" if is_full or os.strerror(errno.ENOSPC) in str(error) else "unreachable"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL or os.strerror(errno.ENOSPC) in str(error):
+        return "disk"
+    if number in _CLOSED:
+        return "closed"
+    return "name" if isinstance(error, ValueError) and "repo" in str(error).lower() else "unreachable"
 
 
 def _say(out: TextIO, **words: object) -> None:

@@ -1,12 +1,14 @@
 """A hub's model as commands find it: what is asked, what is fetched and when."""
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.commands import glmpipe
+from tests.commands import glmpipe, start
 from tests.glm.hub_server import running_hub
 from tests.glm.test_hub import environment
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
@@ -59,6 +61,27 @@ def test_no_weights_are_fetched_of_a_model_that_does_not_fit(tmp_path: Path, use
         assert code == 1
         assert "the plan does not fit into memory, nothing was loaded" in said
         assert hub.fetched == ["config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_ctrl_c_ends_a_download_at_once(command: str, tmp_path: Path, use_hub: Callable[[str], None]) -> None:
+    """Exit code 130, no traceback, and nobody who goes on fetching; what has come is kept for the next time."""
+    words: tuple[str | Path, ...] = GENERATE
+    if command == "convert":
+        words = ("convert", "org/name", "--precision", "int8", "--out", tmp_path / "out")
+    with running_hub(hub_files(tmp_path / "model"), stalls=True) as hub:
+        use_hub(hub.endpoint)
+        with start(*words) as process:
+            while "model.safetensors" not in hub.fetched:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert hub.ended.wait(60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert list((tmp_path / "hf").rglob("*.incomplete"))
 
 
 @pytest.mark.slow

@@ -4,11 +4,14 @@ import contextlib
 import gc
 import json
 import os
+import struct
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from glm import json_file
 from glm.chat_template import TemplateProcess
@@ -21,6 +24,7 @@ from glm.foreign_model import foreign_folder
 from glm.generation import generation_defaults
 from glm.small_file import read_whole
 from glm.tokenizer import load_tokenizer, split_special
+from glm.zip_shard import MOST_PICKLE_BYTES
 from tests.tiny_checkpoints import CAUSAL, NATIVE, write_checkpoint
 from tests.tiny_tokenizers import tiny_config, train_tokenizer_json
 
@@ -86,6 +90,50 @@ def test_a_file_of_gigabytes_is_not_read(name: str, read: Callable[[Path], objec
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
     finally:
         tracemalloc.stop()
+
+
+def repacked(shard: Path, change: Callable[[zipfile.ZipInfo, bytes], bytes]) -> None:
+    """The same zip file, with what `change` makes of each part."""
+    with zipfile.ZipFile(shard) as file:
+        parts = [(part.filename, file.read(part)) for part in file.infolist()]
+    with zipfile.ZipFile(shard, "w") as file:
+        for name, data in parts:
+            part = zipfile.ZipInfo(name)
+            file.writestr(part, change(part, data))
+
+
+def test_a_pickle_that_unpacks_to_gigabytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would unpack it whole: a megabyte on the disk is a gigabyte in memory. What is packed is refused, too."""
+
+    def pad(part: zipfile.ZipInfo, data: bytes) -> bytes:
+        return data + bytes(MOST_PICKLE_BYTES) if part.filename.endswith("data.pkl") else data
+
+    def pack(part: zipfile.ZipInfo, data: bytes) -> bytes:
+        part.compress_type = zipfile.ZIP_DEFLATED
+        return data
+
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read it"))
+    for change, told in ((pad, r"data\.pkl has \d+ bytes"), (pack, "is packed, which torch never does")):
+        write_checkpoint(tmp_path, suffix="bin")
+        repacked(tmp_path / "pytorch_model.bin", change)
+        with pytest.raises(ShardError, match=told):
+            Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("is_large", [False, True], ids=["zip", "zip64"])
+def test_a_directory_of_gigabytes_is_not_read(tmp_path: Path, is_large: bool) -> None:
+    """Its size stands in the record at the file's end, of either kind."""
+    write_checkpoint(tmp_path, suffix="bin")
+    shard = tmp_path / "pytorch_model.bin"
+    num_bytes = 3 << 30
+    data = shard.read_bytes()[:-22]
+    if is_large:
+        record = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, num_bytes, 0)
+        data += record + struct.pack("<4sIQI", b"PK\x06\x07", 0, len(data), 1)
+    end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 1, 1, 0xFFFFFFFF if is_large else num_bytes, 0xFFFFFFFF, 0)
+    shard.write_bytes(data + end)
+    with pytest.raises(ShardError, match=f"its directory has {num_bytes} bytes"):
+        Checkpoint(tmp_path)
 
 
 def test_a_small_file_that_has_no_end_is_read_up_to_its_limit() -> None:

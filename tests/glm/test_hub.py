@@ -288,6 +288,23 @@ def test_a_model_larger_than_the_disk_is_not_begun(tmp_path: Path) -> None:
     assert "set HF_HOME to a directory on another disk" in error
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """It is no fault of the network."""
+    (tmp_path / "hub").touch()
+    with serve_hub({**WANTED, **SAFETENSORS}) as (endpoint, _):
+        error = resolve(tmp_path, "org/name", endpoint=endpoint)["error"]
+    assert f"org/name cannot be kept in {tmp_path / 'hub'}" in error
+    assert "set HF_HOME to another directory" in error
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "org/name.git", f"org/{'n' * 97}"])
+def test_an_id_that_no_hub_can_have_is_told_in_a_line(tmp_path: Path, name: str) -> None:
+    """Of the right form for us, and not for the hub's library."""
+    error = resolve(tmp_path, name)["error"]
+    assert name in error
+    assert "check the spelling" in error
+
+
 def test_a_disk_that_fills_while_a_model_is_fetched_is_named(tmp_path: Path) -> None:
     """As far as the system can be made to refuse a file that grows."""
     files = {**WANTED, "model.safetensors": bytes(400_000)}
