@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from coordinator.closing import Closing
-from coordinator.progress import ROOMY
+from coordinator.progress import ROOMY, cursor_restored
 
 if TYPE_CHECKING:
     from coordinator.watch_view import WatchView
@@ -101,7 +102,9 @@ class _Bar:
         )
         self._task = self._progress.add_task("", total=total, text="")
         self._panel = panel
+        self._restored = ExitStack()
         if panel is None:
+            self._restored = cursor_restored(stream)
             self._progress.start()
         else:
             panel.below = self._progress
@@ -114,6 +117,7 @@ class _Bar:
     def close(self) -> None:
         if self._panel is None:
             self._progress.stop()
+            self._restored.close()
         else:
             self._panel.below = ""
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from coordinator.bench_report import BenchReport, PartReport
 from coordinator.bench_streams import Reporter
-from coordinator.progress import format_bytes
+from coordinator.progress import cursor_restored, format_bytes
 from coordinator.watch_view import WatchView
 
 _BAR_WIDTH, _NARROW_BAR_WIDTH = 24, 8
@@ -43,7 +43,7 @@ def progress_on(stream: TextIO, panel: WatchView | None = None) -> Iterator[Repo
         finally:
             panel.below = ""
         return
-    with progress:
+    with cursor_restored(stream), progress:
         yield _reporter(progress, stream, refresh=progress.refresh)
 
 

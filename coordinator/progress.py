@@ -8,12 +8,13 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self, TextIO
 
 from coordinator.closing import Closing
 from coordinator.log import LineWriter, Log, lines_lost, shown, to_stderr
 from coordinator.plan import Plan, StagePlan
+from coordinator.terminal import SHOW_CURSOR, cursor_shown_while_stopped
 from glm.signals import undone_at_signals
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ ROOMY = 80
 """Columns of a terminal from which on bars have their whole width."""
 PLAIN_INTERVAL_S = 3.0
 """Without a terminal, a loading stage is mentioned at most this often."""
-_SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class LoadView(Closing):
@@ -151,11 +151,13 @@ class BarView(LoadView):
         self._restored.close()
 
 
-def cursor_restored(stream: TextIO) -> AbstractContextManager[None]:
-    """Around what hides a terminal's cursor: a signal that ends the process brings it back."""
-    if not stream.isatty():
-        return nullcontext()
-    return undone_at_signals(lambda: os.write(stream.fileno(), _SHOW_CURSOR))
+def cursor_restored(stream: TextIO) -> ExitStack:
+    """Around what hides a terminal's cursor: a signal that ends or stops the process brings it back."""
+    stack = ExitStack()
+    if stream.isatty():
+        stack.enter_context(undone_at_signals(lambda: os.write(stream.fileno(), SHOW_CURSOR + b"\n")))
+        stack.enter_context(cursor_shown_while_stopped(stream))
+    return stack
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -7,11 +7,12 @@ import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TextIO
 
 from glm.printable import PrintableStream
+from glm.signals import undone_at_signals
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def quiet_terminal() -> Iterator[None]:
         if _is_in_front(fd):  # in the background it would stop this process
             termios.tcsetattr(fd, termios.TCSANOW, settings)
 
-    with around_stops(lambda: put(before), lambda: put(quiet)):
+    with undone_at_signals(lambda: put(before)), around_stops(lambda: put(before), lambda: put(quiet)):
         put(quiet)
         try:
             yield
@@ -40,40 +41,60 @@ def quiet_terminal() -> Iterator[None]:
 
 
 @contextmanager
-def around_stops(pause: Callable[[], None], resume: Callable[[], None]) -> Iterator[None]:
+def around_stops(pause: Callable[[], object], resume: Callable[[], object]) -> Iterator[None]:
     """While the block runs, Ctrl-Z (SIGTSTP) does `pause` before it stops this process, and `resume` once it goes on.
 
-    Such blocks nest, the innermost one pauses first. Nothing happens in other threads, or where SIGTSTP is ignored.
+    Of several such blocks the newest pauses first; they may end in any order. Nothing happens in other threads than the
+    main one, or where SIGTSTP is ignored.
     """
-    before = signal.getsignal(signal.SIGTSTP)
-    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+    if threading.current_thread() is not threading.main_thread() or _ignores_stops():
         yield
         return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        pause()
-        try:
-            if callable(before):
-                before(number, frame)
-            else:
-                _stop()
-        finally:
-            resume()
-
-    signal.signal(signal.SIGTSTP, handle)
+    entry = (pause, resume)
+    _around.append(entry)
+    signal.signal(signal.SIGTSTP, _stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTSTP, before)
+        _around.remove(entry)
+        if not _around:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
 
-def _stop() -> None:
+_around: list[tuple[Callable[[], object], Callable[[], object]]] = []
+
+
+def _ignores_stops() -> bool:
+    return signal.getsignal(signal.SIGTSTP) not in (signal.SIG_DFL, _stop)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
     """Stop here, as without a handler; returns when the process goes on."""
-    handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    for pause, _ in reversed(_around):
+        pause()
+    signal.signal(number, signal.SIG_DFL)
     try:
-        os.kill(os.getpid(), signal.SIGTSTP)
+        os.kill(os.getpid(), number)
     finally:
-        signal.signal(signal.SIGTSTP, handler)
+        signal.signal(number, _stop)
+        for _, resume in _around:
+            resume()
+
+
+def cursor_shown_while_stopped(stream: TextIO) -> AbstractContextManager[None]:
+    """Around what hides the cursor of a terminal while it draws: a shell has it in between."""
+    if not is_terminal(stream):
+        return nullcontext()
+    return around_stops(lambda: _put(stream, SHOW_CURSOR), lambda: _put(stream, HIDE_CURSOR))
+
+
+SHOW_CURSOR, HIDE_CURSOR = b"\x1b[?25h", b"\x1b[?25l"
+
+
+def _put(stream: TextIO, data: bytes) -> None:
+    """To the descriptor itself: the program may be inside a print."""
+    with suppress(OSError, ValueError):
+        os.write(stream.fileno(), data)
 
 
 class AnswerWriter:
@@ -107,7 +128,7 @@ def columns(stream: object) -> int | None:
 def is_terminal(stream: object) -> bool:
     """Whether a standard stream is there, open, and a terminal."""
     try:
-        return stream is not None and os.isatty(stream.fileno())  # type: ignore[attr-defined]
+        return stream is not None and bool(stream.isatty())  # type: ignore[attr-defined]
     except (OSError, ValueError):
         return False
 

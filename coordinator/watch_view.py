@@ -13,7 +13,7 @@ from rich.text import Text
 
 from coordinator.closing import Closing
 from coordinator.plan import Plan
-from coordinator.progress import ROOMY
+from coordinator.progress import ROOMY, cursor_restored
 from coordinator.timing import EngineLoad, StepRecord
 from coordinator.trace import stage_titles
 from coordinator.watch import Meter, Numbers
@@ -47,6 +47,7 @@ class WatchView(Closing):
             transient=True,
             redirect_stdout=sys.stdout.isatty(),
         )
+        self._restored = cursor_restored(stream or sys.stderr)
         self._live.start(refresh=True)
 
     def __call__(self, record: StepRecord) -> None:
@@ -71,6 +72,7 @@ class WatchView(Closing):
     def close(self) -> None:
         """Take the panel from the terminal."""
         self._live.stop()
+        self._restored.close()
 
     def _draw(self) -> RenderableType:
         with self._lock:
