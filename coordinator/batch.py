@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from coordinator.batch_prompts import BatchDefaults, BatchLine, read_prompts
 from coordinator.batch_results import answer, failure
 from coordinator.batch_view import Totals
-from coordinator.conversation import WANTED, Wanted, wanted_of
+from coordinator.conversation import WANTED, Wanted, form_of, wanted_of
 from coordinator.errors import CoordinatorError, GenerationError, PromptFileError
 from coordinator.model_identity import identity_in
 from coordinator.result_stream import Results
 from coordinator.signals import signals_deferred
 from glm.errors import GlmError
-from glm.sampling_params import chosen_over
+from glm.sampling_params import chosen_over, seed_after
 from protocol.records import with_changes
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from coordinator.chat_model import ChatModel
     from coordinator.conversation import Prompt
     from glm.logprobs import TokenLogprob
-    from protocol.client import Description, Finished, SamplingParams
+    from protocol.client import ChatPrompt, Description, Finished, SamplingParams
 
 FAULTS_TOLD = 20
 """Of a file's faults so many are listed; all are counted."""
+MOST_FORMS = 100
+"""Of conversations so many forms are tried with the model's chat format before it loads."""
 ANSWERS_OPEN = 2
 """So many times `max_num_seqs` answers are open at once: a new one can start in the step after another's end."""
 
@@ -158,13 +160,15 @@ class Job:
 class Survey:
     """What a file of prompts asks for; `largest_id` is the largest token id, with its line's number.
 
-    `wanted` is what the model must be able to be asked with.
+    `wanted` is what the model must be able to be asked with; `forms` the conversations that differ in who speaks when,
+    without what is said, and the first line of each; of very many, the first.
     """
 
     num_answers: int
     num_missing: int
     largest_id: tuple[int, int] | None
     wanted: Wanted = "chat"
+    forms: Mapping[ChatPrompt, int] = field(default_factory=dict)
 
 
 def survey(prompts: Path, defaults: BatchDefaults, results: Results) -> Survey:
@@ -179,6 +183,7 @@ def survey(prompts: Path, defaults: BatchDefaults, results: Results) -> Survey:
     num_answers = num_missing = 0
     largest: tuple[int, int] | None = None
     wanted: set[Wanted] = {"token ids"}
+    forms: dict[ChatPrompt, int] = {}
     for line in read_prompts(prompts, defaults, faults.add):
         if line.id is not None and lines_of_ids.setdefault(line.id, line.number) != line.number:
             faults.add(f"line {line.number}: the id {line.id!r} is that of line {lines_of_ids[line.id]}, too")
@@ -186,13 +191,15 @@ def survey(prompts: Path, defaults: BatchDefaults, results: Results) -> Survey:
         if not faults.num_all:
             num_missing += len(results.missing(line))
         wanted.add(wanted_of(line.prompt))
+        if len(forms) < MOST_FORMS and (form := form_of(line.prompt)) is not None:
+            forms.setdefault(form, line.number)
         ids = getattr(line.prompt, "token_ids", ())
         if ids and (largest is None or max(ids) > largest[1]):
             largest = (line.number, max(ids))
     if faults.num_all:
         raise PromptFileError(prompts, faults.told, faults.num_all)
     results.refuse_strangers()
-    return Survey(num_answers, num_missing, largest, max(wanted, key=WANTED.index))
+    return Survey(num_answers, num_missing, largest, max(wanted, key=WANTED.index), forms)
 
 
 class _Faults:
@@ -275,8 +282,7 @@ class _Batch:
 
     def submit(self, job: Job) -> None:
         sampling = with_changes(self._defaults, **chosen_over(job.line.sampling))
-        if sampling.seed is not None:
-            sampling = with_changes(sampling, seed=sampling.seed + job.indexes[0])
+        sampling = with_changes(sampling, seed=seed_after(sampling.seed, job.indexes[0]))
         request = Request(job.line.prompt, sampling, len(job.indexes), job.line.num_logprobs)
         try:
             tickets = self._backend.submit(request)

@@ -73,17 +73,24 @@ def read_prompts(path: Path, defaults: BatchDefaults, tell: Callable[[str], None
     Raises:
         PromptFileError: a line is not a request. UsageError: the file cannot be read.
     """
+    is_first = True
     for number, data in _lines(path):
         if not data.strip():
             continue
+        fault = _whole_file_fault(data) if is_first else ""
+        is_first = False
         try:
+            if fault:
+                raise _Faults(fault)
             yield _line(number, _object(data), defaults)
         except _Faults as found:
-            for fault in found.faults:
-                sentence = f"line {number}: {fault}"
+            for each in found.faults:
+                sentence = f"line {number}: {each}"
                 if tell is None:
                     raise PromptFileError(path, [sentence]) from None
                 tell(sentence)
+        if fault:
+            return
 
 
 class _Faults(Exception):  # noqa: N818 - never leaves this file
@@ -102,6 +109,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data
     except OSError as error:
         raise UsageError(f"--prompts {path} cannot be read: {error.strerror}") from None
+
+
+def _whole_file_fault(first: bytes) -> str:
+    """What is wrong with a file that begins with this line, all lines of which would be told as wrong otherwise."""
+    begins = first.strip()
+    if begins.startswith(b"["):
+        return "the file is a JSON array; write its objects one a line, such as by jq -c '.[]' FILE"
+    if begins == b"{":
+        return "a JSON object over several lines; write each object on one, such as by jq -c . FILE"
+    return ""
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -37,12 +37,13 @@ from coordinator.tools import tools_text
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
+from glm.home import expanded
 from glm.hub import find_model, resolve_description, resolve_model
 from glm.logprobs import TokenLogprob
 from glm.model_source import check_weights, made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.sampling import Sampler, SamplingParams
-from glm.sampling_params import chosen_over
+from glm.sampling_params import chosen_over, seed_after
 from glm.speculation import PromptLookup
 from glm.tokenizer import Tokenizer
 from protocol import client
@@ -141,8 +142,8 @@ def _whole_weights(model_dir: Path, config: ModelConfig) -> ModelSource:
 
 def _name_elsewhere(model: str | Path) -> str:
     """What other hosts find the model by: the demo model comes along, a directory is looked for in the same place."""
-    if Path(model).expanduser().is_dir():
-        path = Path(model).expanduser().absolute()
+    if expanded(model).is_dir():
+        path = expanded(model).absolute()
         return "" if path == demo_model_dir() else str(path)
     return str(model)
 
@@ -370,7 +371,7 @@ class ChatModel(Closing):
         sampling = sampling or to_wire(self.defaults.sampling)
         answers: list[Answer] = []
         for index in range(num_answers):
-            own = sampling if sampling.seed is None else with_changes(sampling, seed=sampling.seed + index)
+            own = with_changes(sampling, seed=seed_after(sampling.seed, index))
             leader = answers[0].sequence if answers and not self.config.is_prefix_lm else None
             answers.append(self.begin(prompt, own, num_logprobs=num_logprobs, leader=leader))
         return answers

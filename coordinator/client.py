@@ -19,6 +19,7 @@ from coordinator.errors import ConnectError, CoordinatorError, GenerationError, 
 from coordinator.legible import legible
 from coordinator.which_launch import FIND_S, endpoint_of
 from glm.logprobs import TokenLogprob
+from glm.sampling_params import seed_after
 from protocol import sockets
 from protocol.client import (
     NOT_SERVING,
@@ -188,12 +189,11 @@ class RemoteBackend(Closing):
 
     def submit(self, request: Request) -> list[int]:
         """See `BatchBackend`. Raises GenerationError when the launch could not take it."""
-        seed = request.sampling.seed
         if not self._open:
             self._heard_at_s = time.monotonic()
         tickets = []
         for index in range(request.num_answers):
-            sampling = with_changes(request.sampling, seed=None if seed is None else seed + index)
+            sampling = with_changes(request.sampling, seed=seed_after(request.sampling.seed, index))
             tickets.append(self._ask(request.prompt, sampling, request.num_logprobs))
             self._open[tickets[-1]] = None if request.num_logprobs is None else []
         return tickets

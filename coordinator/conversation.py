@@ -24,6 +24,13 @@ def system_turns(prompt: Prompt) -> tuple[ChatTurn, ...]:
     return tuple(turn for turn in getattr(prompt, "turns", ()) if turn.role == "system")
 
 
+def form_of(prompt: Prompt) -> ChatPrompt | None:
+    """Who speaks when in a conversation, and with which tools, saying nothing of their own; None for other prompts."""
+    if not isinstance(prompt, ChatPrompt):
+        return None
+    return ChatPrompt(tuple(ChatTurn(turn.role, "", "Hello", turn.tools) for turn in prompt.turns))
+
+
 class ChatBackend(Protocol):
     """What answers: a model launched by this program, or a running launch. Used from one thread, `cancel` aside."""
 

@@ -1,6 +1,6 @@
 """Plan files: TOML to a `PlanRequest`. Only the form is checked here; `planning.resolve` checks the meaning.
 
-model = "THUDM/chatglm-6b"        # a directory or a hub id; --model wins over it
+model = "THUDM/chatglm-6b"        # a directory (relative to this file) or a hub id; --model wins over it
 revision = "main"
 max_num_seqs = 64                 # sequences that run at once
 max_model_len = 2048              # tokens of a prompt and its answer together
@@ -26,6 +26,7 @@ precision = "fp32"                # of both ends
 lm_head_precision = "int8"        # of lm_head alone
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -36,6 +37,9 @@ from coordinator.errors import PlanError, UsageError
 from coordinator.input_files import MOST_PLAN_BYTES, read_input
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 from glm.command_line import nearest
+from glm.home import expanded
+from glm.hub import HUB_ID
+from glm.shapes import random_shape
 
 _TOP_KEYS: Mapping[str, type] = {
     "model": str,
@@ -112,7 +116,7 @@ def _is_value(text: str) -> bool:
 
 
 def plan_request_of(table: Mapping[str, Any], base: Path = Path()) -> PlanRequest:
-    """The request a parsed plan file means; a model given as `./...` or `../...` lies relative to `base`."""
+    """The request a parsed plan file means; a model's directory lies relative to `base`."""
     faults: list[str] = []
     top = _checked(table, _TOP_KEYS, "", faults)
     entries = top.get("stage", [])
@@ -128,7 +132,7 @@ def plan_request_of(table: Mapping[str, Any], base: Path = Path()) -> PlanReques
         lm_head=options.get("lm_head"),
         ends_precision=options.get("precision"),
         lm_head_precision=options.get("lm_head_precision"),
-        model=_model(top.get("model"), base),
+        model=_model(top.get("model"), base, faults),
         revision=top.get("revision"),
         max_num_seqs=top.get("max_num_seqs"),
         max_model_len=top.get("max_model_len"),
@@ -187,15 +191,20 @@ def _is_mistyped(key: str, table: Mapping[str, Any], known: Mapping[str, type]) 
     return any(nearest(given, known) == key for given in table if given not in known)
 
 
-def _model(name: str | None, base: Path) -> str | None:
-    """A path that says it is one (`./`, `../`, `~`) is resolved; anything else may be a hub id."""
-    if name is None:
+def _model(name: str | None, base: Path, faults: list[str]) -> str | None:
+    """A directory is looked for beside the plan file; what is none there and has the form of a hub id is one."""
+    if name is None or random_shape(name):
+        return name
+    if not name.strip():
+        faults.append("model is empty; name a directory or a hub id, or leave it out for the demo model")
         return None
     if name.startswith("~"):
-        try:
-            return str(Path(name).expanduser())
-        except RuntimeError:  # no such user: then it is a name like any other, and not found
-            return name
-    if name.startswith("."):
+        return str(expanded(name))
+    if os.path.isdir(base / name) or not HUB_ID.fullmatch(name):  # noqa: PTH112 - Path.is_dir raises for lack of rights
         return str(base / name)
+    if os.path.isdir(name):  # noqa: PTH112
+        faults.append(
+            f"model {name!r} is a directory here, but not beside the plan file, and paths in it are relative to it: "
+            f"write {os.path.relpath(name, base)!r}"
+        )
     return name

@@ -113,9 +113,9 @@ def remove_stale(base: Path) -> None:
 
 
 def _bases() -> tuple[Path, ...]:
-    """Where launches may live, best first."""
+    """Where launches may live, best first: what an endpoint can name, which is printable text."""
     names = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
-    paths = [Path(name) for name in names if name and Path(name).is_absolute()]
+    paths = [Path(name) for name in names if name and name.isprintable() and Path(name).is_absolute()]
     return tuple(dict.fromkeys(paths))
 
 

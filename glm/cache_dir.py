@@ -5,6 +5,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from glm.home import expanded, home
+
 PRIVATE = 0o600
 """What is kept is loaded again unseen, so nobody else may write it; others may lay their files beside it."""
 DIRECTORY_VARIABLE = "GLMPIPE_CACHE_DIR"
@@ -12,12 +14,14 @@ SWITCH_VARIABLE = "GLMPIPE_CACHE"
 
 
 def cache_dir(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """`$GLMPIPE_CACHE_DIR`, else `glmpipe` in `$XDG_CACHE_HOME` (`~/.cache`); None where the cache is switched off."""
+    """`$GLMPIPE_CACHE_DIR`, else `glmpipe` in `$XDG_CACHE_HOME` (`~/.cache`); None where it is off, or has no place."""
     if environment.get(SWITCH_VARIABLE, "on").lower() in ("off", "0", "no", "false"):
         return None
     if chosen := environment.get(DIRECTORY_VARIABLE):
-        return Path(chosen).expanduser().absolute()
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "glmpipe"
+        return expanded(chosen).absolute()
+    own = home()
+    base = environment.get("XDG_CACHE_HOME") or (own and own / ".cache")
+    return Path(base).absolute() / "glmpipe" if base else None
 
 
 def make_private(directory: Path) -> None:

@@ -62,6 +62,15 @@ class Parser(argparse.ArgumentParser):
             message = re.sub(pattern, plain, message)
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n{self._short_usage()}\n")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """What names something is not empty: an unset variable in a script is no wish for the default."""
+        names_something = action.nargs != argparse.PARSER and "TEXT" not in str(action.metavar)
+        if names_something and not arg_string.strip() and arg_string != action.const:
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            remedy = "give it a value" if action.required else "give it a value, or leave it out"
+            raise argparse.ArgumentError(None, f"{name} is empty; {remedy}")
+        return super()._get_value(action, arg_string)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from glm.errors import CheckpointError, ModelNotFoundError
 from glm.foreign_model import AS_PUBLISHED
+from glm.home import expanded
 from glm.hub_fetch import Tell, at, complaint, fetch
 from glm.json_file import read_json_object
 from glm.shapes import random_shape
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Exact names where that is possible: what another program has cached of a model should do without a network.
 SMALL_FILES = (
     "config.json",
@@ -76,7 +77,7 @@ def is_directory(name_or_dir: str | Path) -> bool:
     """
     if not str(name_or_dir):
         return False
-    path = Path(name_or_dir).expanduser()
+    path = expanded(name_or_dir)
     try:
         if not path.is_dir():
             return False
@@ -92,7 +93,7 @@ def is_directory(name_or_dir: str | Path) -> bool:
 
 def _local(name_or_dir: str | Path, revision: str | None) -> Path | None:
     """A directory or a random shape; None for what has the form of a hub's model. Raises ModelNotFoundError."""
-    name, directory = str(name_or_dir), Path(name_or_dir).expanduser()
+    name, directory = str(name_or_dir), expanded(name_or_dir)
     if random_shape(name):
         if revision is not None:
             raise ModelNotFoundError(f"{name} is made of random numbers and has no revision {revision!r}: leave it out")
@@ -101,7 +102,7 @@ def _local(name_or_dir: str | Path, revision: str | None) -> Path | None:
         if revision is not None:
             raise ModelNotFoundError(f"{directory} is a directory, which has no revision {revision!r}: leave it out")
         return directory.absolute()
-    if not _HUB_ID.fullmatch(name) or directory.exists():
+    if not HUB_ID.fullmatch(name) or directory.exists():
         what = "a file, not a directory" if directory.is_file() else "no directory here"
         if directory.suffix.lower() in (".gguf", ".ggml"):
             raise ModelNotFoundError(
@@ -114,9 +115,11 @@ def _local(name_or_dir: str | Path, revision: str | None) -> Path | None:
 
 
 def _cached(name: str, revision: str | None, *, with_weights: bool) -> Path | None:
-    """The directory of the hub's cache, if all is there that is needed."""
-    from huggingface_hub import snapshot_download
+    """The directory of the hub's cache, if all is there that is needed. Raises ModelNotFoundError: it has no place."""
+    from huggingface_hub import constants, snapshot_download
 
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise ModelNotFoundError(f"{name} has no place: no home directory is known (HOME is unset); set HF_HOME to one")
     for weights in (_SAFETENSORS, _BIN) if with_weights else ((),):
         try:
             snapshot = Path(

@@ -11,6 +11,7 @@ COLDEST = 1e-5
 
 # Bounds of what the protocol carries to a running launch.
 MOST = 2**31 - 1
+NUM_SEEDS = 2**63
 MOST_STOP_STRINGS, LONGEST_STOP_STRING = 64, 16384
 
 
@@ -66,6 +67,11 @@ def chosen_over(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**({"greedy": False} if chooses else {}), **given}
 
 
+def seed_after(seed: int | None, number: int) -> int | None:
+    """The seed so many further on; after the greatest one comes 0, so that every seed has successors."""
+    return None if seed is None else (seed + number) % NUM_SEEDS
+
+
 def _is_number(value: object, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
@@ -86,7 +92,7 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_p": ("a number above 0 and up to 1 (all tokens)", lambda v: _is_number(v, 0, 1) and v > 0),
     "min_p": ("a number from 0 (all tokens) to 1", lambda v: _is_number(v, 0, 1)),
     "repetition_penalty": ("a number from 0.01 to 100 (1 for none)", lambda v: _is_number(v, 0.01, 100)),
-    "seed": ("a whole number from 0 up, or none", lambda v: v is None or _is_whole(v, 0, 2**63 - 1)),
+    "seed": ("a whole number from 0 up, or none", lambda v: v is None or _is_whole(v, 0, NUM_SEEDS - 1)),
     "stop": (
         f"at most {MOST_STOP_STRINGS} texts of 1 to {LONGEST_STOP_STRING} characters",
         _are_stop_strings,

@@ -30,10 +30,20 @@ MAX_FILE_BYTES = 64 * 1024
 
 
 def default_directory() -> Path:
-    """`$XDG_CONFIG_HOME/glmpipe/keys`, mostly `~/.config/glmpipe/keys`."""
+    """`$XDG_CONFIG_HOME/glmpipe/keys`, mostly `~/.config/glmpipe/keys`. Raises SecurityError: nobody knows `~`."""
     base = os.environ.get("XDG_CONFIG_HOME")
-    config = Path(base) if base and Path(base).is_absolute() else Path.home() / ".config"
+    config = Path(base) if base and Path(base).is_absolute() else _expanded(Path("~/.config"))
     return config / "glmpipe" / "keys"
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise SecurityError(
+            f"{path} is nowhere: no such home directory is known (HOME is {os.environ.get('HOME', 'unset')}); give the "
+            "directory of the keys by its whole path, with --keys"
+        ) from None
 
 
 def checked_host_name(text: str) -> str:
@@ -55,7 +65,7 @@ class KeyDirectory:
     """This host's keys. Whatever is read is checked first: only its owner may have access."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = (default_directory() if path is None else path).expanduser().absolute()
+        self.path = (default_directory() if path is None else _expanded(path)).absolute()
 
     @property
     def own_path(self) -> Path:

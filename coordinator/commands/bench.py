@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(request.num_threads or usable_cores())
     with (
         launched(
-            options, request, check=lambda config: check_workload(workload, config), wanted="token ids"
+            options, request, check=lambda chosen: check_workload(workload, chosen.config), wanted="token ids"
         ) as chat_model,
         watched(options, chat_model) as panel,
         progress_on(sys.stderr, panel) as report,

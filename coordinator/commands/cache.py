@@ -48,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("only prune removes something: write `glmpipe cache prune` before what it is to remove")
     cache = options.cache_dir or cache_dir()
     if cache is None:
-        print("the cache is switched off (GLMPIPE_CACHE)")
+        print(
+            "there is no cache: it is switched off (GLMPIPE_CACHE), or has no place (HOME and XDG_CACHE_HOME are unset)"
+        )
         return 0
     try:
         if options.action == "prune":

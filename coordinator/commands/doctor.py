@@ -76,13 +76,17 @@ def _worker_facts() -> str:
 
 def _started() -> "subprocess.Popen[str]":
     """In a process group of its own: Ctrl-C in a terminal is for this process."""
-    return subprocess.Popen(
-        facts_command(),
-        env=worker_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        process_group=0,
-    )
+    command = facts_command()
+    try:
+        return subprocess.Popen(
+            command,
+            env=worker_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            process_group=0,
+        )
+    except OSError as error:
+        raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from None

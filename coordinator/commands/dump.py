@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from coordinator.commands.options import add_model_options, add_placement_options
-from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
+from coordinator.commands.prompts import add_prompt_options, check_prompt, read_prompt
 from coordinator.commands.session import check_writable, launched, say
 
 HELP = "write every layer's results for a prompt to a safetensors file"
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     with launched(
         options,
         record_hidden_states=True,
-        check=lambda config: check_ids(prompt, config),
+        check=lambda chosen: check_prompt(prompt, chosen),
         wanted=wanted_of(prompt),
         system=system_turns(prompt),
     ) as chat_model:

@@ -17,7 +17,7 @@ from coordinator.commands.options import (
     add_watching_options,
     sampling_overrides,
 )
-from coordinator.commands.prompts import add_prompt_options, check_ids, read_prompt
+from coordinator.commands.prompts import add_prompt_options, check_prompt, read_prompt
 from coordinator.commands.session import check_sampling, chosen_sampling, opened, say
 from coordinator.errors import GenerationError, UsageError
 from coordinator.terminal import AnswerWriter, columns, quiet_terminal
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
 
     prompt = read_prompt(options)
     system, wanted = system_turns(prompt), wanted_of(prompt)
-    with opened(options, wanted, lambda config: check_ids(prompt, config), system=system) as backend:
+    with opened(options, wanted, lambda chosen: check_prompt(prompt, chosen), system=system) as backend:
         sampling = chosen_sampling(options, backend.describe().defaults)
         if options.n == 1 and options.logprobs is None:
             _conclude(_streamed(backend, prompt, sampling, options), options)

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from coordinator.batch_view import WorkView
     from coordinator.chat_model import ChatModel
     from coordinator.client import RemoteBackend
+    from coordinator.commands.session import Chosen
     from coordinator.conversation import ChatBackend
     from coordinator.watch_view import WatchView
-    from glm.config import ModelConfig
 
 STANDARD = "-"
 """In the place of a file: standard input, or output."""
@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         identify = results.refuse_other_models
         with opened(
-            options, found.wanted, lambda config: _check_ids(found, options, config), identify=identify
+            options, found.wanted, lambda chosen: _check_found(found, options, chosen), identify=identify
         ) as opened_backend:
             backend, num_sequences = batch_backend(options, opened_backend)
             with _panel(options, opened_backend) as panel, _shown(options, found, panel) as view:
@@ -122,8 +122,20 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--out {options.out} is the file of prompts itself; name another one")
 
 
-def _check_ids(found: Survey, options: argparse.Namespace, config: ModelConfig) -> None:
-    """Before anything is loaded: ids that the model does not have are a mistake, not a request that failed."""
+def _check_found(found: Survey, options: argparse.Namespace, chosen: Chosen) -> None:
+    """Before anything is loaded: what no request of its kind can have here is a mistake, not a request that failed.
+
+    That is ids that the model does not have, and conversations of a form that its chat format does not know.
+    """
+    from coordinator.prompts import prompt_ids
+    from glm.errors import ChatFormatError
+
+    config = chosen.config
+    for prompt, line in found.forms.items():
+        try:
+            prompt_ids(prompt, lambda: chosen.text.tokenizer)
+        except ChatFormatError as error:
+            raise UsageError(f"{options.prompts}, line {line}: {error}") from None
     if found.largest_id is not None and found.largest_id[1] >= config.vocab_size:
         line, token_id = found.largest_id
         raise UsageError(

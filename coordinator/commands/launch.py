@@ -39,18 +39,18 @@ a plan file:
 
   [[stage]]
   device = "cuda:0"
-  layers = "1-24"
+  layers = "1-12"
   precision = "int8"
 
   [[stage]]
   device = "cpu"
-  layers = "25-28"
+  layers = "13-16"
   threads = 8                # optional, as kv_budget_tokens = 8192 or kv_budget = "2GiB" is
 
   [[stage]]
   host = "lab2"              # another host; `glmpipe keys --help` says how it is let in
   device = "cuda:0"
-  layers = "29-40"
+  layers = "17-28"
 
   [ends]
   embeddings = "cpu"

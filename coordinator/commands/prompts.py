@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from coordinator.commands.options import add_system_option, add_tools_option, chosen_system, chosen_tools, token_ids
 from coordinator.conversation import system_turn
-from coordinator.errors import UsageError
+from coordinator.errors import GenerationError, UsageError
 from coordinator.input_files import MOST_PROMPT_BYTES, read_input
 from coordinator.terminal import is_terminal
 
 if TYPE_CHECKING:
+    from coordinator.commands.session import Chosen
     from glm.config import ModelConfig
     from protocol.client import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -83,12 +84,23 @@ def _text(options: argparse.Namespace) -> str:
     return _read(options.prompt_file or "-")
 
 
-def check_ids(prompt: ChatPrompt | TextPrompt | TokenPrompt, config: ModelConfig) -> None:
-    """Before anything is loaded: raises UsageError for token ids that the model does not have, or too many of them."""
+def check_prompt(prompt: ChatPrompt | TextPrompt | TokenPrompt, chosen: Chosen) -> None:
+    """Before anything is loaded: all that the request itself would fail by. Raises UsageError or GlmError."""
+    from coordinator import prompts
+    from glm.positions import prompt_layout
     from protocol.client import TokenPrompt
 
-    if not isinstance(prompt, TokenPrompt):
-        return
+    if isinstance(prompt, TokenPrompt):
+        _check_ids(prompt, chosen.config)
+    token_ids = prompts.prompt_ids(prompt, lambda: chosen.text.tokenizer)
+    try:
+        prompts.check_prompt(token_ids, chosen.config, chosen.settings)
+    except GenerationError as error:
+        raise UsageError(str(error)) from None
+    prompt_layout(token_ids, chosen.config)
+
+
+def _check_ids(prompt: TokenPrompt, config: ModelConfig) -> None:
     wrong = [token_id for token_id in prompt.token_ids if token_id >= config.vocab_size]
     if wrong:
         raise UsageError(

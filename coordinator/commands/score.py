@@ -19,8 +19,11 @@ from coordinator.input_files import MOST_TEXT_BYTES, read_input
 
 if TYPE_CHECKING:
     from coordinator.chat_model import ChatModel
+    from coordinator.commands.session import Chosen
+    from coordinator.scheduler import SchedulerSettings
     from coordinator.score import TextScore
     from glm.config import ModelConfig
+    from glm.tokenizer import Tokenizer
 
 HELP = "tell how likely a model finds a text: perplexity, bits per byte"
 EXAMPLES = """\
@@ -61,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
     text = _read(options.text)
     if options.tokens is not None:
         check_writable(options.tokens, "--tokens")
-    with launched(options, check=lambda config: _check(options, config), wanted="text") as chat_model:
-        window, stride = _sizes(options, chat_model)
+    with launched(options, check=lambda chosen: _check(options, chosen, text), wanted="text") as chat_model:
+        window, stride = _sizes(options, chat_model.config, chat_model.tokenizer, chat_model.engine.settings)
         started_at_s = time.monotonic()
         score = _score(chat_model, text, window, stride, options.tokens)
         seconds = time.monotonic() - started_at_s
@@ -74,22 +77,28 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace, config: ModelConfig) -> None:
+def _check(options: argparse.Namespace, chosen: Chosen, text: str) -> None:
     """Before anything is loaded."""
+    config, tokenizer = chosen.config, chosen.text.tokenizer
     if options.window is not None and not 2 <= options.window < config.max_context:
         raise UsageError(f"--window {options.window} must be from 2 to {config.max_context - 1} for this model")
     most = options.window or config.max_context - 1
     if options.stride is not None and not 1 <= options.stride <= most:
         raise UsageError(f"--stride {options.stride} must be from 1 to the window of {most} tokens")
+    _sizes(options, config, tokenizer, chosen.settings)
+    if len(tokenizer.encode(text)) <= (not tokenizer.encode_prompt("")):
+        raise UsageError("the text is too short: nothing in it has anything before it that it could follow from")
 
 
-def _sizes(options: argparse.Namespace, chat_model: ChatModel) -> tuple[int, int]:
+def _sizes(
+    options: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, settings: SchedulerSettings
+) -> tuple[int, int]:
     """Window and stride, which leave room for the model's prefix."""
     from coordinator.prompts import max_model_len
     from coordinator.score import DEFAULT_WINDOW
 
-    num_prefix = len(chat_model.tokenizer.encode_prompt(""))
-    most = max_model_len(chat_model.config, chat_model.engine.settings) - 1 - num_prefix
+    num_prefix = len(tokenizer.encode_prompt(""))
+    most = max_model_len(config, settings) - 1 - num_prefix
     window = min(DEFAULT_WINDOW - num_prefix, most) if options.window is None else options.window
     stride = (window + 1) // 2 if options.stride is None else options.stride
     if window > most:
@@ -119,8 +128,6 @@ def _score(chat_model: ChatModel, text: str, window: int, stride: int, tokens_pa
                 file.writelines(token_fields(each, tokenizer) for each in scored)
             view.totals.num_done = view.totals.num_tokens = len(logprobs)
             view.update()
-    if not logprobs:
-        raise UsageError("the text is too short: nothing in it has anything before it that it could follow from")
     return summarise(text, len(token_ids), num_windows, logprobs)
 
 

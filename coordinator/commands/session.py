@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from coordinator.plan import Plan
     from coordinator.plan_request import PlanRequest
     from coordinator.runtime_dir import RuntimeDir
+    from coordinator.scheduler import SchedulerSettings
     from coordinator.trace import TraceFile
     from coordinator.watch_view import WatchView
     from glm.config import ModelConfig
@@ -51,7 +52,7 @@ def launched(
     *,
     show_logs: bool = False,
     record_hidden_states: bool = False,
-    check: Callable[[ModelConfig], None] = lambda _: None,
+    check: Callable[[Chosen], None] = lambda _: None,
     wanted: Wanted | None = None,
     system: tuple[ChatTurn, ...] = (),
     on_started: Callable[[Cluster], None] = lambda _: None,
@@ -108,7 +109,7 @@ def launched(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Chosen:
+class Chosen:
     """What is going to be launched; all of it has been checked, as far as that is possible without loading."""
 
     model: str | Path
@@ -117,16 +118,25 @@ class _Chosen:
     plan: Plan
     text: ModelText
 
+    @property
+    def settings(self) -> SchedulerSettings:
+        """What the scheduler will allow, unless memory turns out to hold fewer KV tokens."""
+        from coordinator.limits import default_kv_tokens, max_step_tokens
+        from coordinator.scheduler import scheduler_settings
+
+        kv_tokens = default_kv_tokens(self.plan, self.config.max_context)
+        return scheduler_settings(self.plan, kv_tokens, max_step_tokens(self.config))
+
 
 def _choose(
     options: argparse.Namespace,
     request: PlanRequest,
     listening: Listening | None,
     log: Log,
-    check: Callable[[ModelConfig], None],
+    check: Callable[[Chosen], None],
     wanted: Wanted | None,
     system: tuple[ChatTurn, ...],
-) -> _Chosen:
+) -> Chosen:
     """Find the model, check all that can be, say the plan; the weights of a hub's model are not fetched yet."""
     from coordinator.chat_model import check_hosts
     from coordinator.limits import limits_of
@@ -141,19 +151,20 @@ def _choose(
     revision = options.revision or request.revision
     description = resolve_description(model, revision, log.say)
     config = load_config(description)
-    check(config)
     plan = plan_for(request, config.num_layers, **dataclasses.asdict(made_for(description)), limits=limits_of(config))
     check_hosts(plan, listening)
     text, doubts = _model_text(description, config, wanted, options.chat_format, system)
+    chosen = Chosen(model, revision, config, plan, text)
+    check(chosen)
     log.say(*describe(plan, verbose=options.verbose), event="plan")
     log.say(
         *(f"note: {note}" for note in (*notes(request, plan), *doubts)),
         *_cache_notes(find_model(model, revision), config, plan),
     )
-    return _Chosen(model, revision, config, plan, text)
+    return chosen
 
 
-def _identify(chosen: _Chosen, identify: Callable[[ModelIdentity], None] | None) -> None:
+def _identify(chosen: Chosen, identify: Callable[[ModelIdentity], None] | None) -> None:
     """Of a model whose weights are still to be fetched nobody knows; it is told once more when it answers."""
     from coordinator.model_identity import identity_of
     from glm.hub import find_model
@@ -231,7 +242,7 @@ def _scheduling(options: argparse.Namespace) -> dict[str, Any]:
 def opened(
     options: argparse.Namespace,
     wanted: Wanted,
-    check: Callable[[ModelConfig], None] = lambda _: None,
+    check: Callable[[Chosen], None] = lambda _: None,
     *,
     system: tuple[ChatTurn, ...] = (),
     identify: Callable[[ModelIdentity], None] | None = None,

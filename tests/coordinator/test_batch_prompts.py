@@ -86,10 +86,10 @@ def test_a_digest_tells_what_would_be_answered_otherwise(tmp_path: Path) -> None
         (b"\xff", "not UTF-8 text (byte 0)"),
         (b"nothing", "not JSON (Expecting value, character 1)"),
         (b'{"prompt": "a"} x', "not JSON (Extra data"),
-        (b'["a"]', "not a JSON object"),
+        (b'"a"', "not a JSON object"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN is no number"),
         (b'{"prompt": "a", "prompt": "b"}', "'prompt' is there twice"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "not JSON"),
         ({}, "exactly one of prompt, messages, token_ids must be there; there is none of them"),
         ({"prompt": "a", "token_ids": [1]}, "there is prompt and token_ids"),
@@ -144,3 +144,20 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     """One line for a user."""
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         list(read_prompts(tmp_path / "absent", DEFAULTS))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[{"prompt": "a"},\n{"prompt": "b"}]\n', "line 1: the file is a JSON array; write its objects one a line"),
+        ('\n[\n {"prompt": "a"}\n]\n', "line 2: the file is a JSON array"),
+        ('{\n "prompt": "a"\n}\n', "line 1: a JSON object over several lines; write each object on one"),
+    ],
+)
+def test_a_file_of_another_form_is_one_fault(text: str, said: str, tmp_path: Path) -> None:
+    """However many lines it has, all of which would be wrong; with the remedy."""
+    [told] = faults(tmp_path, text.replace("\n]", "\n," * 1000 + "]").encode())
+    assert told.startswith(said)
+    assert "jq -c" in told
+    with pytest.raises(PromptFileError, match="line"):
+        read(tmp_path, text.encode())

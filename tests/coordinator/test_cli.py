@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from coordinator.commands import doctor
 from coordinator.commands.options import plan_request, sampling_overrides
 from coordinator.commands.session import _only_warnings
 from coordinator.errors import CoordinatorError, PlanError, StageLost, UsageError
+from coordinator.plan_file import plan_request_of
+from coordinator.planning import plan_for
 from glm.errors import ConfigError
 from protocol.errors import FrameError
 from protocol.version import VERSION
-from tests.tiny_checkpoints import CAUSAL
+from tests.homeless import forget_home
+from tests.tiny_checkpoints import CAUSAL, PREFIX
+from tests.tiny_tokenizers import train_chatglm2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -241,6 +246,87 @@ def test_ids_that_the_model_does_not_have_are_refused_before_loading(
     out = ["--out", str(tmp_path / "x.safetensors")] if command == "dump" else []
     assert main([command, "--ids", ids, "--model", str(model_dir), *out]) == 2
     assert f"glmpipe: --ids: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "dump"])
+def test_ids_without_a_prefix_lms_marks_are_refused_before_loading(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without [gMASK] and <sop> ChatGLM-6B has no positions; config.json alone says so, as there are no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(PREFIX))
+    out = ["--out", str(tmp_path / "x.safetensors")] if command == "dump" else []
+    assert main([command, "--ids", "5,6", "--model", str(tmp_path), *out]) == 2
+    assert "needs a mask token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", "word " * 400], "the model's context holds 256"),
+        (["--prompt", "word " * 100, "--max-model-len", "16"], "max_model_len allows 16 together with the answer"),
+        (["--ids", "5,6,7", "--max-model-len", "3"], "has 3 tokens, max_model_len allows 3"),
+        (
+            ["--ids", "5,6,7", "--kv-budget-tokens", "2", "--stages", "1"],
+            "KV budget of the tightest stage allows 2",
+        ),
+    ],
+)
+def test_a_prompt_without_room_is_refused_before_loading(
+    arguments: list[str], said: str, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the config, the plan and the tokenizer alone: there are no weights."""
+    (model_dir / "config.json").write_text(json.dumps({**CAUSAL, "padded_vocab_size": 1024}))
+    train_chatglm2(model_dir)
+    assert main(["generate", *arguments, "--model", str(model_dir)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_plan_in_launchs_help_is_one_of_its_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """ChatGLM-6B has 28 layers, and each of them is in one stage."""
+    with pytest.raises(SystemExit):
+        main(["launch", "--help"])
+    example = capsys.readouterr().out.partition("a plan file:")[2].partition("\n\nchat")[0]
+    lines = [line.strip() for line in example.splitlines()]
+    text = "\n".join(line for line in lines if line.startswith("[") or " = " in line)
+    plan = plan_for(plan_request_of(tomllib.loads(text)), 28, ("cpu", "cuda:0"))
+    assert [stage.layers_text for stage in plan.stages] == ["1-12", "13-16", "17-28"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["cache"], 0, "there is no cache"),
+        (["generate", "--ids", "5", "--model", "{}"], 2, "no weights"),
+        (["generate", "--ids", "5", "--model", "~/{}"], 2, "no model"),
+        (["keys", "list"], 2, "no such home directory is known (HOME is unset)"),
+        (["keys", "--keys", "~nobody-here/k", "list"], 2, "~nobody-here/k is nowhere"),
+        (
+            ["generate", "--ids", "5", "--model", "org/none"],
+            2,
+            "org/none has no place: no home directory",
+        ),
+    ],
+)
+def test_a_user_without_a_home(
+    words: list[str],
+    code: int,
+    said: str,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """HOME unset and no entry in the list of users: nothing but what is kept there is missed."""
+    for name in ("GLMPIPE_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    forget_home(monkeypatch)
+    filled = [word.format(model_dir) for word in words]
+    try:
+        assert main(filled) == code
+    except SystemExit as ended:
+        assert ended.code == code
+    out, err = capsys.readouterr()
+    assert said in out + err
 
 
 @pytest.mark.parametrize("where", ["{}", "{}/absent/x"])

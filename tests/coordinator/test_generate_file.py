@@ -13,6 +13,7 @@ from glm.logprobs import TokenLogprob
 from protocol.client import Finished
 from tests.coordinator.fake_backend import STATS
 from tests.tiny_checkpoints import CAUSAL
+from tests.tiny_tokenizers import train_chatglm2
 
 
 @pytest.fixture
@@ -58,6 +59,20 @@ def test_what_cannot_be_meant_is_refused_before_loading(
     assert out == ""
     assert err.startswith("glmpipe: ")
     assert said in err
+    assert not Path("answers").exists()
+
+
+def test_a_conversation_of_a_form_that_the_model_lacks_is_refused_before_loading(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ChatGLM2 knows no system message: the first line with one is named, although others have none."""
+    train_chatglm2(here / "model")
+    (here / "model" / "config.json").write_text(json.dumps({**CAUSAL, "padded_vocab_size": 1024}))
+    user, system = ({"role": role, "content": "Be brief."} for role in ("user", "system"))
+    lines = [[user], [user], [system, user], [system, user]]
+    Path("talks").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+    assert main(["generate", "--prompts", "talks", "--out", "answers", "--model", str(here / "model")]) == 2
+    assert "glmpipe: talks, line 3: " in capsys.readouterr().err
     assert not Path("answers").exists()
 
 

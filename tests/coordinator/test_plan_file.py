@@ -71,8 +71,28 @@ def test_every_key_of_a_plan_file_reaches_the_plan(tmp_path: Path) -> None:
 
 def test_a_model_that_is_a_path_lies_relative_to_the_plan_file(tmp_path: Path) -> None:
     """A plan can travel with its model; a hub id stays a hub id."""
-    path = write(tmp_path, 'model = "./glm"\n[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n')
-    assert read_plan_file(path).model == str(tmp_path / "glm")
+    (tmp_path / "THUDM" / "chatglm2-6b").mkdir(parents=True)
+    for name, model in {
+        "./glm": str(tmp_path / "glm"),
+        "glm": str(tmp_path / "glm"),
+        "models/glm/v2": str(tmp_path / "models" / "glm" / "v2"),
+        "/models/glm": "/models/glm",
+        "THUDM/chatglm2-6b": str(tmp_path / "THUDM" / "chatglm2-6b"),
+        "THUDM/chatglm-6b": "THUDM/chatglm-6b",
+        "random:tiny": "random:tiny",
+    }.items():
+        request = read_plan_file(write(tmp_path, f'model = "{name}"\n[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n'))
+        assert (request.model, request.faults) == (model, ())
+
+
+def test_a_directory_here_is_not_taken_for_one_beside_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor for a hub's model: the plan would mean another model wherever it is launched from."""
+    (tmp_path / "here" / "org" / "glm").mkdir(parents=True)
+    (tmp_path / "plans").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    [fault] = faults_of(write(tmp_path / "plans", 'model = "org/glm"\n' + STAGE))
+    assert "not beside the plan file" in fault
+    assert fault.endswith("write '../here/org/glm'")
 
 
 STAGE = '[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n'
@@ -103,6 +123,7 @@ STAGE = '[[stage]]\ndevice = "cpu"\nlayers = "1-6"\n'
         ("[[stage]]\nlayers = '1-6'", "[[stage]] 1: device is missing"),
         ("[stage]\ndevice = 'cpu'", "each under its own [[stage]]"),
         ("stage = [1]", "[[stage]] 1 is not a table"),
+        ("model = ' '\n" + STAGE, "model is empty; name a directory or a hub id"),
         ("model = 'x'", "no stage; add at least one [[stage]]"),
         ("[[stage]\n", "is not TOML"),
         ("[[stages]]\ndevice = 'cpu'\nlayers = '1-6'", "unknown key 'stages'; did you mean 'stage'?"),

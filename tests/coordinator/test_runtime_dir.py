@@ -14,6 +14,7 @@ import pytest
 
 from coordinator.errors import LaunchError
 from coordinator.runtime_dir import MAX_PATH_BYTES, RunningLaunch, RuntimeDir, find_running, remove_stale
+from protocol.endpoints import checked_endpoint
 
 HOLD = "from coordinator.runtime_dir import RuntimeDir; d = RuntimeDir(); print(d.path, flush=True); input()"
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,23 @@ def test_a_base_that_is_too_long_for_socket_paths_is_passed_over(base: Path, mon
     monkeypatch.setattr("coordinator.runtime_dir._bases", lambda: (long_base, base / "absent"))
     with pytest.raises(LaunchError, match=r"the limit is 100; .*absent: No such.*; set TMPDIR"):
         RuntimeDir()
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"new\nline", b"bell\x07"])
+def test_a_base_that_no_endpoint_can_name_is_passed_over(
+    name: bytes, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is used, by launches and by those who look for them."""
+    odd = os.path.join(os.fsencode(base), name)  # noqa: PTH118 - bytes
+    os.mkdir(odd, 0o700)  # noqa: PTH102
+    monkeypatch.setenv("XDG_RUNTIME_DIR", os.fsdecode(odd))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(base))
+    with RuntimeDir() as directory, socket.socket(socket.AF_UNIX) as served:
+        assert directory.path.parent == base
+        assert checked_endpoint(directory.endpoint("control"))
+        served.bind(directory.endpoint("client").removeprefix("ipc://"))
+        assert [launch.endpoint for launch in find_running()] == [directory.endpoint("client")]
+    os.rmdir(odd)  # noqa: PTH106
 
 
 def test_running_launches_are_found_by_their_client_socket(base: Path) -> None:

@@ -23,6 +23,7 @@ from glm.positions import prompt_layout
 from glm.precision import Precision
 from tests.in_process import CPU, in_process_engine
 from tests.tiny_checkpoints import CAUSAL, FAMILIES, PREFIX, write_checkpoint
+from tests.tiny_tokenizers import train_chatglm2
 
 
 @given(
@@ -140,13 +141,19 @@ def test_two_stages_say_what_the_undivided_model_says(family: str, tmp_path: Pat
         (["--text", "{}/text", "--window", "256"], "--window 256 must be from 2 to 255"),
         (["--text", "{}/text", "--window", "10", "--stride", "11"], "--stride 11 must be from 1 to the window of 10"),
         (["--text", "{}/text", "--tokens", "{}"], "is a directory"),
+        (
+            ["--text", "{}/text", "--window", "255"],
+            "--window 255: beside the model's prefix the plan's",
+        ),
+        (["--text", "{}/text", "--window", "20", "--max-model-len", "16"], "--window 20: beside the model's prefix"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_loading(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line, exit code 2; the model has no weights at all."""
-    (tmp_path / "config.json").write_text(json.dumps(CAUSAL))
+    (tmp_path / "config.json").write_text(json.dumps({**CAUSAL, "padded_vocab_size": 1024}))
+    train_chatglm2(tmp_path)
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes(b"a\xe9")
     (tmp_path / "text").write_text("a text")

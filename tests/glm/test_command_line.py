@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ("keys alow a b", "glmpipe keys: action 'alow' is unknown (did you mean allow?)"),
         ("keys allow lab2", "glmpipe keys allow: PUBLIC_KEY is missing"),
         ("keys --keys d allow --nme lab2", "glmpipe keys allow: unknown option --nme"),
+        ("generate --prompt a --model=", "glmpipe generate: --model is empty; give it a value, or leave it out"),
+        ("chat --plan=", "glmpipe chat: --plan is empty; give it a value"),
         ("bench --shape chatglm3", "glmpipe bench: --shape 'chatglm3' is unknown (did you mean chatglm-6b?)"),
     ],
 )

@@ -23,6 +23,7 @@ from glm.layer_cache import CachedCheckpoint, entries, is_to_be_kept, prune, wit
 from glm.model import LayerStack
 from glm.model_source import open_checkpoint
 from glm.precision import Precision
+from tests.homeless import forget_home
 from tests.tiny_checkpoints import CAUSAL, NATIVE, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,10 @@ def test_where_it_is() -> None:
     assert cache_dir({"GLMPIPE_CACHE_DIR": "/a/b", "XDG_CACHE_HOME": "/x"}) == Path("/a/b")
     assert cache_dir({"XDG_CACHE_HOME": "/x"}) == Path("/x/glmpipe")
     assert cache_dir({}) == Path.home() / ".cache" / "glmpipe"
+    with pytest.MonkeyPatch.context() as patch:
+        forget_home(patch)
+        assert cache_dir({}) is None
+        assert cache_dir({"GLMPIPE_CACHE_DIR": "~/b"}) == Path("~/b").absolute()
     for word in ("off", "OFF", "0", "no"):
         assert cache_dir({"GLMPIPE_CACHE": word, "GLMPIPE_CACHE_DIR": "/a/b"}) is None
 
