@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from coordinator.errors import UsageError
+from glm.small_file import read_up_to
 
 MOST_PLAN_BYTES = 1 << 20
 MOST_PROMPT_BYTES = 32 << 20
@@ -19,10 +20,10 @@ def read_input(name: str | Path, what: str, most_bytes: int) -> bytes:
     """
     try:
         if name == "-":
-            found = sys.stdin.buffer.read(most_bytes + 1)
+            found = read_up_to(sys.stdin.buffer, most_bytes + 1)
         else:
             with Path(name).open("rb") as file:
-                found = file.read(most_bytes + 1)
+                found = read_up_to(file, most_bytes + 1)
     except OSError as error:
         raise UsageError(f"{what} {name} cannot be read: {error.strerror}") from None
     if len(found) > most_bytes:

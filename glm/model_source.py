@@ -24,9 +24,14 @@ def open_checkpoint(model_dir: Path) -> ModelSource:
     """
     if random_shape(model_dir) is not None:
         return RandomCheckpoint(model_dir)
+    _check_finished(model_dir)
+    return ConvertedCheckpoint(model_dir) if is_converted(model_dir) else Checkpoint(model_dir)
+
+
+def _check_finished(model_dir: Path) -> None:
+    """Raises ManifestError: somebody converts a model into this directory, or was killed when they did."""
     if is_file(model_dir / UNFINISHED, ManifestError):
         raise ManifestError(str(foreign_folder(model_dir)))
-    return ConvertedCheckpoint(model_dir) if is_converted(model_dir) else Checkpoint(model_dir)
 
 
 def check_weights(source: ModelSource, config: ModelConfig) -> None:
@@ -64,6 +69,7 @@ def made_for(model_dir: Path) -> MadeFor:
     Raises:
         ConfigError: config.json is not usable. ManifestError: the directory says that it is converted, and not how.
     """
+    _check_finished(model_dir)
     is_published = load_config(model_dir).quantization_bits is not None
     if random_shape(model_dir) is not None or not is_converted(model_dir):
         return MadeFor(is_published)

@@ -1,8 +1,11 @@
 """Files of a model that are read whole: whether they are there, and contents of a size that such a file can have."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 from glm.lfs import is_lfs_pointer, lfs_complaint
+
+_PIECE_BYTES = 1 << 20
 
 
 def is_file(path: Path, error_type: type[Exception]) -> bool:
@@ -25,7 +28,7 @@ def read_whole(path: Path, error_type: type[Exception], most_bytes: int) -> byte
         num_bytes = path.stat().st_size
         if num_bytes <= most_bytes:
             with path.open("rb") as file:
-                found = file.read(most_bytes + 1)
+                found = read_up_to(file, most_bytes + 1)
             num_bytes = max(num_bytes, len(found))
     except OSError as error:
         raise error_type(_cannot_be_read(path, error)) from error
@@ -34,6 +37,15 @@ def read_whole(path: Path, error_type: type[Exception], most_bytes: int) -> byte
             f"{path} has {num_bytes} bytes, far more than such a file has (at most {most_bytes}): download it again"
         )
     return found
+
+
+def read_up_to(file: BinaryIO, num_bytes: int) -> bytes:
+    """What a file or a stream has, at most its first `num_bytes`; takes memory for what comes alone. Raises OSError."""
+    parts = []
+    while num_bytes > 0 and (part := file.read(min(num_bytes, _PIECE_BYTES))):
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)
 
 
 def read_beginning(path: Path, error_type: type[Exception], num_bytes: int) -> bytes:

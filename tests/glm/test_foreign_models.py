@@ -12,7 +12,7 @@ from glm import checkpoint
 from glm.checkpoint import Checkpoint
 from glm.config import load_config, parse_config
 from glm.errors import CheckpointError, ConfigError, GlmError, ManifestError, MissingTensorError, ShardError
-from glm.model_source import check_weights, open_checkpoint
+from glm.model_source import check_weights, made_for, open_checkpoint
 from glm.weights_only import why_unsafe
 from tests.tiny_checkpoints import CAUSAL, NATIVE, PREFIX, write_checkpoint
 
@@ -119,8 +119,9 @@ def test_an_unfinished_conversion_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="was not finished"):
         open_checkpoint(tmp_path)
     write_checkpoint(tmp_path)
-    with pytest.raises(ManifestError, match="was not finished"):
-        open_checkpoint(tmp_path)
+    for read in (open_checkpoint, made_for):
+        with pytest.raises(ManifestError, match="was not finished"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(
