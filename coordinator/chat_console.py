@@ -74,6 +74,7 @@ class PlainConsole:
 
     def __init__(self, questions: TextIO, out: TextIO, notes: TextIO) -> None:
         self._questions = questions
+        self._is_beginning = True
         self._out = AnswerWriter(out)
         self._notes = notes
 
@@ -83,6 +84,8 @@ class PlainConsole:
 
     def read(self) -> Entry | None:
         for line in self._questions:
+            if self._is_beginning:
+                line, self._is_beginning = line.removeprefix("\ufeff"), False  # a byte order mark
             if line.strip():
                 return as_entry(self._whole(line))
         return None

@@ -12,6 +12,15 @@ MOST_TEXT_BYTES = 256 << 20
 """Of a text whose likelihood is asked for."""
 
 
+def decoded(data: bytes) -> str:
+    r"""The text of a file as it was meant: without a byte order mark, its lines ending in `\n`.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
+
+
 def read_input(name: str | Path, what: str, most_bytes: int) -> bytes:
     """All of a file, or of stdin (`-`); no more than `most_bytes` are ever in memory. `what` is how errors call it.
 

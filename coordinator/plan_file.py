@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.errors import PlanError, UsageError
-from coordinator.input_files import MOST_PLAN_BYTES, read_input
+from coordinator.input_files import MOST_PLAN_BYTES, decoded, read_input
 from coordinator.plan_request import Option, PlanRequest, StageRequest
 from glm.command_line import nearest
 from glm.home import expanded
@@ -77,7 +77,7 @@ def read_plan_file(path: Path) -> PlanRequest:
     Raises PlanError when the file cannot be read as TOML at all.
     """
     try:
-        text = read_input(path, "the plan file", MOST_PLAN_BYTES).decode("utf-8-sig")
+        text = decoded(read_input(path, "the plan file", MOST_PLAN_BYTES))
         table = tomllib.loads(text)
     except UsageError as error:
         raise PlanError([str(error)]) from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from coordinator.errors import UsageError
-from coordinator.input_files import MOST_PROMPT_BYTES, read_input
+from coordinator.input_files import MOST_PROMPT_BYTES, decoded, read_input
 from protocol.limits import MAX_PROMPT
 
 
@@ -17,14 +17,14 @@ def read_system(text: str) -> str:
         return _checked(text.removeprefix("@") if text.startswith("@@") else text, "the system prompt")
     path = Path(text[1:])
     try:
-        content = read_input(path.expanduser(), "the system prompt", MOST_PROMPT_BYTES).decode("utf-8-sig")
+        content = decoded(read_input(path.expanduser(), "the system prompt", MOST_PROMPT_BYTES))
     except UnicodeDecodeError as error:
         raise UsageError(f"the system prompt {path} is not UTF-8 text (byte {error.start}); convert it") from None
     except UsageError as error:
         raise UsageError(f"{error}; @@ begins a text with an @") from None
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"the system prompt {path} cannot be read: {error}; @@ begins a text with an @") from None
-    return _checked(content.replace("\r\n", "\n").removesuffix("\n"), f"the system prompt {path}")
+    return _checked(content.removesuffix("\n"), f"the system prompt {path}")
 
 
 def _checked(text: str, what: str) -> str:

@@ -16,6 +16,7 @@ from glm.confined import Confined
 from glm.decoding import DecodingRules, Piece
 from glm.dialect import Dialect
 from glm.errors import TokenizerError
+from glm.json_file import read_json_object
 from glm.small_file import is_file, read_whole
 from glm.tokenizer import Tokenizer, Vocabulary, read_tokenizer_file
 from glm.tokenizer_json import SPLIT_PATTERN, read_tokenizer_json
@@ -121,6 +122,10 @@ def load_tokenizer_json(path: Path, dialect: Dialect, config: ModelConfig, setti
     """A `tokenizer.json` of a model in one of transformers' layouts."""
     found = read_tokenizer_json(path, config.vocab_size)
     template = read_chat_template(path.parent, settings)
+    roles = read_json_object(path.parent / "special_tokens_map.json", TokenizerError)
+    # As in transformers: the file of tokens goes before, unless the other has the tokens themselves.
+    first, second = (roles, settings) if "added_tokens_decoder" in settings else (settings, roles)
+    variables = {**_template_variables(first), **_template_variables(second)}
     try:
         backend = tokenizers.Tokenizer.from_str(found.text)
         decoder = type(backend.decoder).__name__
@@ -129,7 +134,7 @@ def load_tokenizer_json(path: Path, dialect: Dialect, config: ModelConfig, setti
                 f"{path} decodes with {decoder}; GLM models decode with ByteLevel, others are not supported"
             )
         own_rules = None if found.own_rules is None else OwnRules(path, found.own_rules)
-        return JsonTokenizer(backend, dialect, settings, template, own_rules)
+        return JsonTokenizer(backend, dialect, template, variables, own_rules)
     except (TokenizerError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises nothing narrower, and when it panics something wider
@@ -168,8 +173,8 @@ class JsonTokenizer(Tokenizer):
         self,
         backend: tokenizers.Tokenizer,
         dialect: Dialect,
-        settings: Mapping[str, Any],
         chat_template: str | None,
+        variables: Mapping[str, str],
         own_rules: OwnRules | None = None,
     ) -> None:
         """With `own_rules` those encode, and `backend` has everything else."""
@@ -194,7 +199,7 @@ class JsonTokenizer(Tokenizer):
                 prefix_ids=prefix_ids,
                 suffix_ids=suffix_ids,
                 chat_template=chat_template,
-                template_variables=_template_variables(settings),
+                template_variables=variables,
             )
         )
 

@@ -77,15 +77,26 @@ def _words() -> Callable[[str], Answer]:
 
 def _templates() -> Callable[[str], Answer]:
     """Variables to text, by a chat template."""
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def fail(message: str) -> NoReturn:
         raise TemplateError(message)
 
+    class Generation(Extension):
+        """`{% generation %}` marks what a model is trained to say; here it only bounds a scope, as in transformers."""
+
+        tags = {"generation"}  # noqa: RUF012 - so jinja2 has it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
     # The environment that published templates are written for.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = fail

@@ -22,6 +22,8 @@ SMALL_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "*.jinja",
     "tokenizer.model",
     "ice_text.model",

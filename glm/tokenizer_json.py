@@ -47,7 +47,7 @@ def read_tokenizer_json(path: Path, vocab_size: int) -> TokenizerJson:
         num_containers = data.count(b"{") + data.count(b"[")
         if num_containers > MOST_CONTAINERS:
             raise TokenizerError(f"{path} has {num_containers} objects and arrays, far more than such a file has")
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
         keys = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is no complete tokenizer.json ({error}): download it again") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from coordinator.commands.options import add_system_option, add_tools_option, chosen_system, chosen_tools, token_ids
 from coordinator.conversation import system_turn
 from coordinator.errors import GenerationError, UsageError
-from coordinator.input_files import MOST_PROMPT_BYTES, read_input
+from coordinator.input_files import MOST_PROMPT_BYTES, decoded, read_input
 from coordinator.terminal import is_terminal
 
 if TYPE_CHECKING:
@@ -113,6 +113,6 @@ def _check_ids(prompt: TokenPrompt, config: ModelConfig) -> None:
 def _read(name: str) -> str:
     """A file's text without the newline that editors put at its end."""
     try:
-        return read_input(name, "--prompt-file", MOST_PROMPT_BYTES).decode("utf-8").removesuffix("\n")
+        return decoded(read_input(name, "--prompt-file", MOST_PROMPT_BYTES)).removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompt-file {name} is not UTF-8 text (byte {error.start}); convert it") from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from coordinator.commands.options import add_model_options, add_placement_options
 from coordinator.commands.session import check_writable, launched
 from coordinator.errors import UsageError
-from coordinator.input_files import MOST_TEXT_BYTES, read_input
+from coordinator.input_files import MOST_TEXT_BYTES, decoded, read_input
 
 if TYPE_CHECKING:
     from coordinator.chat_model import ChatModel
@@ -148,7 +148,7 @@ def _lines(score: TextScore, window: int, stride: int, seconds: float) -> tuple[
 
 def _read(name: str) -> str:
     try:
-        text = read_input(name, "--text", MOST_TEXT_BYTES).decode("utf-8-sig")
+        text = decoded(read_input(name, "--text", MOST_TEXT_BYTES))
     except UnicodeDecodeError as error:
         raise UsageError(f"--text {name} is not UTF-8 text (byte {error.start}); convert it") from None
     if not text:

@@ -1,5 +1,6 @@
 """Conversations become prompts as published; what the formats have no place for is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import transformers
 
 from glm.chat_format import ChatMessage, chat_format_for
-from glm.errors import ChatFormatError
+from glm.errors import ChatFormatError, TokenizerError
 from glm.tokenizer import Tokenizer, load_tokenizer
 from tests.glm.test_tokenizer_published import cases_of, load
 from tests.tiny_tokenizers import tiny_config, train_chatglm, train_chatglm2, train_tokenizer_json
@@ -98,6 +99,53 @@ def test_templates_render_as_transformers_renders_them(templated: Tokenizer, tem
         tools = [tool for message in messages for tool in message.tools] or None
         expected = oracle.apply_chat_template(plain, tools=tools, add_generation_prompt=True, return_dict=False)
         assert chat_format_for(templated).encode(messages) == expected
+
+
+GENERATION = """{% set said = 'x' %}{% for message in messages %}
+{{- message.role -}}
+{%- if message.role == 'assistant' -%}
+  {%- generation -%}{% set said = 'y' %}{{ message.content }}{{ said }}{%- endgeneration -%}
+{%- else -%}{{ message.content }}{% endif %}{{ said }}{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [GENERATION, GENERATION.replace("\n", "\r\n")])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_what_a_template_is_trained_to_say_is_no_mark(template: str, mark: bytes, tmp_path: Path) -> None:
+    """`{% generation %}` is ignored as transformers ignores it; so are a byte order mark and carriage returns."""
+    train_tokenizer_json(tmp_path, GENERATION)
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(mark + template.encode())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(mark + (tmp_path / name).read_bytes().replace(b"\n", b"\r\n"))
+    messages = [HELLO, ChatMessage("assistant", "hello"), ChatMessage("user", "again")]
+    plain = [{"role": message.role, "content": message.content} for message in messages]
+    expected = oracle.apply_chat_template(plain, return_dict=False)
+    assert chat_format_for(load_tokenizer(tmp_path, tiny_config("glm4"))).encode(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "rendered"),
+    [
+        ({}, "<sop>."),
+        ({"bos_token": "[MASK]"}, "<sop>."),
+        ({"bos_token": "[MASK]", "added_tokens_decoder": {}}, "[MASK]."),
+        ({"added_tokens_decoder": {}}, "<sop>."),
+    ],
+)
+def test_special_tokens_map_counts(settings: dict[str, object], rendered: str, tmp_path: Path) -> None:
+    """A text or an object; before tokenizer_config.json, unless that has the tokens themselves, as in transformers."""
+    train_tokenizer_json(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": "{{ bos_token }}{{ eos_token }}"})
+    )
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": {"content": "<sop>", "lstrip": False}, "eos_token": "."})
+    )
+    tokenizer = load_tokenizer(tmp_path, tiny_config("glm"))
+    assert tokenizer.decode(chat_format_for(tokenizer).encode([HELLO]), skip_special=False) == rendered
+    (tmp_path / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"special_tokens_map\.json"):
+        load_tokenizer(tmp_path, tiny_config("glm"))
 
 
 def test_typed_special_names_stay_text_in_a_template(templated: Tokenizer) -> None:
