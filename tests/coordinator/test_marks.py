@@ -30,13 +30,13 @@ def test_a_prompt_file_is_the_text_in_it(raw: bool, tmp_path: Path) -> None:
 
 def test_a_plan_and_a_config_are_read(tmp_path: Path) -> None:
     """As those without, a text of several lines in a plan too."""
-    plain = b'model = """\nx"""\n[[stage]]\ndevice = "cpu"\nlayers = "1-4"\n'
+    plain = b'model = """\norg/x"""\n[[stage]]\ndevice = "cpu"\nlayers = "1-4"\n'
     windows = MARK + plain.replace(b"\n", b"\r\n")
     found = []
     for name, data in (("plain", plain), ("windows", windows)):
         (tmp_path / f"{name}.toml").write_bytes(data)
         found.append(read_plan_file(tmp_path / f"{name}.toml"))
-    assert found[0].model == found[1].model == "x"
+    assert found[0].model == found[1].model == "org/x"
     assert found[0].faults == found[1].faults == ()
     (tmp_path / "config.json").write_bytes(MARK + json.dumps(CAUSAL, indent=1).encode().replace(b"\n", b"\r\n"))
     assert load_config(tmp_path).num_layers == 4

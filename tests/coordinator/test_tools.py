@@ -111,7 +111,7 @@ def test_the_option_is_checked_before_anything_loads(
     """The file, and whether this model takes tools; one that does comes to its weights."""
     tools = tmp_path / "tools.json"
     words = [*command.split(), "--model", str(tmp_path), "--tools", str(tools)]
-    (tmp_path / "config.json").write_text(json.dumps({**CAUSAL, "padded_vocab_size": 4096}))
+    (tmp_path / "config.json").write_text(json.dumps({**CAUSAL, "padded_vocab_size": 4096, "seq_length": 1024}))
     train_chatglm2(tmp_path)
     for content, said in (
         (None, f"--tools {tools} cannot be read: No such file"),
