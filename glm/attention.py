@@ -12,9 +12,7 @@ from glm.kv_cache import SequenceCache
 from glm.positions import PromptLayout, token_position, token_positions, visible_keys
 from glm.rotary import Rotary, RotaryTable
 
-# Of one segment; of more, in prompts, torch's attention.
-_MOST_NATIVE_TOKENS = 64
-# Of all segments: their rotary tables are looked up, not computed.
+# Of all segments: their positions are told one by one, which takes less time.
 _FEW_TOKENS = 16
 
 
@@ -27,23 +25,19 @@ class Segment(NamedTuple):
     layout: PromptLayout | None = None
 
     @property
-    def is_causal(self) -> bool:
-        """Whether none of its tokens sees a later one: true of all but the prompts of a prefix LM."""
-        return self.layout is None or self.num_tokens == 1 or self.start_pos >= self.layout.context_length
+    def num_visible(self) -> int:
+        """How many of the first keys each token sees, though they may come later: the context of a prefix LM."""
+        return 0 if self.layout is None else self.layout.context_length
 
 
 class Geometry(NamedTuple):
-    """What all layers of one forward share: rotary tables of all tokens, and who sees whom in each segment."""
+    """What all layers of one forward share: rotary tables of all tokens, and who sees whom in each segment (which the
+    native kernels know from `Segment` alone: None)."""
 
     segments: tuple[Segment, ...]
     rotary: RotaryTable
     visible: tuple[torch.Tensor | None, ...]
     kernels: NativeKernels | None = None
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether every token sees the keys up to its own and no others."""
-        return all(segment.is_causal for segment in self.segments)
 
     def sequences(self, layer: int) -> list[CachedSequence]:
         """Where each segment's keys and values lie, from a layer of the range on."""
@@ -52,11 +46,13 @@ class Geometry(NamedTuple):
 
 def _from_layer(segment: Segment, layer: int) -> CachedSequence:
     cache = segment.cache
-    return CachedSequence(cache.places_from(layer), cache.capacity, segment.start_pos, segment.num_tokens)
+    sizes = (cache.capacity, segment.start_pos, segment.num_tokens, segment.num_visible)
+    return CachedSequence(cache.places_from(layer), *sizes)
 
 
 def _cache_view(segment: Segment, layer: int) -> CacheView:
-    return CacheView(*segment.cache.tensors(layer), segment.start_pos, segment.num_tokens)
+    sizes = (segment.start_pos, segment.num_tokens, segment.num_visible)
+    return CacheView(*segment.cache.tensors(layer), *sizes)
 
 
 def make_geometry(
@@ -72,7 +68,7 @@ def make_geometry(
         SegmentError: a segment is empty, shares a cache with another, or cuts a prefix.
     """
     _check(segments)
-    masks = [visible_keys(s.start_pos, s.num_tokens, s.layout) for s in segments]
+    masks = [None if kernels else visible_keys(s.start_pos, s.num_tokens, s.layout) for s in segments]
     return Geometry(
         segments=tuple(segments),
         rotary=_rotary_table(segments, rotary),
@@ -82,7 +78,7 @@ def make_geometry(
 
 
 def _rotary_table(segments: Sequence[Segment], rotary: Rotary) -> RotaryTable:
-    if rotary.looks_up and sum([s.num_tokens for s in segments]) <= _FEW_TOKENS:
+    if sum([s.num_tokens for s in segments]) <= _FEW_TOKENS:
         places = [(at, s.layout) for s in segments for at in range(s.start_pos, s.start_pos + s.num_tokens)]
         return rotary.rows([token_position(at, layout) for at, layout in places])
     positions = [token_positions(s.start_pos, s.num_tokens, s.layout) for s in segments]
@@ -117,14 +113,13 @@ def attend(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tenso
         [num_tokens, num_heads * head_dim].
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if geometry.kernels is not None:
+        geometry.kernels.attend(query, key, value, [_cache_view(s, layer) for s in geometry.segments], out)
+        return out.flatten(1)
     start = 0
     for segment, visible in zip(geometry.segments, geometry.visible, strict=True):
         new = slice(start, start + segment.num_tokens)
         start = new.stop
-        parts = (query[new], key[new], value[new])
-        if geometry.kernels is not None and segment.num_tokens <= _MOST_NATIVE_TOKENS and segment.is_causal:
-            geometry.kernels.attend(*parts, [_cache_view(segment, layer)], out[new])
-            continue
         keys, values = segment.cache.write(layer, key[new], value[new])
         out[new] = _attend_one(query[new], keys, values, visible)
     return out.flatten(1)

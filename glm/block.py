@@ -85,7 +85,7 @@ class _Layer(ABC):
         """See `Block`."""
 
     def __call__(self, hidden: torch.Tensor, geometry: Geometry, layer: int) -> torch.Tensor:
-        if self.native is not None and len(hidden) <= self.native.most_tokens and geometry.is_causal:
+        if self.native is not None:
             return self.native(hidden, geometry.rotary.cos, geometry.rotary.sin, geometry.sequences(layer))
         residual, *attended = self.open(hidden, geometry.rotary)
         return self.close(residual, attend(geometry, layer, *attended))

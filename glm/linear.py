@@ -10,16 +10,13 @@ from torch.nn import functional
 
 from glm.kernels.cuda.kernels import MOST_FUSED_TOKENS, CudaKernels, CudaWeight, MissingKernels
 from glm.kernels.memory import empty_weight
-from glm.kernels.native import MOST_NATIVE_BF16_TOKENS, NativeKernels, NativeWeight
+from glm.kernels.native import NativeKernels, NativeWeight
 from glm.kernels.packed import PackedWeight
 from glm.precision import Precision
 from glm.quantization import QuantizedWeight, quantize, unpack_int4
 
 Weight = torch.Tensor | QuantizedWeight | PackedWeight
 Kernels = NativeKernels | CudaKernels | MissingKernels | None
-
-# Beyond this, in long prompts, a matrix unit is faster, which takes bf16.
-MOST_INTEGER_TOKENS = 64
 
 
 class Linear(Protocol):
@@ -57,11 +54,15 @@ class DenseLinear:
 
 
 class QuantizedLinear:
-    """Integer weights, dequantised a cache-sized block of rows at a time; `note` says why nothing faster does it."""
+    """Integer weights, dequantised a cache-sized block of rows at a time, of a kind that kernels do not multiply as it
+    is: the blocks are multiplied by the native ones where there are such, else by torch; `note` says why."""
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, note: str = "") -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: torch.Tensor | None, kernels: NativeKernels | None = None, note: str = ""
+    ) -> None:
         self.weight = weight
         self.bias = bias
+        self._kernels = kernels
         self._note = f" ({note})" if note else ""
         self._blocks = weight.row_blocks()
 
@@ -71,23 +72,23 @@ class QuantizedLinear:
 
     @property
     def path(self) -> str:
-        return f"torch dequantise + matmul{self._note}"
+        return f"torch dequantise + {f'native {self._kernels.name}' if self._kernels else 'matmul'}{self._note}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], self.weight.num_rows)
         for block in self._blocks:
-            out[:, block] = functional.linear(x, self.weight.rows(block).dequantize(x.dtype))
+            out[:, block] = make_linear(self.weight.rows(block).dequantize(x.dtype), None, self._kernels)(x)
         return out if self.bias is None else out.add_(self.bias)
 
 
 class NativeLinear:
-    """A bf16 or packed weight in CPU memory, multiplied by the native kernels; bf16 for many tokens is torch's."""
+    """A float or packed weight in CPU memory, multiplied by the native kernels, whatever the number of tokens: another
+    arithmetic for many of them would give a token other bits in other company."""
 
     def __init__(self, weight: torch.Tensor | PackedWeight, native: NativeWeight, kernels: NativeKernels) -> None:
         self.weight = weight
         self.native = native
         self.kernels = kernels
-        self._dense = DenseLinear(native.values, native.bias) if native.dtype == torch.bfloat16 else None
 
     @property
     def num_bytes(self) -> int:
@@ -98,10 +99,6 @@ class NativeLinear:
         return f"native {self.kernels.name}, {_name(self.native.dtype)}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._dense is not None and x.shape[0] > MOST_NATIVE_BF16_TOKENS:
-            return self._dense(x)
-        if x.shape[0] > MOST_INTEGER_TOKENS and self._dense is None and self.kernels.has_matrix_unit:
-            return self.kernels.product_by_blocks(x, self.native)
         return self.kernels.product(x, self.native)
 
 
@@ -173,7 +170,8 @@ def _quantized_linear(weight: QuantizedWeight, bias: torch.Tensor | None, kernel
         prepared = kernels.prepare(weight, bias)
         if prepared is not None:
             return CudaLinear(prepared, kernels)
-    return QuantizedLinear(weight, bias, kernels.reason if isinstance(kernels, MissingKernels) else "")
+    native = kernels if isinstance(kernels, NativeKernels) and weight.values.device.type == "cpu" else None
+    return QuantizedLinear(weight, bias, native, kernels.reason if isinstance(kernels, MissingKernels) else "")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -47,7 +47,6 @@ class LayerStack:
         natives = [block.native for block in self.blocks if block.native is not None]
         layers = [layer for native in natives for layer in native.layers]
         self.native = NativeStack(layers) if len(layers) == len(self.blocks) > 0 else None
-        self._most_at_once = 0 if self.native is None else min(MOST_AT_ONCE, self.native.most_tokens)
 
     @classmethod
     def load(
@@ -149,7 +148,7 @@ class LayerStack:
             if before_layer is not None:
                 before_layer()
             hidden = self._graphs.forward(hidden, geometry)
-        elif observer is None and self.native is not None and num_tokens <= self._most_at_once and geometry.is_causal:
+        elif observer is None and self.native is not None and num_tokens <= MOST_AT_ONCE:
             if before_layer is not None:
                 before_layer()
             hidden = self.native(hidden, geometry.rotary.cos, geometry.rotary.sin, geometry.sequences(0))

@@ -40,39 +40,47 @@ def _inverse_frequencies(width: int, base: float, is_prefix_lm: bool) -> torch.T
 
 
 class Rotary:
-    """The rotary tables of a model's tokens, for layers on one device."""
+    """The rotary tables of a model's tokens, for layers on one device.
+
+    Rows are looked up in one table of all positions up to some, whatever is asked for beside them: computed anew, a
+    cosine may have another last bit at the end of a vector than in the middle.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._num_parts = 2 if config.position_encoding_2d else 1
         self._frequencies = inverse_frequencies(config)
         self._device = device
-        self.looks_up = device.type == "cpu"
-        # Of all positions up to some, [positions, 1, 1, pairs].
-        self._cos = self._sin = torch.empty(0, 1, 1, 0)
-        self._num_positions = 0
+        # [positions, 1, 1, pairs]
+        self._cos = self._sin = torch.empty(0, 1, 1, len(self._frequencies))
 
     def table(self, positions: torch.Tensor) -> RotaryTable:
         """The table for token positions int64 [2, num_tokens] (see `positions.token_positions`)."""
-        rows = positions[: self._num_parts].to(torch.float32).t()
-        angles = (rows.unsqueeze(-1) * self._frequencies).unsqueeze(1).contiguous()
-        return RotaryTable(angles.cos().to(self._device), angles.sin().to(self._device))
+        rows = positions[: self._num_parts].t().flatten()
+        self._reach(int(rows.max()))
+        return self._look_up(rows, positions.shape[1])
 
     def rows(self, positions: Sequence[tuple[int, int]]) -> RotaryTable:
-        """The same, on the CPU, for few tokens' position and block position: looked up, which takes less time."""
-        num_parts = self._num_parts
-        wanted = [position for token in positions for position in token[:num_parts]]
-        if (last := max(wanted)) >= self._num_positions:
-            self._reach(last)
+        """The same for few tokens' position and block position, in less time."""
+        wanted = [position for token in positions for position in token[: self._num_parts]]
+        self._reach(last := max(wanted))
         if len(wanted) == 1:
-            return RotaryTable(self._cos[last : last + 1], self._sin[last : last + 1])
-        rows, shape = torch.tensor(wanted), (len(positions), 1, num_parts, -1)
-        return RotaryTable(self._cos.index_select(0, rows).view(shape), self._sin.index_select(0, rows).view(shape))
+            cos, sin = self._cos[last : last + 1], self._sin[last : last + 1]
+            return RotaryTable(cos.to(self._device), sin.to(self._device))
+        return self._look_up(torch.tensor(wanted), len(positions))
+
+    def _look_up(self, rows: torch.Tensor, num_tokens: int) -> RotaryTable:
+        shape = (num_tokens, 1, self._num_parts, -1)
+        cos, sin = (table.index_select(0, rows).view(shape) for table in (self._cos, self._sin))
+        return RotaryTable(cos.to(self._device), sin.to(self._device))
 
     def _reach(self, position: int) -> None:
-        self._num_positions = max(_LEAST_POSITIONS, 1 << position.bit_length())
-        rows = torch.arange(self._num_positions, dtype=torch.float32).unsqueeze(-1)
-        angles = (rows * self._frequencies)[:, None, None]
-        self._cos, self._sin = angles.cos(), angles.sin()
+        """Have rows up to a position; those that were there stay as they are."""
+        start = len(self._cos)
+        if position < start:
+            return
+        rows = torch.arange(start, max(_LEAST_POSITIONS, 1 << position.bit_length()), dtype=torch.float32)
+        angles = (rows.unsqueeze(-1) * self._frequencies)[:, None, None]
+        self._cos, self._sin = torch.cat((self._cos, angles.cos())), torch.cat((self._sin, angles.sin()))
 
 
 def rotate_halves(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:

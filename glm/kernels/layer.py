@@ -1,4 +1,4 @@
-"""Whole layers in one call of the native kernels, for a few tokens: nothing is left for Python to do."""
+"""Whole layers in one call of the native kernels: nothing is left for Python to do."""
 
 import ctypes
 from collections.abc import Sequence
@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from glm.kernels.native import MOST_NATIVE_BF16_TOKENS, CachedSequence, NativeKernels, NativeWeight, WeightPointers
-
-_MOST_INTEGER_TOKENS = 64
+from glm.kernels.native import SCALAR_TYPES, CachedSequence, NativeKernels, NativeWeight, WeightPointers
 
 
 class _Norm(ctypes.Structure):
@@ -25,7 +23,7 @@ class _Layer(ctypes.Structure):
         *[(name, _Norm) for name in ("input", "post", "attended", "expanded")],
         *[(n, ctypes.c_int64) for n in ("hidden_size", "heads", "kv_heads", "head_dim", "parts", "pairs")],
         *[(name, ctypes.c_float) for name in ("eps", "alpha")],
-        *[(name, ctypes.c_int32) for name in ("is_prefix", "is_bf16")],
+        *[(name, ctypes.c_int32) for name in ("is_prefix", "type")],
     )
 
 
@@ -66,8 +64,6 @@ class NativeLayer:
         norms: tuple[NormWeights, NormWeights, NormWeights | None, NormWeights | None],
         shape: LayerShape,
     ) -> None:
-        is_bf16 = linears[0].dtype == torch.bfloat16
-        self.most_tokens = MOST_NATIVE_BF16_TOKENS if is_bf16 else _MOST_INTEGER_TOKENS
         self.kernels = kernels
         self._held = (linears, norms)  # the memory behind the pointers
         sizes = (shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim)
@@ -75,7 +71,7 @@ class NativeLayer:
             *[ctypes.pointer(linear.pointers) for linear in linears],
             *[_norm(norm) for norm in norms],
             *(*sizes, shape.rotary_parts, shape.rotary_pairs),
-            *(shape.eps, shape.alpha, shape.is_prefix, is_bf16),
+            *(shape.eps, shape.alpha, shape.is_prefix, SCALAR_TYPES[linears[0].dtype]),
         )
 
     @property
@@ -89,7 +85,6 @@ class NativeStack:
     of the processor's caches, and taking them up again costs more than all that it has to do there."""
 
     def __init__(self, layers: Sequence[NativeLayer]) -> None:
-        self.most_tokens = min(layer.most_tokens for layer in layers)
         self._kernels = layers[0].kernels
         self.layers = tuple(layers)
         self._addresses = (ctypes.c_void_p * len(layers))(*[layer.address for layer in layers])

@@ -1,12 +1,15 @@
 """The native CPU kernels: libraries built at install time (setup.py), one for each instruction set, called by ctypes.
 
-A product with few rows of activations costs what reading the weights costs. bf16 weights are multiplied by bf16
-activations and summed in fp32. Integer weights enter exactly. AVX-512 rounds activations, relative to the largest of
-each 32 columns, and multiplies byte by byte. Where the integers are the published model it rounds to 24 bits, which
-makes products as exact as torch's in fp32 (relative rms error 3e-7). Else int8 weights have 16 bits in two thirds of
-the time (2e-5, a tenth of what fp16 activations would lose), and beyond 64 tokens, in long prompts, 8 bits in half of
-that (5e-3, as bf16 activations). int4 weights, which lose twenty times as much themselves, always have 8 bits: a decode
-step is a sixth faster than with 16. The other libraries are exact always.
+They have one rule: what a token gets depends on that token and on what it sees, bit for bit, and neither on how many
+others go with it nor on the number of threads. Each sum has an order of its own, which no tile and no tail changes.
+
+A product with few rows of activations costs what reading the weights costs. Float weights are multiplied by
+activations of their own dtype and summed in fp32. Integer weights enter exactly. AVX-512 rounds activations, relative
+to the largest of each 32 columns, and multiplies byte by byte. Where the integers are the published model it rounds to
+24 bits, which makes products as exact as torch's in fp32 (relative rms error 3e-7). Else int8 weights have 16 bits in
+two thirds of the time (2e-5, a tenth of what fp16 activations would lose). int4 weights, which lose twenty times as
+much themselves, have 8 bits (5e-3, as bf16 activations): a decode step is a sixth faster than with 16. The other
+libraries are exact always.
 """
 
 import ctypes
@@ -19,19 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from glm.kernels.memory import empty_weight
 from glm.kernels.packed import BLOCK_ROWS, GROUP_COLUMNS, PackedWeight, packed_shape
 from glm.quantization import QuantizedWeight
 
 # Raised, here and in native/kernels.cpp, with every change of a signature or a structure.
-_INTERFACE = 4
+_INTERFACE = 5
 # Best first.
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
-# Beyond this, torch's bf16 matmul is the faster one: docs/measurements.md.
-MOST_NATIVE_BF16_TOKENS = 8
-_BLOCK_ELEMENTS = 1 << 20
+# `ScalarType` in native/product.h.
+SCALAR_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class WeightPointers(ctypes.Structure):
@@ -43,8 +44,7 @@ class WeightPointers(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("is_exact", ctypes.c_int32),
+        *[(name, ctypes.c_int32) for name in ("bits", "type", "is_exact")],
     )
 
 
@@ -53,7 +53,7 @@ class _Cache(ctypes.Structure):
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("keys", "values")],
-        *[(name, ctypes.c_int64) for name in ("capacity", "length", "tokens")],
+        *[(name, ctypes.c_int64) for name in ("capacity", "length", "tokens", "visible")],
     )
 
 
@@ -73,12 +73,14 @@ class _Attention(ctypes.Structure):
 @dataclass(frozen=True, slots=True)
 class CacheView:
     """Of one sequence in one layer: keys and values, both [num_kv_heads, capacity, head_dim] and contiguous, how many
-    count, and for how many new tokens behind them there is room."""
+    count, and for how many new tokens behind them there is room. Each of these sees the keys up to its own, and the
+    first `num_visible` in any case."""
 
     keys: torch.Tensor
     values: torch.Tensor
     length: int
     num_new: int = 1
+    num_visible: int = 0
 
 
 class CachedSequence(NamedTuple):
@@ -91,6 +93,7 @@ class CachedSequence(NamedTuple):
     capacity: int
     length: int
     num_new: int
+    num_visible: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,6 @@ class NativeKernels:
         pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._product = _function(library.glm_product, pointer, pointer, size, pointer, flag)
         self._pack = _function(library.glm_pack, pointer, pointer, pointer, pointer, flag)
-        self._unpack = _function(library.glm_unpack, pointer, size, size, pointer, flag)
-        self.has_matrix_unit = bool(library.glm_has_matrix_unit())
         self._read = _function(library.glm_read, pointer, size, flag)
         self._rms_norm = _function(
             library.glm_rms_norm, pointer, pointer, ctypes.c_float, size, size, pointer, flag, flag
@@ -153,8 +154,8 @@ class NativeKernels:
         if isinstance(weight, PackedWeight):
             values, scales, dtype = weight.values, weight.scales, torch.float32
         else:
-            values, scales, dtype = weight, None, torch.bfloat16
-            if weight.dtype != dtype or weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
+            values, scales, dtype = weight, None, weight.dtype
+            if not self.can_step(weight) or not weight.is_contiguous() or not weight.numel():
                 return None
         if bias is not None and bias.dtype != dtype:
             return None
@@ -163,8 +164,8 @@ class NativeKernels:
     def product(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
         """x [num_tokens, columns] times the weight [rows, columns], plus its bias -> [num_tokens, rows].
 
-        Both in bf16 for a bf16 weight, in fp32 for an integer one. A row of the result depends on its row of `x` alone,
-        bit for bit, and on no number of threads; of int8 weights made here it is so up to 64 tokens, and again beyond.
+        Both in the dtype of a float weight, in fp32 for an integer one. A row of the result depends on its row of `x`
+        alone, bit for bit, and on no number of threads.
         """
         assert x.dtype == weight.dtype and x.shape[1] == weight.pointers.columns
         x = x.contiguous()
@@ -173,39 +174,24 @@ class NativeKernels:
         self._product(ctypes.addressof(weight.pointers), x.data_ptr(), x.shape[0], out.data_ptr(), threads)
         return out
 
-    def product_by_blocks(self, x: torch.Tensor, weight: NativeWeight) -> torch.Tensor:
-        """The product of an integer weight in bf16: a few rows at a time are dequantised, and torch multiplies.
-
-        For many tokens and a matrix unit; x and the result in fp32, rounded to bf16 (relative rms error 4e-3).
-        """
-        rows, columns, threads = weight.pointers.rows, weight.pointers.columns, torch.get_num_threads()
-        step = max(BLOCK_ROWS, _BLOCK_ELEMENTS // columns // BLOCK_ROWS * BLOCK_ROWS)
-        block = torch.empty(min(step, rows), columns, dtype=torch.bfloat16)
-        narrow, out = x.to(torch.bfloat16), torch.empty(x.shape[0], rows)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            self._unpack(ctypes.addressof(weight.pointers), start, count, block.data_ptr(), threads)
-            out[:, start : start + count] = functional.linear(narrow, block[:count])
-        return out if weight.bias is None else out.add_(weight.bias)
-
     def can_step(self, example: torch.Tensor) -> bool:
-        """Whether the four functions below compute with tensors like this one."""
-        return example.device.type == "cpu" and example.dtype in (torch.float32, torch.bfloat16)
+        """Whether all functions here compute with tensors like this one."""
+        return example.device.type == "cpu" and example.dtype in SCALAR_TYPES
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """[num_tokens, size] -> the same: `norm.RMSNorm` in one pass."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), half, threads)
+        scalar, threads = SCALAR_TYPES[x.dtype], torch.get_num_threads()
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), scalar, threads)
         return out
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, 2 * size] -> [num_tokens, size]: SiLU of the first half times the second."""
         x = x.contiguous()
         out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype)
-        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-        self._gate(x.data_ptr(), *out.shape, out.data_ptr(), half, threads)
+        scalar, threads = SCALAR_TYPES[x.dtype], torch.get_num_threads()
+        self._gate(x.data_ptr(), *out.shape, out.data_ptr(), scalar, threads)
         return out
 
     def rotate(self, x: torch.Tensor, num_heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -214,9 +200,9 @@ class NativeKernels:
         `cos` and `sin`: fp32 [num_tokens, ..., pairs], as in `rotary.RotaryTable` for one-dimensional positions.
         """
         num_tokens, all_heads, head_dim = x.shape
-        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        scalar, threads = SCALAR_TYPES[x.dtype], torch.get_num_threads()
         stride, tables = all_heads * head_dim, (cos.data_ptr(), sin.data_ptr())
-        self._rotate(x.data_ptr(), num_tokens, stride, num_heads, head_dim, *tables, cos.shape[-1], half, threads)
+        self._rotate(x.data_ptr(), num_tokens, stride, num_heads, head_dim, *tables, cos.shape[-1], scalar, threads)
 
     def attend(
         self,
@@ -230,8 +216,8 @@ class NativeKernels:
 
         query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim], elements of a head
         side by side, `out` as query and contiguous. The tokens of one sequence follow each other: each sees what was
-        cached, those before it and itself. What it gets depends neither on the others that come along nor on the number
-        of threads, bit for bit.
+        cached, those before it and itself, and of a prefix LM's prompt (`CacheView.num_visible`) all. What it gets
+        depends neither on the others that come along nor on the number of threads, bit for bit.
         """
         assert len(query) == sum(cache.num_new for cache in caches)
         parts = (query, key, value)
@@ -239,7 +225,7 @@ class NativeKernels:
         strides = [part.stride(axis) for axis in (0, 1) for part in parts]
         sizes = (len(query), query.shape[1], key.shape[1], query.shape[2])
         call = _Attention(*pointers, *strides, *sizes, _caches(caches), out.data_ptr())
-        self._attend(ctypes.addressof(call), query.dtype == torch.bfloat16, torch.get_num_threads())
+        self._attend(ctypes.addressof(call), SCALAR_TYPES[query.dtype], torch.get_num_threads())
 
     def layers(
         self,
@@ -270,7 +256,10 @@ class NativeKernels:
 
 def _caches(views: Sequence[CacheView]) -> ctypes.Array[_Cache]:
     return (_Cache * len(views))(
-        *[_Cache(v.keys.data_ptr(), v.values.data_ptr(), v.keys.shape[1], v.length, v.num_new) for v in views]
+        *[
+            _Cache(v.keys.data_ptr(), v.values.data_ptr(), v.keys.shape[1], v.length, v.num_new, v.num_visible)
+            for v in views
+        ]
     )
 
 
@@ -281,8 +270,9 @@ def _function(function: Any, *argument_types: type) -> Any:
 
 def _pointers(weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> WeightPointers:
     if isinstance(weight, torch.Tensor):
-        return WeightPointers(weight.data_ptr(), None, _pointer(bias), *weight.shape, 16, 0)
-    sizes = (weight.num_rows, weight.num_columns, weight.bits, weight.is_exact)
+        bits, scalar = 8 * weight.element_size(), SCALAR_TYPES[weight.dtype]
+        return WeightPointers(weight.data_ptr(), None, _pointer(bias), *weight.shape, bits, scalar, 0)
+    sizes = (weight.num_rows, weight.num_columns, weight.bits, SCALAR_TYPES[torch.float32], weight.is_exact)
     return WeightPointers(weight.values.data_ptr(), _pointer(weight.scales), _pointer(bias), *sizes)
 
 

@@ -10,6 +10,7 @@ import torch
 from glm.attention import Segment
 from glm.checkpoint import Checkpoint
 from glm.config import load_config
+from glm.kernels.native import best_kernels
 from glm.model import LayerStack, Model
 from glm.positions import PromptLayout, prompt_layout, token_positions, visible_keys
 from glm.precision import Precision
@@ -25,14 +26,13 @@ def load(golden: GoldenSet, precision: Precision = Precision.FP32) -> Model:
     return Model.load(Checkpoint(golden.checkpoint_dir), load_config(golden.checkpoint_dir), precision)
 
 
-def layout_of(model: Model, row: GoldenCase) -> tuple[Model, PromptLayout | None]:
+def layout_of(model: Model, golden: GoldenSet, row: GoldenCase) -> tuple[Model, PromptLayout | None]:
     """The layout a case asks for: two cases deviate from what the tokenizer's rule would give."""
     config = model.config
     if row.case.startswith("optional_1d"):
         config = replace(config, position_encoding_2d=False)
-        for block in model.layers.blocks:
-            block.config = config
-        model.layers = LayerStack(model.layers.blocks, config, model.layers.start, model.layers.placement)
+        layers = (0, config.num_layers, Precision.FP32, torch.device("cpu"))
+        model.layers = LayerStack.load(Checkpoint(golden.checkpoint_dir), config, *layers)
     layout = prompt_layout(row.token_ids, config)
     if row.case == "mask_and_gmask_model_positions":
         layout = PromptLayout(layout.context_length, row.token_ids.index(config.gmask_id))
@@ -45,7 +45,7 @@ def worst(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def check_row(model: Model, golden: GoldenSet, row: GoldenCase) -> None:
-    model, layout = layout_of(model, row)
+    model, layout = layout_of(model, golden, row)
     cache, num_tokens = model.layers.new_cache(), len(row.token_ids)
     embedded = model.embedding.forward(torch.tensor(row.token_ids))
     outputs: dict[int, torch.Tensor] = {}
@@ -143,7 +143,7 @@ def test_positions_and_masks_equal_the_original(golden: GoldenSet) -> None:
     """Position ids and visibility follow from a few integers exactly as the tokenizer's own code computes them."""
     model = load_once(golden)
     for row in golden.rows():
-        _, layout = layout_of(load(golden) if "1d" in row.case else model, row)
+        _, layout = layout_of(load(golden) if "1d" in row.case else model, golden, row)
         num_pads = golden.tensors[f"{row.case}/input_ids"].shape[1] - len(row.token_ids)
         wanted = golden.tensors[f"{row.case}/position_ids"][row.row]
         found = token_positions(0, len(row.token_ids), layout)
@@ -156,7 +156,8 @@ def test_positions_and_masks_equal_the_original(golden: GoldenSet) -> None:
 
 @pytest.mark.parametrize("split", [1, 4, 9])
 def test_prefill_then_decode_equals_one_pass(golden: GoldenSet, split: int) -> None:
-    """Rung 2: prefill of n then n+1, ... one by one gives the logits of one pass (generated part for a prefix LM)."""
+    """Rung 2: prefill of n then n+1, ... one by one gives the logits of one pass (generated part for a prefix LM), bit
+    for bit where the native kernels add up."""
     model = load_once(golden)
     row = next(r for r in golden.rows() if r.case == "short")
     ids = [*row.token_ids, *row.greedy_ids[:8]]
@@ -164,7 +165,7 @@ def test_prefill_then_decode_equals_one_pass(golden: GoldenSet, split: int) -> N
     first = len(row.token_ids) if layout else split
     whole = forward_pieces(model, ids, [len(ids)], layout)
     pieces = forward_pieces(model, ids, [first, *[1] * (len(ids) - first)], layout)
-    assert worst(pieces, whole) <= golden.bound("logits")
+    assert worst(pieces, whole) <= (golden.bound("logits") if best_kernels() is None else 0)
 
 
 def forward_pieces(model: Model, ids: list[int], sizes: list[int], layout: PromptLayout | None) -> torch.Tensor:

@@ -8,8 +8,9 @@
 struct Cache {
     void *keys, *values;  // [kv_heads, capacity, head_dim]
     int64_t capacity;
-    int64_t length;  // tokens cached before
-    int64_t tokens;  // that are new; each sees the keys up to its own
+    int64_t length;   // tokens cached before
+    int64_t tokens;   // that are new; each sees the keys up to its own ...
+    int64_t visible;  // ... and as many in any case
 };
 
 // Mirrored by native.py.
@@ -93,7 +94,9 @@ private:
         static thread_local Scratch scratch;
         const Cache &cache = *rows.cache;
         const int64_t dim = a_.head_dim, first_length = cache.length + 1;
-        const auto length = [&](int64_t row) { return first_length + (rows.first + row) / shared_; };
+        const auto length = [&](int64_t row) {
+            return std::max(cache.visible, first_length + (rows.first + row) / shared_);
+        };
         const int64_t longest = length(rows.count - 1), padded = (longest + 15) / 16 * 16;
         float *scores = static_cast<float *>(scratch.reserve(size_t(rows.count * (padded + dim)) * sizeof(float)));
         float *vectors = scores + rows.count * padded, totals[kMostRows];

@@ -60,6 +60,9 @@ template <int Bits, bool Grouped, int Terms>
 struct Integers {
     using Scalar = float;
     using Activation = Group<Terms>;
+    using Sum = float;
+    static constexpr int kMostTokens = 8, kPanel = kRows;
+    static constexpr int64_t kDepth = int64_t(1) << 40;  // never in parts
 
     static int64_t activations(int64_t columns) { return num_groups(columns); }
 
@@ -76,12 +79,12 @@ struct Integers {
     // The order of sums does not depend on the number of tokens. One takes all rows of a record at once, so that a
     // vector of activations is loaded for two of weights: loads are what limits. Several have no registers for that.
     template <int Tokens>
-    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
+    static void panel(const Weight &w, int64_t row, const Activation *x, Columns, Sum *, float (&result)[Tokens][kPanel]) {
         if constexpr (Tokens == 1) {
-            halves<Tokens, 2>(w, block, 0, x, result);
+            halves<Tokens, 2>(w, row / kRows, 0, x, result);
         } else {
-            halves<Tokens, 1>(w, block, 0, x, result);
-            halves<Tokens, 1>(w, block, 1, x, result);
+            halves<Tokens, 1>(w, row / kRows, 0, x, result);
+            halves<Tokens, 1>(w, row / kRows, 1, x, result);
         }
     }
 
@@ -174,85 +177,118 @@ struct Integers {
     }
 };
 
-// bf16 weights. A vector holds 32 columns; without AVX-512-BF16 its even and odd columns are widened to fp32 instead.
-struct Halves {
-    using Scalar = uint16_t;
-    static constexpr int64_t kColumns = 32;
-#ifdef __AVX512BF16__
-    struct alignas(64) Activation {
-        __m512bh values;
-    };
-    static Activation pack(__m512i x) { return {(__m512bh)x}; }
-    static __m512 add_product(__m512 sum, __m512i w, const Activation &x) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)w, x.values);
-    }
-#else
-    struct alignas(64) Activation {
-        __m512 even, odd;
-    };
-    static __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-    static __m512 odd(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }
-    static Activation pack(__m512i x) { return {even(x), odd(x)}; }
-    static __m512 add_product(__m512 sum, __m512i w, const Activation &x) {
-        return _mm512_fmadd_ps(odd(w), x.odd, _mm512_fmadd_ps(even(w), x.even, sum));
-    }
-#endif
-
-    static int64_t activations(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
-
-    static __m512i load(const uint16_t *values, int64_t count) {
-        return count >= kColumns ? _mm512_loadu_si512(values)
-                                 : _mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), values);
-    }
-
-    static void prepare(const uint16_t *x, int64_t columns, Activation *out) {
-        for (int64_t i = 0; i < columns; i += kColumns) *out++ = pack(load(x + i, columns - i));
-    }
-
-    template <int Tokens>
-    static void block(const Weight &w, int64_t block, const Activation *x, float (&result)[Tokens][kRows]) {
-        constexpr int at_once = Tokens < 4 ? Tokens : 4;
-        for (int64_t r = 0; r < std::min(kRows, w.rows - block * kRows); ++r)
-            for (int t = 0; t < Tokens; t += at_once)
-                one_row<at_once>(w, block * kRows + r, x + t * activations(w.columns), &result[t][r]);
-    }
-
-    // One row after the other, which memory likes best; four sums side by side hide the latency of adding.
-    template <int Tokens>
-    static void one_row(const Weight &w, int64_t row, const Activation *x, float *result) {
-        const uint16_t *values = reinterpret_cast<const uint16_t *>(w.values) + row * w.columns;
-        const int64_t steps = activations(w.columns);
-        __m512 sums[4][Tokens];
-        for (auto &part : sums)
-            for (auto &sum : part) sum = _mm512_setzero_ps();
-        const auto step = [&](int64_t i, __m512 (&part)[Tokens]) {
-            const __m512i weights = load(values + i * kColumns, w.columns - i * kColumns);
-            for (int t = 0; t < Tokens; ++t) part[t] = add_product(part[t], weights, x[t * steps + i]);
-        };
-        int64_t i = 0;
-        for (; i + 4 <= steps; i += 4) {
-            ask_for(values + i * kColumns, kAhead);
-            for (int64_t part = 0; part < 4; ++part) step(i + part, sums[part]);
-        }
-        for (; i < steps; ++i) step(i, sums[0]);
-        for (int t = 0; t < Tokens; ++t)
-            result[t * kRows] = _mm512_reduce_add_ps(
-                _mm512_add_ps(_mm512_add_ps(sums[0][t], sums[1][t]), _mm512_add_ps(sums[2][t], sums[3][t])));
-    }
-};
-
-inline __m512 load_lanes(const float *values, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, values); }
-inline __m512 load_lanes(const uint16_t *values, __mmask16 lanes) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
 // Sums of four vectors, in order.
 inline __m128 four_sums(const __m512 (&x)[4]) {
     const auto pair = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
     const __m512 all = pair(pair(x[0], x[2]), pair(x[1], x[3]));  // in each four lanes: one of each
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// Weights and activations of 16 rows of products: what a register holds, and how one is added to a sum. fp16 is widened
+// to fp32; so are, apart, the even and the odd columns of bf16 where the processor does not multiply that.
+template <class Scalar>
+struct Vectors;
+
+template <>
+struct Vectors<float> {
+    static constexpr int64_t kColumns = 16;
+    using Vector = __m512;
+    static Vector load(const float *values, int64_t count) {
+        return _mm512_maskz_loadu_ps(count >= kColumns ? 0xffff : __mmask16((1u << count) - 1), values);
+    }
+    static __m512 add_product(__m512 sum, __m512 w, __m512 x) { return _mm512_fmadd_ps(w, x, sum); }
+};
+
+template <>
+struct Vectors<Fp16> : Vectors<float> {
+    static Vector load(const Fp16 *values, int64_t count) {
+        const __mmask16 lanes = count >= kColumns ? 0xffff : __mmask16((1u << count) - 1);
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, values));
+    }
+};
+
+template <>
+struct Vectors<Bf16> {
+    static constexpr int64_t kColumns = 32;
+    static __m512i load_bits(const Bf16 *values, int64_t count) {
+        return count >= kColumns ? _mm512_loadu_si512(values)
+                                 : _mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), values);
+    }
+#ifdef __AVX512BF16__
+    using Vector = __m512bh;
+    static Vector load(const Bf16 *values, int64_t count) { return (__m512bh)load_bits(values, count); }
+    static __m512 add_product(__m512 sum, Vector w, Vector x) { return _mm512_dpbf16_ps(sum, w, x); }
+#else
+    struct alignas(64) Vector {
+        __m512 even, odd;
+    };
+    static Vector load(const Bf16 *values, int64_t count) {
+        const __m512i bits = load_bits(values, count), high = _mm512_set1_epi32(int(0xffff0000));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(_mm512_and_si512(bits, high))};
+    }
+    static __m512 add_product(__m512 sum, const Vector &w, const Vector &x) {
+        return _mm512_fmadd_ps(w.odd, x.odd, _mm512_fmadd_ps(w.even, x.even, sum));
+    }
+#endif
+};
+
+// Weights that are no integers, row by row. A sum has 16 parts, one a lane, each over all columns in order: so each tile
+// of rows by tokens gives the same bits.
+template <class Number>
+struct Dense {
+    using Scalar = Number;
+    using Lanes = Vectors<Number>;
+    using Activation = typename Lanes::Vector;
+    using Sum = __m512;
+    static constexpr int kMostTokens = 6, kPanel = 4;  // their 24 sums, and what goes into them, fill the registers
+    static constexpr int64_t kColumns = Lanes::kColumns, kDepth = 64 * sizeof(Activation);
+
+    static int64_t activations(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+
+    static void prepare(const Scalar *x, int64_t columns, Activation *out) {
+        for (int64_t i = 0; i < columns; i += kColumns) *out++ = Lanes::load(x + i, columns - i);
+    }
+
+    template <int Tokens>
+    static void panel(const Weight &w, int64_t first, const Activation *x, Columns columns, Sum *carried,
+                      float (&result)[Tokens][kPanel]) {
+        const Scalar *rows[kPanel];
+        for (int r = 0; r < kPanel; ++r)  // behind the last row: that one again
+            rows[r] = reinterpret_cast<const Scalar *>(w.values) + std::min(first + r, w.rows - 1) * w.columns;
+        const int64_t steps = activations(w.columns);
+        __m512 sums[Tokens][kPanel];
+#pragma GCC unroll 8  // here and below: else the sums stay in memory
+        for (int t = 0; t < Tokens; ++t)
+            for (int r = 0; r < kPanel; ++r)
+                sums[t][r] = columns.start ? carried[t * kPanel + r] : _mm512_setzero_ps();
+        for (int64_t i = columns.start; i < columns.end; ++i) {
+            Activation weights[kPanel];
+            for (int r = 0; r < kPanel; ++r)
+                weights[r] = Lanes::load(rows[r] + i * kColumns, w.columns - i * kColumns);
+            if (Tokens == 1 && i % 4 == 0)
+                for (int r = 0; r < kPanel; ++r) ask_for(rows[r] + i * kColumns, kAhead);
+            for (int t = 0; t < Tokens; ++t)
+                for (int r = 0; r < kPanel; ++r)
+                    sums[t][r] = Lanes::add_product(sums[t][r], weights[r], x[t * steps + i]);
+        }
+        const bool is_last = columns.end == steps;
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t)
+            if (is_last)
+                _mm_storeu_ps(result[t], four_sums(sums[t]));
+            else
+                for (int r = 0; r < kPanel; ++r) carried[t * kPanel + r] = sums[t][r];
+    }
+};
+
+inline __m512 load_lanes(const float *values, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, values); }
+inline __m512 load_lanes(const Bf16 *values, __mmask16 lanes) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline __m512 load_lanes(const Fp16 *values, __mmask16 lanes) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, values));
 }
 
 // out[r * stride + p] = the dot product of x[r] and keys[p], for some rows of x [.., size] and `count` keys [.., size].

@@ -1,4 +1,4 @@
-// Whole layers for a few tokens of some sequences: nothing but arithmetic from one end to the other.
+// Whole layers for the tokens of some sequences: nothing but arithmetic from one end to the other.
 #include <vector>
 
 #include "attention.h"
@@ -15,13 +15,13 @@ struct Layer {
     Norm input, post, attended, expanded;
     int64_t hidden_size, heads, kv_heads, head_dim, parts, pairs;
     float eps, alpha;
-    int32_t is_prefix, is_bf16;
+    int32_t is_prefix, type;  // a ScalarType
 };
 
 // Mirrored by native.py: a sequence in a range of layers.
 struct CachedSequence {
     void *const (*places)[2];  // of the keys and of the values of each layer
-    int64_t capacity, length, tokens;  // as in Cache
+    int64_t capacity, length, tokens, visible;  // as in Cache
 };
 
 namespace {
@@ -37,14 +37,14 @@ struct Step {
     int threads;
 
     const int64_t size = layer.hidden_size;
+    static constexpr int64_t kMostKept = 64;  // tokens whose memory is kept for the next step
 
     // Memory for all that the layer makes on its way.
     struct Buffers {
         Scalar *normed, *fused, *attended, *added, *wide, *narrow;
     };
 
-    Buffers buffers() const {
-        static thread_local Scratch scratch;
+    Buffers buffers(Scratch &scratch) const {
         const int64_t sizes[] = {size, layer.query_key_value->rows, layer.heads * layer.head_dim, size, layer.up->rows,
                                  layer.down->columns};
         int64_t total = 0;
@@ -66,13 +66,8 @@ struct Step {
             rms_norm(x, weight, layer.eps, tokens, size, result, threads);
     }
 
-    // result = factor * x + y
-    void add(float factor, const Scalar *x, const Scalar *y, Scalar *result) const {
-        for (int64_t i = 0; i < tokens * size; ++i) {
-            Scalar scaled;
-            put(factor * to_float(x[i]), scaled);
-            put(to_float(scaled) + to_float(y[i]), result[i]);
-        }
+    void add(const Scalar *x, const Scalar *y, Scalar *result) const {
+        ::add(layer.alpha, x, y, tokens, size, result, threads);
     }
 
     // Of fused queries, keys and values: where the first key and the first value are, and how far it is to the next head.
@@ -102,32 +97,33 @@ struct Step {
     }
 
     void activate(const Scalar *wide, Scalar *narrow) const {
-        if (!layer.is_prefix) return gate(wide, tokens, layer.down->columns, narrow, threads);
-        for (int64_t i = 0; i < tokens * layer.down->columns; ++i) put(gelu(to_float(wide[i])), narrow[i]);
+        (layer.is_prefix ? gelu<Scalar> : gate<Scalar>)(wide, tokens, layer.down->columns, narrow, threads);
     }
 
     // `out` may be `hidden`.
     void run() const {
-        const Buffers b = buffers();
+        static thread_local Scratch kept;
+        Scratch passing;  // a long prompt's hundreds of MB go when it is done
+        const Buffers b = buffers(tokens > kMostKept ? passing : kept);
         norm(hidden, layer.input, b.normed);
         multiply(*layer.query_key_value, b.normed, tokens, b.fused, threads);
         attend<Scalar>(layer.is_prefix ? interleaved(b.fused, b.attended) : grouped(b.fused, b.attended), threads);
         multiply(*layer.dense, b.attended, tokens, b.added, threads);
         if (layer.attended.weight) norm(b.added, layer.attended, b.added);
-        add(layer.alpha, layer.is_prefix ? b.normed : hidden, b.added, out);
+        add(layer.is_prefix ? b.normed : hidden, b.added, out);
         norm(out, layer.post, b.normed);
         multiply(*layer.up, b.normed, tokens, b.wide, threads);
         activate(b.wide, b.narrow);
         multiply(*layer.down, b.narrow, tokens, b.added, threads);
         if (layer.expanded.weight) norm(b.added, layer.expanded, b.added);
-        add(layer.alpha, layer.is_prefix ? b.normed : out, b.added, out);
+        add(layer.is_prefix ? b.normed : out, b.added, out);
     }
 };
 
 }  // namespace
 
 // out [tokens, hidden_size] = the layers, one after the other, of `hidden`: tokens of the sequences, one sequence after
-// the other; their keys and values are cached. All in fp32, or all in bf16.
+// the other; their keys and values are cached. All in one type.
 EXPORTED void glm_layers(const Layer *const *layers, int64_t num_layers, const void *hidden, int64_t tokens,
                          const float *cos, const float *sin, const CachedSequence *sequences, int64_t num_sequences,
                          void *out, int threads) {
@@ -137,14 +133,14 @@ EXPORTED void glm_layers(const Layer *const *layers, int64_t num_layers, const v
         for (int64_t s = 0; s < num_sequences; ++s) {
             const CachedSequence &sequence = sequences[s];
             void *const *place = sequence.places[i];
-            caches[size_t(s)] = {place[0], place[1], sequence.capacity, sequence.length, sequence.tokens};
+            caches[size_t(s)] = {place[0], place[1], sequence.capacity, sequence.length, sequence.tokens,
+                                 sequence.visible};
         }
-        const auto run = [&](auto scalar) {
+        with_type(layers[i]->type, [&](auto scalar) {
             using Scalar = decltype(scalar);
             Step<Scalar>{*layers[i], static_cast<const Scalar *>(i ? out : hidden), tokens, cos, sin, caches.data(),
                          static_cast<Scalar *>(out), threads}
                 .run();
-        };
-        layers[i]->is_bf16 ? run(uint16_t{}) : run(float{});
+        });
     }
 }

@@ -12,11 +12,6 @@
 #include "lanes_portable.h"
 #endif
 
-inline float to_float(float value) { return value; }
-inline float to_float(uint16_t value) { return bf16_to_float(value); }
-inline void put(float value, float &out) { out = value; }
-inline void put(float value, uint16_t &out) { out = float_to_bf16(value); }
-
 // e^x for x in [-87, 88], to two units in the last place; in a form that compilers vectorise.
 inline float exponential(float x) {
     const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits
@@ -37,6 +32,12 @@ inline float exponential(float x) {
 }
 
 inline float clamp(float x) { return x < -87 ? -87 : x > 87 ? 87 : x; }  // NaN stays
+
+// body(scalar), with one of the type.
+template <class Body>
+void with_type(int type, const Body &body) {
+    type == kFloat ? body(float{}) : type == kBf16 ? body(Bf16{}) : body(Fp16{});
+}
 
 template <class Body>
 void for_each(int64_t count, int num_threads, const Body &body) {
@@ -82,6 +83,25 @@ void gate(const Scalar *x, int64_t tokens, int64_t size, Scalar *out, int thread
 
 inline float gelu(float x) {  // by the tanh formula: x times a sigmoid
     return x / (1 + exponential(clamp(-1.5957691216f * (x + 0.044715f * x * x * x))));
+}
+
+template <class Scalar>
+void gelu(const Scalar *x, int64_t tokens, int64_t size, Scalar *out, int threads) {
+    for_each(tokens, tokens > 4 ? threads : 1, [=](int64_t token) {
+        for (int64_t i = token * size; i < (token + 1) * size; ++i) put(gelu(to_float(x[i])), out[i]);
+    });
+}
+
+// out = factor * x + y
+template <class Scalar>
+void add(float factor, const Scalar *x, const Scalar *y, int64_t tokens, int64_t size, Scalar *out, int threads) {
+    for_each(tokens, tokens > 4 ? threads : 1, [=](int64_t token) {
+        for (int64_t i = token * size; i < (token + 1) * size; ++i) {
+            Scalar scaled;
+            put(factor * to_float(x[i]), scaled);
+            put(to_float(scaled) + to_float(y[i]), out[i]);
+        }
+    });
 }
 
 template <class Scalar>
