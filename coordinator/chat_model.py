@@ -1,8 +1,7 @@
 """A GLM model that runs in stage workers, for use from Python: `with launch(model, plan) as chat_model: ...`."""
 
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -16,7 +15,7 @@ from coordinator.closing import Closing
 from coordinator.cluster import Cluster
 from coordinator.cluster_settings import ClusterSettings, Listening, ProgressSink
 from coordinator.engine import Engine
-from coordinator.errors import PlanError
+from coordinator.errors import ClosedError, PlanError, UsageError
 from coordinator.launcher import LogSink
 from coordinator.limits import default_kv_tokens, limits_of, max_step_tokens
 from coordinator.memory import NoteSink
@@ -24,40 +23,41 @@ from coordinator.mending import Mender
 from coordinator.model_identity import identity_of
 from coordinator.model_text import ModelText, read_model_text
 from coordinator.plan import Plan, describe_stages
+from coordinator.plan_request import PlanRequest
+from coordinator.plan_wish import wanted_plan
 from coordinator.planning import PlanSource, plan_for
 from coordinator.prompts import Prompt, ReadPrompt, check_prompt, from_wire, max_model_len, prompt_ids, to_wire
 from coordinator.recovery import DEFAULT_RECOVERY, RecoveryPolicy
 from coordinator.replanning import Replanner
-from coordinator.report import cut_note
 from coordinator.runtime_dir import RuntimeDir
 from coordinator.scheduler import scheduler_settings
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
-from coordinator.tools import tools_text
+from coordinator.talking import StreamEvent, Talking
 from glm.checkpoint import ModelSource
 from glm.config import ModelConfig, load_config
 from glm.demo import demo_model_dir
+from glm.ends import Embedding, Head
 from glm.home import expanded
 from glm.hub import find_model, resolve_description, resolve_model
 from glm.logprobs import TokenLogprob
 from glm.model_source import check_weights, made_for, open_checkpoint
 from glm.positions import prompt_layout
 from glm.sampling import Sampler, SamplingParams
-from glm.sampling_params import chosen_over, seed_after
+from glm.sampling_params import seed_after
 from glm.speculation import PromptLookup
 from glm.tokenizer import Tokenizer
 from protocol import client
 from protocol.limits import clip_text
 from protocol.records import with_changes
 
-History = list[dict[str, Any]]
-StreamEvent = client.Delta | client.Finished
-
 
 def launch(
     model: str | Path | None = None,
-    plan: PlanSource = None,
+    plan: PlanSource | Mapping[str, Any] = None,
     *,
+    layers: Mapping[str, str] | Iterable[str] | None = None,
+    stages: int | None = None,
     revision: str | None = None,
     chat_format: str | None = None,
     text: ModelText | None = None,
@@ -77,8 +77,9 @@ def launch(
     """Start the workers of a plan and load a model into them.
 
     Args:
-        model: a directory, hub id or `random:SHAPE`; None is the demo model that comes with glmpipe.
-        plan: a Plan, a plan file's path, or None for all layers on one CPU stage in fp32.
+        model: a directory, hub id or `random:SHAPE`; None is the plan's, or the demo model that comes with glmpipe.
+        plan: a Plan, a plan file's path or what it would hold as a dict; None for all layers on a CPU stage in fp32.
+        layers, stages: in place of a plan, `["cuda:0=1-16", "cpu=17-28"]` or a dict of these; a number of CPU stages.
         chat_format: overrides the one found from the model's files. text: what the caller has read of these already.
         on_progress, on_log: receive load progress, and the workers' log lines. recovery: how often to restart those.
         on_note: receives what each device's memory is going to hold. check_memory: refuse a plan that does not fit.
@@ -89,11 +90,9 @@ def launch(
     Raises:
         GlmError: the model is not usable. PlanError: the plan is not. LaunchError (NotEnoughMemory): a worker is not.
     """
-    model, note = demo_model_dir() if model is None else model, on_note or (lambda _: None)
-    description = resolve_description(model, revision, note)
-    config = load_config(description)
-    checked_plan = plan_for(plan, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
-    check_hosts(checked_plan, listening)
+    wish, note = wanted_plan(plan, layers, stages), on_note or (lambda _: None)
+    model, revision = _named(model, revision, wish)
+    description, config, checked_plan = _planned(model, revision, wish, listening, note)
     text = text or _whole_text(description, config, chat_format, note)
     here = _weights_here(model, revision, config)
     most_kv_tokens = default_kv_tokens(checked_plan, config.max_context)
@@ -102,18 +101,47 @@ def launch(
     cluster = Cluster(checked_plan, settings, on_progress, on_log, on_note, listening, runtime_dir)
     try:
         on_started(cluster)
-        choose = Replanner(config, most_kv_tokens, refuse=check_memory)
-        mender = Mender(cluster, recovery, note, choose=choose)
+        mender = Mender(cluster, recovery, note, choose=Replanner(config, most_kv_tokens, refuse=check_memory))
         fetch = partial(_fetched_weights, model, revision, config, note)
         embedding, head, model_dir = bring_up(cluster, mender, here, fetch, config, note, refuse=check_memory)
-        limits = scheduler_settings(cluster.plan, cluster.default_kv_budget_tokens, max_step_tokens(config))
-        scheduling = replace(limits, steps_in_flight=steps_in_flight, speculate=speculate, reuse=reuse)
-        engine = Engine(embedding, head, cluster.pipeline, scheduling)
-        engine.start_over(cluster.epoch)
+        wishes = {"steps_in_flight": steps_in_flight, "speculate": speculate, "reuse": reuse}
+        engine = _engine(cluster, embedding, head, config, wishes)
         return ChatModel(cluster, engine, config, model_dir, text, mender)
     except BaseException:
         cluster.close()
         raise
+
+
+def _planned(
+    model: str | Path, revision: str | None, wish: PlanSource, listening: Listening | None, note: NoteSink
+) -> tuple[Path, ModelConfig, Plan]:
+    """Where the model's small files are, its config, and the checked plan for it."""
+    description = resolve_description(model, revision, note)
+    config = load_config(description)
+    plan = plan_for(wish, config.num_layers, **asdict(made_for(description)), limits=limits_of(config))
+    check_hosts(plan, listening)
+    return description, config, plan
+
+
+def _engine(
+    cluster: Cluster, embedding: Embedding, head: Head, config: ModelConfig, wishes: Mapping[str, Any]
+) -> Engine:
+    """Over a cluster that serves; `wishes` are settings that no plan names."""
+    limits = scheduler_settings(cluster.plan, cluster.default_kv_budget_tokens, max_step_tokens(config))
+    engine = Engine(embedding, head, cluster.pipeline, replace(limits, **wishes))
+    engine.start_over(cluster.epoch)
+    return engine
+
+
+def _named(model: object, revision: str | None, wish: PlanSource) -> tuple[str | Path, str | None]:
+    """Which model is meant, and of which revision. Raises UsageError: it is no name."""
+    if model is None and isinstance(wish, PlanRequest) and wish.model is not None:
+        model, revision = wish.model, revision or wish.revision
+    if model is None:
+        return demo_model_dir(), revision
+    if not isinstance(model, str | Path):
+        raise UsageError(f"model is a {type(model).__name__}; it must be a directory, a hub id or random:SHAPE")
+    return model, revision
 
 
 def _whole_text(model_dir: Path, config: ModelConfig, chat_format: str | None, on_note: NoteSink) -> ModelText:
@@ -155,10 +183,11 @@ def check_hosts(plan: Plan, listening: Listening | None) -> None:
         raise PlanError([f"stages of {', '.join(hosts)} need a place to join: add --listen tcp://ADDRESS_OF_THIS_HOST"])
 
 
-class ChatModel(Closing):
-    """Chat and generation through a running pipeline. A context manager; use it from one thread.
+class ChatModel(Talking, Closing):
+    """Chat and generation through a running pipeline. A context manager.
 
-    Only `cancel` may be called from another thread or a signal handler.
+    Several threads may ask at once: their answers go on together, a step being whoever's turn it is. `cancel` may be
+    called in a signal handler, too. What was closed raises ClosedError.
     """
 
     def __init__(
@@ -177,7 +206,9 @@ class ChatModel(Closing):
         self.model_dir = model_dir
         self._text = text or read_model_text(model_dir, config)
         self.defaults = self._text.defaults
-        self._cancelled = threading.Event()
+        self._cancels: list[threading.Event] = []
+        self._lock = threading.RLock()
+        self._is_closed = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -213,49 +244,6 @@ class ChatModel(Closing):
         words = self.supervisor.waits_for()
         return None if words is None else clip_text(words)
 
-    def chat(
-        self, query: str, history: AbstractSequence[Mapping[str, Any]] = (), **sampling: Any
-    ) -> tuple[str, History]:
-        """Answer a question; returns the answer and the history with both appended.
-
-        `history` is a list of `{"role": ..., "content": ...}`; a system message may have `"tools"`, a list of JSON
-        objects. `sampling` are fields of `SamplingParams`, those not
-        given have the model's defaults.
-
-        Raises:
-            GenerationError: the conversation does not fit, or a stage could not do it.
-        """
-        reply, grown = "", list(map(dict, history))
-        for reply, grown in self.stream_chat(query, history, **sampling):  # noqa: B007 - the last one counts
-            pass
-        return reply, grown
-
-    def stream_chat(
-        self, query: str, history: AbstractSequence[Mapping[str, Any]] = (), **sampling: Any
-    ) -> Iterator[tuple[str, History]]:
-        """As `chat`, yielding the answer so far and the history with it, each time it has grown.
-
-        An answer that breaks off, for want of context or by a bound of the model's files, is warned of.
-        """
-        asked = [*map(dict, history), {"role": "user", "content": query}]
-        turns = tuple(
-            client.ChatTurn(m["role"], m.get("metadata", ""), m["content"], tools_text(m.get("tools"))) for m in asked
-        )
-        text = ""
-        for event in self.stream(client.ChatPrompt(turns), self._sampling(sampling)):
-            text = event.text if isinstance(event, client.Finished) else text + event.text
-            if isinstance(event, client.Finished) and (note := cut_note(event, sampling.get("max_new_tokens"))):
-                warnings.warn(note, stacklevel=2)
-            yield text, [*asked, {"role": "assistant", "content": text}]
-
-    def generate(self, token_ids: AbstractSequence[int], **sampling: Any) -> client.Finished:
-        """Continue token ids as they are; the outcome has `.token_ids` (the new ones), `.text`, `.stats`."""
-        outcome: StreamEvent | None = None
-        for outcome in self.stream(client.TokenPrompt(tuple(token_ids)), self._sampling(sampling)):  # noqa: B007
-            pass
-        assert isinstance(outcome, client.Finished)
-        return outcome
-
     def stream(self, prompt: Prompt, sampling: client.SamplingParams | None = None) -> Iterator[StreamEvent]:
         """Generate for a prompt: any number of Delta, then one Finished.
 
@@ -264,23 +252,36 @@ class ChatModel(Closing):
         Raises:
             GenerationError: this request failed; the model goes on. A lost stage is brought back.
         """
-        self._cancelled.clear()
-        answer = self.begin(prompt, sampling)
+        cancelled = threading.Event()
+        self._cancels.append(cancelled)
         try:
-            while not answer.sequence.is_finished:
-                if self._cancelled.is_set():
+            answer = self.begin(prompt, sampling)
+            try:
+                while (delta := self._go_on(answer, cancelled)) is not None or not answer.sequence.is_finished:
+                    if delta is not None:
+                        yield delta
+            finally:
+                with self._lock:
                     self.engine.cancel(answer.sequence)
-                    break
-                for _, event in self.step([answer]):
-                    yield event
         finally:
-            self.engine.cancel(answer.sequence)
+            self._cancels.remove(cancelled)
         if answer.sequence.error is not None:
             raise answer.sequence.error
         tail, finished = answer.close(self.engine.pacing.reason())
         if tail is not None:
             yield tail
         yield finished
+
+    def _go_on(self, answer: Answer, cancelled: threading.Event) -> client.Delta | None:
+        """One walk of the chain; what is new in an answer, also where another thread's walk has brought it."""
+        with self._lock:
+            self._check_open()
+            if cancelled.is_set():
+                self.engine.cancel(answer.sequence)
+            if answer.sequence.is_finished:
+                return None
+            stepped = self.step([answer])
+            return stepped[0][1] if stepped else self._look_at(answer)
 
     def begin(
         self,
@@ -344,7 +345,9 @@ class ChatModel(Closing):
             leader=leader,
         )
         sequence.drafter = prompt.drafter
-        self.engine.add(sequence)
+        with self._lock:
+            self._check_open()
+            self.engine.add(sequence)
         return Answer(
             sequence,
             self.cluster.plan,
@@ -398,12 +401,15 @@ class ChatModel(Closing):
             max_context=self.config.max_context,
             wants_prompt_logprobs=True,
         )
-        self.engine.add(sequence)
+        with self._lock:
+            self._check_open()
+            self.engine.add(sequence)
         try:
             while not sequence.is_finished:
-                self.supervisor.step()
+                self.walk({})
         finally:
-            self.engine.cancel(sequence)
+            with self._lock:
+                self.engine.cancel(sequence)
         if sequence.error is not None:
             raise sequence.error
         return sequence.prompt_logprobs
@@ -418,27 +424,40 @@ class ChatModel(Closing):
         nothing.
         """
         walked = []
-        for sequence, timing in self.supervisor.step():
-            answer = answers.get(sequence.sequence_id)
-            if answer is None:
-                continue
-            delta = None
-            with sequence.failing("the answer could not be decoded"):
-                answer.follow(self.cluster.plan)
-                answer.account(timing)
-                delta = answer.advance()
-            if answer.found_stop_string or sequence.error is not None:
-                self.engine.cancel(sequence)
-            walked.append((answer, delta))
+        with self._lock:
+            self._check_open()
+            for sequence, timing in self.supervisor.step():
+                answer = answers.get(sequence.sequence_id)
+                if answer is not None:
+                    answer.follow(self.cluster.plan)
+                    answer.account(timing)
+                    walked.append((answer, self._look_at(answer)))
         return walked
 
+    def _look_at(self, answer: Answer) -> client.Delta | None:
+        """What became final in an answer since the last look; where that ends it, nothing more is computed for it."""
+        delta = None
+        with answer.sequence.failing("the answer could not be decoded"):
+            delta = answer.advance()
+        if answer.found_stop_string or answer.sequence.error is not None:
+            self.engine.cancel(answer.sequence)
+        return delta
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("the model was closed: launch it again")
+
     def cancel(self) -> None:
-        """Stop the answer that `stream` is giving, after the step under way."""
-        self._cancelled.set()
+        """Stop the answers that `stream` is giving, after the step under way."""
+        for cancelled in tuple(self._cancels):
+            cancelled.set()
 
     def close(self) -> None:
-        """Stop the workers and leave nothing behind. Safe to call twice."""
-        self.cluster.close()
+        """Stop the workers and leave nothing behind. Safe to call twice, and while other threads wait for answers."""
+        self._is_closed = self.cluster.is_closing = True
+        with self._lock:
+            self.engine.suspend()
+            self.cluster.close()
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The token ids a prompt becomes.
@@ -447,6 +466,3 @@ class ChatModel(Closing):
             TokenizerError: it is text, and the model directory has no tokenizer.
         """
         return prompt_ids(prompt, lambda: self.tokenizer)
-
-    def _sampling(self, given: Mapping[str, Any]) -> client.SamplingParams:
-        return to_wire(replace(self.defaults.sampling, **chosen_over(given)))

@@ -5,6 +5,7 @@ import itertools
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -15,8 +16,9 @@ from zmq.utils.monitor import recv_monitor_message
 from coordinator.batch import Ended, Progress, Request
 from coordinator.closing import Closing
 from coordinator.conversation import Prompt
-from coordinator.errors import ConnectError, CoordinatorError, GenerationError, PromptTooLong, StageLost
+from coordinator.errors import ClosedError, ConnectError, CoordinatorError, GenerationError, PromptTooLong, StageLost
 from coordinator.legible import legible
+from coordinator.talking import Talking
 from coordinator.which_launch import FIND_S, endpoint_of
 from glm.logprobs import TokenLogprob
 from glm.sampling_params import seed_after
@@ -53,6 +55,8 @@ WAITING_NOTE_S = 10.0
 """How often it is said what a launch waits for that still loads."""
 _ASK_AGAIN_S = 0.5
 _POLL_MS = 100
+_SHARED_POLL_MS = 5
+"""Where several threads listen on one socket, by turns."""
 
 
 def connect(
@@ -105,10 +109,11 @@ def _chance(logprob: float) -> float:
     return logprob if logprob > NO_CHANCE else -math.inf
 
 
-class RemoteBackend(Closing):
-    """A running launch, as a `ChatBackend` (one answer at a time, streamed) and as a `BatchBackend` (many at once).
+class RemoteBackend(Talking, Closing):
+    """A running launch, as a `ChatBackend` (streamed) and as a `BatchBackend` (many at once); asked as `Talking` says.
 
-    A context manager; made by `connect`. While answers that `submit` opened are under way, nothing is to be streamed.
+    A context manager; made by `connect`. Several threads may stream at once; while answers that `submit` opened are
+    under way, nothing is to be streamed. What was closed raises ClosedError.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -116,7 +121,11 @@ class RemoteBackend(Closing):
         self._context: zmq.Context[sockets.Socket] = zmq.Context()
         self._open_socket()
         self._request_ids = itertools.count(1)
-        self._cancelled = threading.Event()
+        self._lock = threading.RLock()
+        self._is_closed = False
+        self._inboxes: dict[int, deque[ClientMessage]] = {}
+        """What has come for streams, while others of them were listening, by request id."""
+        self._cancels: list[threading.Event] = []
         self._description: Description | None = None
         self.on_queued: Callable[[int, str | None], None] | None = None
         """Told its place whenever a request waits for room at the launch, 1 is next; and what that itself waits for."""
@@ -173,18 +182,21 @@ class RemoteBackend(Closing):
             StageLost: the launch ends because a stage is gone.
             ConnectError: the launch is gone, or has been silent for too long.
         """
-        self._cancelled.clear()
-        request_id = self._ask(prompt, sampling)
-        is_over = False
+        request_id, cancelled, is_over = next(self._request_ids), threading.Event(), False
+        self._inboxes[request_id] = deque()
+        self._cancels.append(cancelled)
         try:
-            for message in self._answers(request_id):
+            self._ask(prompt, sampling, request_id=request_id)
+            for message in self._answers(request_id, cancelled):
                 is_over = isinstance(message, Finished | Error)
                 if isinstance(message, Error):
                     raise _as_exception(message)
                 yield message
         finally:
-            if not is_over and not self._socket.closed:
-                with contextlib.suppress(ConnectError):
+            self._cancels.remove(cancelled)
+            del self._inboxes[request_id]
+            if not is_over:
+                with contextlib.suppress(ConnectError, ClosedError):
                     self._send(Cancel(request_id))
 
     def submit(self, request: Request) -> list[int]:
@@ -230,13 +242,16 @@ class RemoteBackend(Closing):
             self._send(Cancel(ticket))
 
     def cancel(self) -> None:
-        """Stop the answer being streamed. Safe in a signal handler and in another thread."""
-        self._cancelled.set()
+        """Stop the answers being streamed. Safe in a signal handler and in another thread."""
+        for cancelled in tuple(self._cancels):
+            cancelled.set()
 
     def close(self) -> None:
-        """Let go of the launch, which goes on. Safe to call twice."""
-        self._close_socket()
-        self._context.term()
+        """Let go of the launch, which goes on. Safe to call twice, and while other threads wait for answers."""
+        self._is_closed = True
+        with self._lock:
+            self._close_socket()
+            self._context.term()
 
     def _is_gone(self) -> bool:
         path = ipc_path(self.endpoint)
@@ -252,24 +267,30 @@ class RemoteBackend(Closing):
             self._monitor.close(linger=0)
             self._socket.close()
 
-    def _ask(self, prompt: Prompt, sampling: SamplingParams | None, num_logprobs: int | None = None) -> int:
-        request_id = next(self._request_ids)
+    def _ask(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None,
+        num_logprobs: int | None = None,
+        request_id: int | None = None,
+    ) -> int:
+        request_id = next(self._request_ids) if request_id is None else request_id
         try:
             self._send(Generate(request_id, prompt, sampling, num_logprobs))
         except ProtocolError as error:
             raise GenerationError(f"the launch could not take this request: {error}") from error
         return request_id
 
-    def _answers(self, request_id: int) -> Iterator[Delta | Finished | Error]:
+    def _answers(self, request_id: int, cancelled: threading.Event) -> Iterator[Delta | Finished | Error]:
         """What the launch sends for one request, up to its end; a cancel is passed on once, when it is asked for."""
         until_s = time.monotonic() + SILENCE_DEADLINE_S
         was_cancelled = False
         while time.monotonic() < until_s:
-            if self._cancelled.is_set() and not was_cancelled:
+            if cancelled.is_set() and not was_cancelled:
                 was_cancelled = True
                 until_s = time.monotonic() + CANCEL_DEADLINE_S
                 self._send(Cancel(request_id))
-            message = self._receive()
+            message = self._hear(request_id)
             if isinstance(message, Queued) and message.request_id == request_id and self.on_queued is not None:
                 self.on_queued(message.position, message.waits_for)
             if not isinstance(message, Delta | Finished | Error) or message.request_id != request_id:
@@ -283,15 +304,39 @@ class RemoteBackend(Closing):
             raise GenerationError(f"the launch did not stop within {CANCEL_DEADLINE_S:g} s; its answer is given up")
         raise ConnectError(f"the launch at {self.endpoint} said nothing for {SILENCE_DEADLINE_S:g} s: it seems stuck")
 
+    def _hear(self, request_id: int) -> ClientMessage | None:
+        """The next message for one of several streams; None after a short while. One thread listens for all of them."""
+        inbox = self._inboxes[request_id]
+        if inbox or not self._lock.acquire(timeout=_POLL_MS / 1000):
+            return inbox.popleft() if inbox else None
+        try:
+            if inbox:
+                return inbox.popleft()
+            message = self._receive(_POLL_MS if len(self._inboxes) == 1 else _SHARED_POLL_MS)
+        finally:
+            self._lock.release()
+        if message is None or message.request_id == request_id:
+            return message
+        if message.request_id in self._inboxes:
+            self._inboxes[message.request_id].append(message)
+        return None
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError(f"the connection to the launch at {self.endpoint} was closed: connect again")
+
     def _send(self, message: ClientMessage) -> None:
         try:
-            sockets.send(self._socket, message, flags=zmq.NOBLOCK)
+            with self._lock:
+                self._check_open()
+                sockets.send(self._socket, message, flags=zmq.NOBLOCK)
         except zmq.Again:
             raise ConnectError(f"the launch at {self.endpoint} takes no messages any more: it seems stuck") from None
 
-    def _receive(self) -> ClientMessage | None:
+    def _receive(self, poll_ms: int = _POLL_MS) -> ClientMessage | None:
         """The next message, or None after a short while without one. Raises ConnectError when the launch is gone."""
-        if self._socket.poll(_POLL_MS):
+        self._check_open()
+        if self._socket.poll(poll_ms):
             message, _ = decode(sockets.receive(self._socket), Plane.CLIENT)
             return legible(message) if isinstance(message, Description | Queued) else cast(ClientMessage, message)
         if self._monitor.poll(0):

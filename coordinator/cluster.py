@@ -14,7 +14,7 @@ from coordinator.closing import Closing
 from coordinator.cluster_settings import AWAIT_WORKER_S, ClusterSettings, Listening, ProgressSink
 from coordinator.control import ControlPlane
 from coordinator.door import Door, Seat, guarded_endpoints
-from coordinator.errors import ReplanError, StageLost, StepStuck, WorkerAbsent
+from coordinator.errors import ClosedError, ReplanError, StageLost, StepStuck, WorkerAbsent
 from coordinator.first_step import send_first_step
 from coordinator.launcher import Launcher, LogSink
 from coordinator.loading import Loading
@@ -61,6 +61,8 @@ class Cluster(Closing):
         self._on_note = on_note or (lambda _: None)
         self._note_due_s = 0.0
         self.ready: tuple[Ready, ...] = ()
+        self.is_closing = False
+        """Set by whoever wants it closed while another thread waits for its stages."""
         self.meanwhile: Callable[[], None] = lambda: None
         """Called about every 0.1 s by whoever waits here for stages that do not serve yet."""
         self._is_up = False
@@ -152,7 +154,9 @@ class Cluster(Closing):
         return self.ready
 
     def check(self) -> None:
-        """Raises StageLost when a worker has died, left or fallen silent."""
+        """Raises StageLost when a worker has died, left or fallen silent, ClosedError in the middle of closing."""
+        if self.is_closing:
+            raise ClosedError("the model was closed while it was asked")
         if not self._is_up:
             self.meanwhile()
         for dead in self._launcher.dead():

@@ -18,7 +18,8 @@
     ├── CacheError                the cache of quantised layers cannot be read or pruned
     ├── DumpError                 what the pipeline computed cannot be written
     ├── ResultsError              answers cannot be written to their file any more; those in it stay
-    └── ConnectError              no running launch was found, or it does not answer
+    ├── ConnectError              no running launch was found, or it does not answer
+    └── ClosedError               a model, or a connection to one, is asked after it was closed
 
 Every message names the culprit, the number and the remedy, and is meant to be shown as it is.
 """
@@ -135,3 +136,7 @@ class ResultsError(CoordinatorError):
 
 class ConnectError(CoordinatorError):
     """No running launch was found, or it does not answer."""
+
+
+class ClosedError(CoordinatorError):
+    """A model, or a connection to one, is asked after it was closed."""

@@ -13,7 +13,8 @@ from typing import Any
 from coordinator.errors import UsageError
 from coordinator.plan import MAX_NUM_SEQS, PREFILL_CHUNK
 from coordinator.plan_file import read_plan_file
-from coordinator.plan_request import Option, PlanRequest, StageRequest
+from coordinator.plan_request import Option, PlanRequest
+from coordinator.plan_wish import stages_from
 from coordinator.recovery import DEFAULT_RECOVERY
 from glm.dialect import DIALECTS
 from protocol.errors import EndpointError, KeyFileError, SecurityError
@@ -315,7 +316,7 @@ def plan_request(options: argparse.Namespace) -> PlanRequest:
         names = ", ".join(map(_flag, given))
         fault = f"the plan file {options.plan} and {names} are both given; write the placement in one place"
         return replace(request, faults=(fault, *request.faults))
-    stages, faults = _stages(options.layers or [])
+    stages, faults = stages_from(options.layers or [], "--layers")
     return PlanRequest(
         stages=stages,
         num_stages=options.stages,
@@ -390,18 +391,6 @@ def refuse_with_connect(options: argparse.Namespace) -> None:
     if given:
         names = ", ".join(map(_flag, given))
         raise UsageError(f"--connect uses a launch with a model and a placement of its own; drop {names}")
-
-
-def _stages(texts: list[str]) -> tuple[tuple[StageRequest, ...], list[str]]:
-    stages, faults = [], []
-    for text in texts:
-        place, equals, layers = text.partition("=")
-        host, slash, device = place.rpartition("/")
-        if equals:
-            stages.append(StageRequest(f"--layers {text}", device, layers, host=host if slash else None))
-        else:
-            faults.append(f"--layers {text}: no '='; write DEVICE=LAYERS, such as cuda:1=1-12 or cpu=all")
-    return tuple(stages), faults
 
 
 def _seconds(text: str) -> float:
