@@ -61,6 +61,8 @@ class Chat:
         self._overflow = overflow
         self._most_tokens = self._state.description.max_context
         """Of a prompt and its answer; less than the context where an answer was seen to end before that."""
+        self._num_unguessed = 0
+        """Tokens that questions had beyond what was guessed: what the chat format puts around them."""
         self._has_shown_text = self._is_lost = False
         self._num_failed = 0
         if isinstance(backend, Reconnecting):
@@ -127,6 +129,8 @@ class Chat:
         self._console.end_answer()
         self._state.last_stats = finished.stats
         num_tokens = finished.stats.prompt_tokens + finished.stats.new_tokens
+        num_asked = finished.stats.prompt_tokens - self._state.conversation.num_tokens_before
+        self._num_unguessed = max(self._num_unguessed, num_asked - guessed_tokens(question))
         if finished.text:
             self._state.conversation.add(question, finished.text, num_tokens)
         if finished.finish_reason == "length" and self._state.sampling.max_new_tokens is None:
@@ -174,7 +178,10 @@ class Chat:
             return
         conversation = self._state.conversation
         most = self._most_tokens - room_for_answer(self._most_tokens, self._state.sampling.max_new_tokens)
-        self._leave_out(num_to_leave_out(conversation.heard, guessed_tokens(question), most))
+        rounds, others = conversation.heard, guessed_tokens(question) + self._num_unguessed
+        if conversation.num_left_out or num_to_leave_out(rounds, others, most):
+            others += conversation.num_system_tokens  # which the first round would have brought along
+        self._leave_out(num_to_leave_out(rounds, others, most))
 
     def _leave_out(self, number: int) -> None:
         conversation = self._state.conversation

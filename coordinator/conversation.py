@@ -102,6 +102,20 @@ class Conversation:
         """The rounds that a prompt holds."""
         return self.rounds[self.num_left_out :]
 
+    @property
+    def num_tokens_before(self) -> int:
+        """About how many tokens a prompt has before its question; the first round brought the system prompt's along."""
+        return sum(each.num_tokens for each in self.heard) + (0 if self._has_first else self.num_system_tokens)
+
+    @property
+    def num_system_tokens(self) -> int:
+        """About how many tokens the system prompt takes."""
+        return guessed_tokens(self.system) if self.system else 0
+
+    @property
+    def _has_first(self) -> bool:
+        return bool(self.rounds) and not self.num_left_out
+
     def prompt(self, question: str) -> ChatPrompt:
         """What of the conversation is not left out, with a question at its end."""
         heard = (turn for each in self.heard for turn in each.turns)
@@ -109,8 +123,7 @@ class Conversation:
 
     def add(self, question: str, answer: str, num_tokens: int) -> None:
         """Remember a question and its answer; `num_tokens` are those of its prompt and its answer together."""
-        before = sum(each.num_tokens for each in self.heard)
-        self.rounds.append(Round(question, answer, max(1, num_tokens - before)))
+        self.rounds.append(Round(question, answer, max(1, num_tokens - self.num_tokens_before)))
 
     def take_back(self) -> str | None:
         """Forget the last question with its answer; the question, or None if there is none."""

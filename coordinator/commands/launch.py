@@ -115,6 +115,10 @@ def _take_word(options: argparse.Namespace) -> None:
             raise UsageError(f"two models are named, {word} and {options.model}; name one")
         options.model = word
         return
+    if not word.endswith(".toml") and not Path(word).exists():
+        raise UsageError(
+            f"{word} is neither a plan file nor a model (a directory, or a hub id such as THUDM/chatglm2-6b)"
+        )
     if options.plan is not None:
         raise PlanError([f"{word} and --plan {options.plan} are both given; give one plan"])
     options.plan = word

@@ -50,7 +50,7 @@ class FakeBackend:
         self.was_cancelled = threading.Event()
 
     def describe(self) -> Description:
-        return Description(0, "fake-model", "chatglm2", 100, ("layers 1-6 -> fp32 -> cpu",), DEFAULTS, None)
+        return Description(0, "fake-model", "chatglm2", 1000, ("layers 1-6 -> fp32 -> cpu",), DEFAULTS, None)
 
     def stream(self, prompt: ChatPrompt, sampling: SamplingParams | None = None) -> Iterator[Delta | Finished]:
         self.was_cancelled.clear()

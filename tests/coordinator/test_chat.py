@@ -278,7 +278,7 @@ def test_a_full_context_is_said_plainly() -> None:
     for overflow, remedy in (("slide", "the next question leaves the oldest"), ("stop", "`clear` starts afresh")):
         chat = Piped("context_full\n", overflow=overflow)
         assert chat.out == "1: context_full\n"
-        for word in ("context is full", "50 tokens of conversation and 21 of answer", "its 100", remedy):
+        for word in ("context is full", "50 tokens of conversation and 21 of answer", "its 1000", remedy):
             assert word in chat.notes
 
 

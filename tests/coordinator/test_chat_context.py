@@ -10,7 +10,7 @@ from coordinator.chat_console import PlainConsole
 from coordinator.context_window import num_to_leave_out, room_for_answer
 from coordinator.conversation import Conversation, Prompt, Round
 from coordinator.errors import PromptTooLong
-from protocol.client import Delta, Finished, FinishReason, GenerationStats, SamplingParams
+from protocol.client import ChatPrompt, Delta, Description, Finished, FinishReason, GenerationStats, SamplingParams
 from protocol.records import with_changes
 from tests.coordinator.fake_backend import DEFAULTS, STATS, FakeBackend
 
@@ -21,6 +21,9 @@ class CountingBackend(FakeBackend):
     def __init__(self, max_length: int = 100) -> None:
         super().__init__()
         self._max_length = max_length
+
+    def describe(self) -> Description:
+        return with_changes(super().describe(), max_context=100)
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta | Finished]:
         assert sampling is not None
@@ -57,9 +60,9 @@ def test_the_oldest_rounds_are_left_out_and_that_is_said(tmp_path) -> None:
 
 def test_the_system_prompt_is_never_left_out() -> None:
     """It comes first in every prompt."""
-    _, prompts = chat(QUESTIONS, CountingBackend(), conversation=Conversation("s" * 30))
-    assert [prompt[0] for prompt in prompts] == ["s30"] * 5
-    assert prompts[-1] == ["s30", "五20"]
+    _, prompts = chat(QUESTIONS, CountingBackend(), conversation=Conversation("说" * 30))
+    assert [prompt[0] for prompt in prompts] == ["说30"] * 5
+    assert prompts[-1] == ["说30", "五20"]
 
 
 def test_stop_leaves_nothing_out() -> None:
@@ -72,8 +75,8 @@ def test_stop_leaves_nothing_out() -> None:
 
 def test_a_guess_that_was_too_low_is_made_good() -> None:
     """ASCII that takes a token a character is guessed at a third: refused, the question is asked with fewer rounds."""
-    notes, prompts = chat(f"{'1' * 40}\n{'2' * 60}\n", CountingBackend())
-    assert prompts == [["140"], ["140", "b10", "260"], ["260"]]
+    notes, prompts = chat(f"{'一' * 20}\n{'2' * 85}\n", CountingBackend())
+    assert prompts == [["一20"], ["一20", "b10", "285"], ["285"]]
     assert "are left out" in notes and "no answer" not in notes
 
 
@@ -113,6 +116,23 @@ def test_how_many_must_go(most: int, number: int) -> None:
 def test_room_for_an_answer() -> None:
     """A quarter of the context, or less if the answer may not be as long."""
     assert (room_for_answer(1000, None), room_for_answer(1000, 50), room_for_answer(1000, 900)) == (250, 50, 250)
+
+
+def test_what_a_chat_format_adds_is_learned() -> None:
+    """Ten tokens around each question: once they were seen, the next answers have their quarter of the context."""
+
+    class Formatted(CountingBackend):
+        def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta | Finished]:
+            assert isinstance(prompt, ChatPrompt)
+            turns = [
+                with_changes(turn, content=turn.content + "-" * 10 * (turn.role == "user")) for turn in prompt.turns
+            ]
+            yield from super().stream(ChatPrompt(tuple(turns)), sampling)
+
+    backend = Formatted()
+    notes, _ = chat(QUESTIONS, backend)
+    assert all(sum(len(turn.content) for turn in prompt.turns) <= 75 for prompt in backend.prompts)
+    assert "breaks off" not in notes and "left out" in notes
 
 
 def test_tokens_of_a_round_are_what_it_added() -> None:
