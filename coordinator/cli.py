@@ -106,14 +106,14 @@ def make_parser() -> Parser:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code for an error that is meant for users, None for our own bugs."""
-    from glm.errors import GlmError
+    from glm.errors import GlmError, HubError
     from protocol.errors import ProtocolError
 
     if isinstance(error, CoordinatorError):
         return error.exit_code
-    if isinstance(error, GlmError):
-        return 2
-    return 1 if isinstance(error, ProtocolError) else None
+    if isinstance(error, HubError | ProtocolError):
+        return 1
+    return 2 if isinstance(error, GlmError) else None
 
 
 def _of_a_path(error: Exception) -> UsageError | None:

@@ -58,12 +58,12 @@ class Meter:
         for stage in record.stages:
             self._kv_tokens[stage.stage_index] = stage.kv_tokens
 
-    def numbers(self, now_s: float, load: EngineLoad) -> Numbers:
-        """As of now."""
+    def numbers(self, now_s: float, load: EngineLoad, *, is_stopped: bool = False) -> Numbers:
+        """As of now; `is_stopped`: no step is under way although there is work, as while a stage is brought back."""
         if not self._records:
             idle = tuple(StageNumbers(0.0, 0.0, 0) for _ in self._kv_tokens)
             return Numbers(idle, 0.0, 0.0, 0.0, 0.0, 0.0, load)
-        last, is_working = self._records[-1], load.num_running + load.num_waiting > 0
+        last, is_working = self._records[-1], load.num_running + load.num_waiting > 0 and not is_stopped
         sent = self._window(last.submitted_at_s if is_working else now_s)
         came = self._window(last.arrived_at_s if is_working else now_s)
         ways = {way.stage_index: way for way in _ways(last)} if is_working else {}

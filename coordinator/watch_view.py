@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.closing import Closing
+from coordinator.log import one_line
 from coordinator.plan import Plan
 from coordinator.progress import ROOMY, cursor_restored
 from coordinator.timing import EngineLoad, StepRecord
@@ -38,6 +39,7 @@ class WatchView(Closing):
         self._ask_load, self._load = load, load()
         self._looked_at_s = 0.0
         self._meter = Meter(len(self._titles))
+        self._event: tuple[str, float] | None = None
         self._lock = threading.Lock()  # the panel is drawn by a thread of its own, also while a step takes long
         self._console = Console(file=stream or sys.stderr, highlight=False)
         self._live = Live(
@@ -54,6 +56,7 @@ class WatchView(Closing):
         """Take in a finished step."""
         with self._lock:
             self._meter.add(record)
+            self._event = None
         self.look()
 
     def show(self, plan: Plan, kv_budgets: Sequence[int]) -> None:
@@ -61,6 +64,11 @@ class WatchView(Closing):
         with self._lock:
             self._titles, self._kv_budgets = stage_titles(plan), kv_budgets
             self._meter = Meter(len(self._titles))
+
+    def tell(self, event: str) -> None:
+        """Steps have stopped, for this reason; shown, with its age, until one comes back."""
+        with self._lock:
+            self._event = one_line(event), time.monotonic()
 
     def look(self) -> None:
         """Ask the engine how it is, unless that was a moment ago; worth a call where nothing is computed, too."""
@@ -76,8 +84,12 @@ class WatchView(Closing):
 
     def _draw(self) -> RenderableType:
         with self._lock:
-            numbers = self._meter.numbers(time.monotonic(), self._load)
-            return Group(panel(numbers, self._titles, self._kv_budgets, self._console.width), self.below)
+            now_s = time.monotonic()
+            numbers = self._meter.numbers(now_s, self._load, is_stopped=self._event is not None)
+            shown = [panel(numbers, self._titles, self._kv_budgets, self._console.width), self.below]
+            if self._event is not None:
+                shown.insert(0, Text(f"for {now_s - self._event[1]:.0f} s: {self._event[0]}", style="bold"))
+            return Group(*shown)
 
 
 def panel(numbers: Numbers, titles: Sequence[str], kv_budgets: Sequence[int], width: int = ROOMY) -> RenderableType:

@@ -3,6 +3,7 @@
     GlmError
     ├── ConfigError               config.json is missing, unreadable, unsupported or impossible
     ├── ModelNotFoundError        neither a directory nor a model a hub has
+    │   └── HubError              the hub did not answer, or there is no room; may go well another time
     ├── PrecisionError            a precision that is unknown, or that this device or shape cannot have
     ├── CheckpointError           the weights are not what config.json promises
     │   ├── LfsPointerError       a Git-LFS pointer file lies where weights should be
@@ -38,6 +39,10 @@ class ConfigError(GlmError):
 
 class ModelNotFoundError(GlmError):
     """The model is neither a directory here nor available from a hub."""
+
+
+class HubError(ModelNotFoundError):
+    """The hub did not answer, or what it sends has no room: it was tried, and may go well another time."""
 
 
 class PrecisionError(GlmError):

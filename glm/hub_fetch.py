@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from glm.errors import ModelNotFoundError
+from glm.errors import HubError, ModelNotFoundError
 from glm.signals import undone_at_signals
 
 Tell = Callable[[str], None]
@@ -68,9 +68,10 @@ class _Fetching:
         try:
             answer = self.answers.get(timeout=max(0.0, within_s - silent_s))
         except queue.Empty:
-            raise ModelNotFoundError(complaint(self.name, self.at, "silent", f"{within_s:.0f} s")) from None
+            raise HubError(complaint(self.name, self.at, "silent", f"{within_s:.0f} s")) from None
         if answer["said"] == "fails":
-            raise ModelNotFoundError(complaint(self.name, self.at, answer["why"], answer["text"], self.needed))
+            kind = HubError if answer["why"] in _PASSING else ModelNotFoundError
+            raise kind(complaint(self.name, self.at, answer["why"], answer["text"], self.needed))
         return answer
 
     def follow(self, tell: Tell) -> Path:
@@ -141,6 +142,7 @@ def complaint(name: str, at: str, why: str, text: str, needed: dict[str, Any] | 
     )
 
 
+_PASSING = ("disk", "silent", "unreachable")
 _NETWORK = "check the network, the proxy and HF_ENDPOINT (a mirror's address), or give a directory"
 _COMPLAINTS = {
     "gated": "{none} {endpoint} asks for consent first: accept the terms on {endpoint}/{name}, then set HF_TOKEN to a "

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from coordinator.cluster import Cluster
     from coordinator.cluster_settings import Listening
     from coordinator.conversation import ChatBackend, Wanted
+    from coordinator.mending import Mender
     from coordinator.model_identity import ModelIdentity
     from coordinator.model_text import ModelText
     from coordinator.plan import Plan
@@ -312,9 +313,26 @@ def watched(options: argparse.Namespace, chat_model: ChatModel) -> Iterator[Watc
         engine.observers.append(view)
         chat_model.supervisor.on_replanned.append(lambda: view.show(cluster.plan, cluster.kv_budgets))
         try:
-            yield view
+            with told_of_events(view, chat_model.supervisor.mender):
+                yield view
         finally:
             engine.observers.remove(view)
+
+
+@contextmanager
+def told_of_events(view: WatchView, mender: Mender) -> Iterator[None]:
+    """Within the block the panel hears what a mender says of lost stages, too."""
+    say = mender.on_event
+
+    def tell_and_say(event: str) -> None:
+        view.tell(event)
+        say(event)
+
+    mender.on_event = tell_and_say
+    try:
+        yield
+    finally:
+        mender.on_event = say
 
 
 def _kernel_lines(chat_model: ChatModel) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from coordinator.batch import LocalBackend, Request, answers_to
 from coordinator.chat_model import ChatModel
 from coordinator.dump import dump
 from coordinator.errors import DumpError, GenerationError
@@ -156,3 +157,17 @@ def test_an_answer_counts_the_scores_that_were_no_numbers(shared_dir: Path) -> N
     finished = model.generate([5, 6, 7], max_new_tokens=4)
     assert set(finished.token_ids) == {model.defaults.guard_id}
     assert (finished.stats.guarded_tokens, finished.stats.new_tokens) == (4, 4)
+
+
+def test_the_greatest_seed_has_as_many_answers_as_any(tmp_path: Path) -> None:
+    """The second has the seed that follows, as a request with that one gets; none is lost."""
+    write_checkpoint(tmp_path, CAUSAL)
+    engine, _, config = in_process_engine(tmp_path, [(0, 4)])
+    cluster: Any = SimpleNamespace(plan=plan_for(None, config.num_layers, ["cpu"]), kv_budgets=(1000,))
+    model = ChatModel(cluster, engine, config, tmp_path, None)
+    sampling = with_changes(model.describe().defaults, seed=2**63 - 1, max_new_tokens=5, ignore_eos=True)
+    last, first = answers_to(LocalBackend(model), Request(TokenPrompt((5, 6, 7)), sampling, 2))
+    [alone] = answers_to(LocalBackend(model), Request(TokenPrompt((5, 6, 7)), with_changes(sampling, seed=0)))
+    assert last.finished is not None and len(last.finished.token_ids) == 5
+    assert first.finished is not None and alone.finished is not None
+    assert first.finished.token_ids == alone.finished.token_ids

@@ -16,7 +16,7 @@ from coordinator.commands.session import _only_warnings
 from coordinator.errors import CoordinatorError, PlanError, StageLost, UsageError
 from coordinator.plan_file import plan_request_of
 from coordinator.planning import plan_for
-from glm.errors import ConfigError
+from glm.errors import ConfigError, HubError, ModelNotFoundError
 from protocol.errors import FrameError
 from protocol.version import VERSION
 from tests.homeless import forget_home
@@ -347,6 +347,8 @@ def test_a_dump_that_cannot_be_written_is_refused_before_loading(
         (StageLost("a"), 1),
         (CoordinatorError("a"), 1),
         (FrameError("a"), 1),
+        (HubError("a"), 1),
+        (ModelNotFoundError("a"), 2),
         (KeyboardInterrupt(), 130),
     ],
 )

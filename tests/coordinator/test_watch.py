@@ -2,11 +2,17 @@
 
 import io
 import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from coordinator.commands.session import told_of_events
 from coordinator.plan import EndsPlan, Plan, StagePlan
 from coordinator.timing import EngineLoad, Interval, SpanRecord, StepKind, StepRecord
 from coordinator.watch import Meter
@@ -115,6 +121,17 @@ def test_the_terminal_is_left_as_it_was() -> None:
     assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("4 running")
 
 
+@contextmanager
+def watched_by(view: WatchView) -> Iterator[Any]:
+    """A mender whose events are said, and told to the view, within the block; afterwards as before."""
+    said: list[str] = []
+    mender = SimpleNamespace(on_event=said.append)
+    with told_of_events(view, mender):  # type: ignore[arg-type] # all that is used
+        yield mender
+    assert said == ["lost stage 2\nstarting it again"]
+    assert mender.on_event == said.append
+
+
 def test_the_panel_follows_the_stages() -> None:
     """When others have taken a stage's layers it shows those that are left, and what they do."""
     terminal, loads = io.StringIO(), itertools.repeat(BUSY)
@@ -125,3 +142,24 @@ def test_the_panel_follows_the_stages() -> None:
         Console(file=shown, width=100).print(view._draw())
     assert f"layers 1-{PLAN.num_layers})" in shown.getvalue() and "of 1024" in shown.getvalue()
     assert "stage 2" not in shown.getvalue()
+
+
+def test_the_panel_does_not_stand_still_while_a_stage_is_brought_back() -> None:
+    """It says since when nothing goes on, and why, and what was busy calms down; until a step comes back."""
+
+    def shown() -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(view._draw())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    now_s = time.monotonic()
+    with WatchView(PLAN, [4096, 2048], itertools.repeat(BUSY).__next__, io.StringIO()) as view:
+        view(a_step(now_s - 200.0))
+        assert "out 2.0 tokens/s" in shown() and " 80% " in shown()
+        with watched_by(view) as mender:
+            mender.on_event("lost stage 2\nstarting it again")
+        assert shown().startswith("for 0 s: lost stage 2 starting it again\nin 0.0 tokens/s, out 0.0 tokens/s")
+        assert " 80% " not in shown()
+        view(a_step(now_s))
+        assert "lost stage 2" not in shown()

@@ -31,7 +31,7 @@ more = () if sys.argv[1] == "find_model" else (told.append,)
 try:
     answer = {"path": str(find(sys.argv[2], sys.argv[3] if sys.argv[3:] else None, *more))}
 except ModelNotFoundError as error:
-    answer = {"error": str(error)}
+    answer = {"error": str(error), "kind": type(error).__name__}
 print(json.dumps(answer | {"told": told, "hub_imported": "huggingface_hub" in sys.modules}))
 """
 
@@ -193,7 +193,9 @@ def test_what_a_hub_refuses_is_said_with_the_remedy(tmp_path: Path, code: str, r
 
 def test_an_endpoint_that_does_not_answer_is_named(tmp_path: Path) -> None:
     """No connection and nothing cached: which address, why, and what to check."""
-    error = resolve(tmp_path, "org/name")["error"]
+    answer = resolve(tmp_path, "org/name")
+    error = answer["error"]
+    assert answer["kind"] == "HubError"
     assert "http://127.0.0.1:9 could not be asked" in error
     assert "check the network, the proxy and HF_ENDPOINT" in error
 
@@ -247,6 +249,7 @@ def test_a_hub_that_does_not_answer_is_given_up(tmp_path: Path, drip: bytes) -> 
         answer = resolve(tmp_path, "org/name", "v2", endpoint=endpoint)
         assert len(connections) == 1
     assert answer["told"] == [f"asking {endpoint} for org/name, revision 'v2'"]
+    assert answer["kind"] == "HubError"
     assert endpoint in answer["error"]
     assert "check the network, the proxy and HF_ENDPOINT (a mirror's address)" in answer["error"]
 

@@ -10,6 +10,7 @@ from transformers.generation import logits_process
 
 from glm.errors import SamplingError
 from glm.sampling import Sampler, SamplingParams, candidates
+from glm.sampling_params import seed_after
 
 
 def oracle(logits: torch.Tensor, params: SamplingParams, seen: list[int]) -> torch.Tensor:
@@ -192,3 +193,9 @@ def test_any_scores_and_params_give_a_token(scores: list[float], params: dict[st
     sampler = Sampler(SamplingParams(seed=1, **params), range(len(scores)))
     for _ in range(2):
         assert 0 <= sampler.sample(torch.tensor(scores)) < len(scores)
+
+
+def test_every_seed_has_successors() -> None:
+    """Answers of one request have seeds that count up; what comes after the greatest is allowed, too."""
+    assert [seed_after(5, 2), seed_after(None, 2), seed_after(2**63 - 1, 1)] == [7, None, 0]
+    assert SamplingParams(seed=2**63 - 1).seed == 2**63 - 1
