@@ -88,7 +88,7 @@ def _other_programs_files(model_dir: Path, names: Iterable[str]) -> str | None:
         (".gguf", "GGUF, which llama.cpp reads"),
         (".ggml", "GGML, which chatglm.cpp reads"),
         (".onnx", "ONNX"),
-        (".pt", "a training framework's own checkpoints"),
+        ("_states.pt", "DeepSpeed's, of which its zero_to_fp32.py makes a .bin"),
     )
     for suffix, kind in kinds:
         found = next((name for name in names if name.lower().endswith(suffix)), None)

@@ -28,6 +28,7 @@ from glm.layout import Unit, layer_unit
 from glm.part_file import PartFile, write_parts, write_text
 from glm.precision import Precision
 from glm.quantization import StoredPart
+from glm.small_file import is_file
 from glm.weights import quantized, read_parts
 
 LEAST_UNIT_BYTES = 4 << 20
@@ -132,9 +133,9 @@ class CachedCheckpoint:
 
     def _find(self, unit: Unit) -> Mapping[str, StoredPart] | None:
         path = self.directory / file_name(unit.name)
-        if not path.is_file():
-            return None
         try:
+            if not is_file(path, ShardError):
+                return None
             file = PartFile(path)
             if file.owner != self.directory.name or path.is_symlink() or not file.is_own:
                 raise ShardError(f"{path} was not made here")
@@ -203,14 +204,18 @@ def prune(
 
 
 def _directories(cache: Path) -> Iterable[Path]:
-    """Only what we made: nothing else in the directory is touched."""
+    """Only what we made: nothing else in the directory is touched, nor what other users keep there for themselves."""
     if not cache.is_dir():
         return []
     names = {precision.value for precision in Precision if precision.is_quantized}
     return [
         path
         for path in cache.iterdir()
-        if path.is_dir() and not path.is_symlink() and path.name.count("-") == 2 and path.name.split("-")[1] in names
+        if path.name.count("-") == 2
+        and path.name.split("-")[1] in names
+        and path.is_dir()
+        and not path.is_symlink()
+        and os.access(path, os.R_OK | os.X_OK)
     ]
 
 

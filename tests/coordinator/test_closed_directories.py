@@ -1,16 +1,14 @@
 """Paths that cannot even be looked at: below a directory that is closed to this user, or longer than any path."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from coordinator.cli import main
 from tests.tiny_checkpoints import write_checkpoint
+from tests.users import for_everybody, nobody
 
-NOBODY = 65534
 COMMANDS = [
     "chat --model PATH",
     "chat --plan PATH",
@@ -39,25 +37,10 @@ COMMANDS = [
 ]
 
 
-@contextmanager
-def nobody() -> Iterator[None]:
-    """As a user for whom a closed directory is closed, which it is not for root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     """A directory for everybody, with a model, a file of prompts, and a directory for nobody, in it."""
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        if os.geteuid() == 0:
-            directory.chmod(0o755)
+    for_everybody(tmp_path)
     (tmp_path / "prompts").write_text('{"prompt": "x"}\n')
     write_checkpoint(tmp_path / "model")
     closed = tmp_path / "closed"

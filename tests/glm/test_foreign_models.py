@@ -100,7 +100,7 @@ def test_an_adapters_folder_is_named(peft_type: str, remedy: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("m.Q4_0.gguf", "GGUF, which llama.cpp reads"), ("m.ggml", "GGML"), ("mp_rank_00_model_states.pt", "a training")],
+    [("m.Q4_0.gguf", "GGUF, which llama.cpp reads"), ("m.ggml", "GGML"), ("mp_rank_00_model_states.pt", "DeepSpeed")],
 )
 def test_weights_in_another_format_are_named(name: str, said: str, tmp_path: Path) -> None:
     """With or without a config.json beside them, and what to get instead."""

@@ -25,6 +25,7 @@ from glm.model_source import open_checkpoint
 from glm.precision import Precision
 from tests.homeless import forget_home
 from tests.tiny_checkpoints import CAUSAL, NATIVE, write_checkpoint
+from tests.users import for_everybody, nobody
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -274,6 +275,23 @@ def test_what_another_user_may_have_written_is_not_taken(model_dir: Path, cache:
     assert torch.equal(found, wanted)
     assert num_bytes > 4 * load_config(model_dir).hidden_size
     assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (os.geteuid(), 0o600)
+
+
+def test_what_another_user_keeps_for_himself_is_no_obstacle(model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    """In a cache that several share: it is not found, not listed and not pruned, and a load goes on without it."""
+    wanted, _ = run_stages(model_dir, cache, ())
+    for_everybody(tmp_path)
+    entry = next(path for path in cache.iterdir() if path.is_dir())
+    cache.chmod(0o755)
+    entry.chmod(0)
+    try:
+        with nobody():
+            assert torch.equal(run_stages(model_dir, cache, ())[0], wanted)
+            assert not entries(cache)
+            assert not prune(cache)
+    finally:
+        entry.chmod(0o700)
+    assert len(entries(cache)) == 1
 
 
 def test_the_cache_is_this_users_alone(model_dir: Path, tmp_path: Path) -> None:
