@@ -13,6 +13,8 @@ from protocol.control import Pong, Progress, Ready
 from protocol.records import with_changes
 
 _POLL_S = 0.1
+ANSWER_S = 10.0
+"""An answer is on its way before a heartbeat says that the stage serves; one that does not come by then got lost."""
 
 
 class Loading:
@@ -33,12 +35,13 @@ class Loading:
         self._done: dict[int, int] = {}
         self._patience: dict[int, LoadPatience] = {}
         self._ready: dict[int, Ready] = {}
+        self._unanswered_s: dict[int, float] = {}
 
     def begin(self, requests: Sequence[Future[Reply]], stages: Sequence[StagePlan], epoch: int) -> None:
         """All stages were assigned their layers in this epoch; `requests` hold their answers."""
         self._requests, self._stages, self._epoch = requests, stages, epoch
         self._began_at_s = time.monotonic()
-        self._done, self._ready = {}, {}
+        self._done, self._ready, self._unanswered_s = {}, {}, {}
         self._patience = {index: LoadPatience() for index in range(len(requests))}
 
     @property
@@ -86,6 +89,11 @@ class Loading:
             if self._requests[index].done():
                 continue
             pong = pongs.get(index)
+            serves = pong is not None and (pong.state, pong.epoch) == ("serving", self._epoch)
+            self._unanswered_s[index] = self._unanswered_s.get(index, 0.0) + waited_s if serves else 0.0
+            if self._unanswered_s[index] > ANSWER_S:
+                found[index] = f"says that it serves, and has not answered its assignment for {ANSWER_S:g} s since"
+                continue
             num_bytes = () if pong is None else (pong.moved_bytes, pong.resident_bytes)
             patience.wait(waited_s, self._done.get(index, 0), num_bytes)
             if patience.idle_s > patience.limit_s:

@@ -10,6 +10,7 @@ from coordinator.loading import Loading
 from coordinator.plan import StagePlan
 from coordinator.reply import Reply
 from protocol.control import Failed, Pong, Progress, Ready
+from protocol.records import with_changes
 
 STAGES = (StagePlan("cpu", 0, 3, "fp32"), StagePlan("cpu", 3, 6, "fp32", host="lab3"))
 
@@ -35,6 +36,16 @@ def test_the_stage_that_hangs_is_named_with_its_layer() -> None:
     assert list(found) == [1] and found[1].startswith("hangs in layer 5: it answers") and "for 121 s" in found[1]
     requests[1].set_result((Ready(1, 1, 1, 1, 1.0, "torch"), ()))
     assert loading.stuck(1.0, {}) == {}
+
+
+def test_a_stage_that_serves_without_a_word_is_lost() -> None:
+    """Its heartbeats say that it serves in this epoch, its answer never came; that it serves in another is nothing."""
+    loading, _ = begun()
+    serving = Pong(0, "serving", 1, 0.0, 0, 0, 0, 0, 0, 0, 0)
+    for _ in range(10):
+        assert loading.stuck(1.0, {0: serving, 1: with_changes(serving, epoch=7)}) == {}
+    found = loading.stuck(1.0, {0: serving, 1: with_changes(serving, epoch=7)})
+    assert found == {0: "says that it serves, and has not answered its assignment for 10 s since"}
 
 
 def test_what_is_waited_for_is_told_with_how_far_it_is() -> None:
