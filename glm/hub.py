@@ -5,7 +5,6 @@ HF_HUB_OFFLINE and the rest of its settings); this module chooses the files. Wha
 hub is asked: a branch stays at the commit that was fetched.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from glm.home import expanded
 from glm.hub_fetch import Tell, at, complaint, fetch
 from glm.json_file import read_json_object
 from glm.shapes import random_shape
+from glm.small_file import is_open
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Exact names where that is possible: what another program has cached of a model should do without a network.
@@ -83,7 +83,7 @@ def is_directory(name_or_dir: str | Path) -> bool:
     try:
         if not path.is_dir():
             return False
-        if not os.access(path, os.R_OK | os.X_OK):
+        if not is_open(path):
             raise PermissionError(None, "Permission denied")
     except OSError as error:
         raise ModelNotFoundError(

@@ -28,7 +28,7 @@ from glm.layout import Unit, layer_unit
 from glm.part_file import PartFile, write_parts, write_text
 from glm.precision import Precision
 from glm.quantization import StoredPart
-from glm.small_file import is_file
+from glm.small_file import is_file, is_open
 from glm.weights import quantized, read_parts
 
 LEAST_UNIT_BYTES = 4 << 20
@@ -215,7 +215,7 @@ def _directories(cache: Path) -> Iterable[Path]:
         and path.name.split("-")[1] in names
         and path.is_dir()
         and not path.is_symlink()
-        and os.access(path, os.R_OK | os.X_OK)
+        and is_open(path)
     ]
 
 

@@ -1,5 +1,6 @@
 """Files of a model that are read whole: whether they are there, and contents of a size that such a file can have."""
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +15,11 @@ def is_file(path: Path, error_type: type[Exception]) -> bool:
         return path.is_file()
     except OSError as error:
         raise error_type(_cannot_be_read(path, error)) from error
+
+
+def is_open(directory: Path) -> bool:
+    """Whether this process may list a directory and look at what is in it."""
+    return os.access(directory, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def read_whole(path: Path, error_type: type[Exception], most_bytes: int) -> bytes:
