@@ -81,6 +81,7 @@ def test_a_path_longer_than_any_is_told_in_a_line(
 
 def test_a_model_directory_that_is_closed_itself(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is there, and nothing in it can be seen."""
+    said("chat --model PATH", place / "absent" / "file", place, capsys)
     with nobody():
         code, told = said("chat --model PATH", place / "closed", place, capsys)
     assert (code, "cannot be looked into (Permission denied)" in told) == (2, True)
