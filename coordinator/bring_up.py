@@ -82,5 +82,6 @@ def _load_ends(checkpoint: ModelSource, config: ModelConfig, ends: EndsPlan) -> 
     norm = placed(ends.final_layernorm_precision, ends.final_layernorm_device)
     lm_head = placed(ends.lm_head_precision, ends.lm_head_device)
     table = placed(ends.embedding_precision, ends.embedding_device)
-    embedding = Embedding.load(source(table), config, table, lm_head)
+    is_compared = not isinstance(checkpoint, UnitSource)  # by `_untied`
+    embedding = Embedding.load(source(table), config, table, lm_head, is_compared=is_compared)
     return embedding, Head.load(source(lm_head), config, norm, lm_head, embedding)

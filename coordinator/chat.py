@@ -278,7 +278,7 @@ def why_it_ended(finished: Finished, state: ChatState, overflow: Overflow = "sto
         return f"the answer was cut after {stats.new_tokens} tokens, as max_new_tokens says"
     if finished.finish_reason == "length":
         return (
-            f"the answer was cut: {num_tokens} are the most this model was published to hold together; "
+            f"the answer was cut: {num_tokens} are the most that the model's generation_config.json allows together; "
             f"{remedy}, /set max_new_tokens=N allows an answer of N tokens"
         )
     return "" if finished.text else "the model answered nothing"

@@ -71,9 +71,16 @@ class Embedding:
 
     @classmethod
     def load(
-        cls, checkpoint: ModelSource, config: ModelConfig, placement: Placement, lm_head: Placement | None = None
+        cls,
+        checkpoint: ModelSource,
+        config: ModelConfig,
+        placement: Placement,
+        lm_head: Placement | None = None,
+        *,
+        is_compared: bool = False,
     ) -> "Embedding":
-        """Read the table. A tied model's serves lm_head too where that is held in the same way, and is no other.
+        """Read the table. A tied model's serves lm_head too where that is held in the same way, and is no other;
+        `is_compared` says that `has_own_lm_head` was asked already.
 
         Where it is not, lm_head has a copy of its own: quantised, that is read for every token in a fraction of the
         time, and takes little memory beside the table.
@@ -82,7 +89,8 @@ class Embedding:
             CheckpointError: it is missing or misshapen.
         """
         stored = read_parts(checkpoint, stored_embedding(checkpoint, config), config)["table"]
-        if config.tied_ends and lm_head == placement and not has_own_lm_head(checkpoint, config):
+        is_shared = config.tied_ends and lm_head == placement
+        if is_shared and (is_compared or not has_own_lm_head(checkpoint, config)):
             return cls(pack(build_weight(stored, placement), placement.kernels), placement, is_shared=True)
         if isinstance(stored, torch.Tensor) and not placement.precision.is_quantized:
             is_narrow = torch.promote_types(stored.dtype, placement.dtype) == placement.dtype

@@ -284,7 +284,7 @@ def test_a_full_context_is_said_plainly() -> None:
 
 def test_other_ends_are_said() -> None:
     """Length limits and empty answers are explained, an ordinary end is not."""
-    assert "published to hold together" in Piped("length\n").notes
+    assert "generation_config.json allows together" in Piped("length\n").notes
     assert "max_new_tokens says" in Piped("/set max_new_tokens=21\nlength\n").notes
     assert "stopped" in Piped("cancelled\n").notes
     assert Piped("stop_string\n").notes == ""

@@ -90,7 +90,7 @@ def test_a_question_that_is_too_long_by_itself_is_refused() -> None:
 def test_a_published_length_is_learned() -> None:
     """A model that ends answers before its context does (ChatGLM-6B's published length): the next question slides."""
     notes, prompts = chat(QUESTIONS, CountingBackend(max_length=55))
-    assert "published to hold together" in notes and "leaves the oldest ones out" in notes
+    assert "generation_config.json allows together" in notes and "leaves the oldest ones out" in notes
     assert prompts[1] == ["一20", "b10", "二20"]
     assert prompts[2] == ["三20"]
 
