@@ -18,6 +18,7 @@ from coordinator.closing import Closing
 from coordinator.conversation import Prompt
 from coordinator.errors import ClosedError, ConnectError, CoordinatorError, GenerationError, PromptTooLong, StageLost
 from coordinator.legible import legible
+from coordinator.runtime_dir import is_deserted
 from coordinator.talking import Talking
 from coordinator.which_launch import FIND_S, endpoint_of
 from glm.logprobs import TokenLogprob
@@ -255,7 +256,7 @@ class RemoteBackend(Talking, Closing):
 
     def _is_gone(self) -> bool:
         path = ipc_path(self.endpoint)
-        return path is not None and not Path(path).exists()
+        return path is not None and is_deserted(Path(path))
 
     def _open_socket(self) -> None:
         self._socket = sockets.client_socket(self._context, zmq.DEALER)

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from glm.logprobs import TokenLogprob
+from glm.printable import num_columns, padded
 from protocol.client import Finished, GenerationStats
 
 _COLUMNS = ("stage", "device", "layers", "precision", "compute", "share", "wire", "KV tokens")
@@ -77,7 +78,7 @@ def logprob_lines(logprobs: Iterable[TokenLogprob], spell: Callable[[int], str])
     """A line for each token: its log-probability, its id and what that stands for; then the likeliest ones."""
     for each in logprobs:
         others = ", ".join(f"{token_id} {spell(token_id)} {logprob:.3f}" for token_id, logprob in each.top)
-        line = f"{each.logprob:9.3f}  {each.token_id:>6} {spell(each.token_id):<12}"
+        line = f"{each.logprob:9.3f}  {each.token_id:>6} {padded(spell(each.token_id), 12)}"
         yield f"{line}  likeliest: {others}" if others else line.rstrip()
 
 
@@ -88,9 +89,9 @@ def average_tokens_per_s(stats: GenerationStats) -> float:
 
 def two_columns(rows: Sequence[tuple[str, str]], width: int | None = None) -> list[str]:
     """Names and what is said of them, side by side; in fewer columns than that takes, one below the other."""
-    longest = max(len(name) for name, _ in rows)
-    lines = [f"{name.ljust(longest)}   {text}" for name, text in rows]
-    if width is None or max(map(len, lines)) <= width:
+    longest = max(num_columns(name) for name, _ in rows)
+    lines = [f"{padded(name, longest)}   {text}" for name, text in rows]
+    if width is None or max(map(num_columns, lines)) <= width:
         return lines
     indent = "    "
     return [

@@ -105,6 +105,11 @@ def find_running(*, everywhere: bool = False) -> tuple[RunningLaunch, ...]:
     return tuple(found)
 
 
+def is_deserted(socket: Path) -> bool:
+    """Whether the launch that made a socket is gone, though the socket may be there: as after a kill."""
+    return not socket.exists() or ((socket.parent / "lock").exists() and not _is_locked(socket.parent))
+
+
 def remove_stale(base: Path) -> None:
     """Remove what launches of this user left in `base` when they were killed."""
     for path, pid in _launch_dirs(base):

@@ -5,6 +5,7 @@ name forge lines of a log. Bidirectional overrides show a line in another order 
 """
 
 import re
+import unicodedata
 
 from glm.decoding import StreamReplacer
 
@@ -30,6 +31,22 @@ def printable_lines(text: str) -> str:
 def printable_json(text: str) -> str:
     r"""For JSON that `json.dumps` left unescaped beyond ASCII: the same value, control characters as `\u009b`."""
     return _NOT_IN_LINES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def num_columns(text: str) -> int:
+    """How many columns of a terminal a text takes: wide characters two, marks that join another character none."""
+    return sum(_columns(character) for character in text)
+
+
+def padded(text: str, width: int) -> str:
+    """The text with spaces behind it, so that it takes `width` columns at least."""
+    return text + " " * (width - num_columns(text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 class PrintableStream:

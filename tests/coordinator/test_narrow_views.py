@@ -21,6 +21,7 @@ from coordinator.timing import EngineLoad
 from coordinator.trace import stage_titles
 from coordinator.watch import Numbers, StageNumbers
 from coordinator.watch_view import panel
+from glm.printable import num_columns
 from glm.sampling_params import ALLOWED
 from protocol.records import with_changes
 from tests.coordinator.fake_backend import DEFAULTS
@@ -119,6 +120,12 @@ def test_the_figures_of_a_bench() -> None:
     text = shown(terminal.getvalue())
     for word in ("precision", "cuda:0 of lab2", "resident", "10.0 GB", "busy", "86.1%", "(bfloat16 matmul)"):
         assert word in words(text)
+
+
+def test_wide_characters_are_aligned_by_their_columns() -> None:
+    """Names and tokens of any script have what is said of them in one column."""
+    lines = two_columns([('stop=["结束"]', "texts"), ("seed=none", "a number")])
+    assert len({num_columns(line.rpartition("   ")[0]) for line in lines}) == 1
 
 
 def test_the_lists_of_a_chat() -> None:

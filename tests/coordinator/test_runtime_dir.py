@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.errors import LaunchError
-from coordinator.runtime_dir import MAX_PATH_BYTES, RunningLaunch, RuntimeDir, find_running, remove_stale
+from coordinator.runtime_dir import MAX_PATH_BYTES, RunningLaunch, RuntimeDir, find_running, is_deserted, remove_stale
 from protocol.endpoints import checked_endpoint
 
 HOLD = "from coordinator.runtime_dir import RuntimeDir; d = RuntimeDir(); print(d.path, flush=True); input()"
@@ -146,3 +146,19 @@ def test_running_launches_are_found_by_their_client_socket(base: Path) -> None:
         one.bind(str(directory.path / "client"))
         assert found(base) == [RunningLaunch(os.getpid(), directory.endpoint("client"))]
     assert found(base) == []
+
+
+def test_a_socket_that_a_killed_launch_left_is_deserted(base: Path) -> None:
+    """Its lock is free; one of a launch that lives is not; a socket elsewhere, without a lock, may be anybody's."""
+    with RuntimeDir() as running:
+        socket = running.path / "client"
+        assert is_deserted(socket)
+        socket.touch()
+        assert not is_deserted(socket)
+    left = base / "glmpipe-1-x"
+    left.mkdir()
+    for name in ("lock", "client"):
+        (left / name).touch()
+    assert is_deserted(left / "client")
+    (left / "lock").unlink()
+    assert not is_deserted(left / "client")

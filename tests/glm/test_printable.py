@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from glm.printable import PrintableStream, printable_json, printable_line, printable_lines
+from glm.printable import PrintableStream, num_columns, padded, printable_json, printable_line, printable_lines
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x7f\x00\u202eabc\u2066\ud83d\u2028"
 HARMLESS = "你好，世界 👩‍👩‍👧 مي‌خواهم é \u200e 'quoted' \\n"
@@ -31,6 +31,12 @@ def test_nothing_a_terminal_would_obey_gets_through() -> None:
 def test_ordinary_text_stays(show) -> None:
     """Wide characters, joined emoji, marks of direction and backslashes are not touched."""
     assert show(HARMLESS) == HARMLESS
+
+
+def test_columns_of_a_terminal() -> None:
+    """Wide characters take two, joined marks none; padding counts them so."""
+    assert [num_columns(text) for text in ("ab", "你好", "é", "e\u0301", "，", "")] == [2, 4, 1, 1, 2, 0]
+    assert padded("你好", 6) == "你好  " and padded("toolong", 3) == "toolong"
 
 
 def test_json_means_the_same() -> None:
