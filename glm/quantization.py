@@ -140,7 +140,9 @@ def int4_scales(grouped: torch.Tensor, levels: Sequence[float] = INT4_LEVELS) ->
     """[rows, groups, group] -> [rows, groups]: the scale, of a few candidates, with the least squared error.
 
     The value of largest magnitude, divided by minus each of `levels`, gives the candidates: at 8 it maps to -8, the
-    end of the longer side; with fewer levels no value is clipped, with more it is, in favour of all others.
+    end of the longer side; with fewer levels no value is clipped, with more it is, in favour of all others. A group
+    that has no such scale, because a value is NaN, infinite or beyond what fp16 scales reach, gets NaN: it shows in
+    what is computed with it, as it would at any other precision.
     """
     extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best = torch.zeros_like(extreme)
@@ -151,4 +153,4 @@ def int4_scales(grouped: torch.Tensor, levels: Sequence[float] = INT4_LEVELS) ->
         error = rounded.sub_(grouped).square_().sum(-1)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
-    return best
+    return torch.where(best_error.isfinite(), best, torch.nan)

@@ -68,14 +68,14 @@ def in_process_engine(
     *,
     kv_budget_tokens: int = 100_000,
     stage_budget: int = 100_000,
+    precision: Precision = Precision.FP32,
     **settings: Any,
 ) -> tuple[Engine, InProcessPipeline, ModelConfig]:
-    """An engine over stages with these layer ranges, everything in fp32 on the CPU; it keeps no prefixes."""
+    """An engine over stages with these layer ranges, everything at one precision on the CPU; it keeps no prefixes."""
     config, checkpoint = load_config(model_dir), Checkpoint(model_dir)
-    placement = end_placement(Precision.FP32, CPU, config)
+    placement = end_placement(precision, CPU, config)
     stages = [
-        Stage(LayerStack.load(checkpoint, config, start, end, Precision.FP32, CPU), stage_budget)
-        for start, end in ranges
+        Stage(LayerStack.load(checkpoint, config, start, end, precision, CPU), stage_budget) for start, end in ranges
     ]
     pipeline = InProcessPipeline(stages)
     embedding = Embedding.load(checkpoint, config, placement)

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,10 +106,13 @@ class Launch:
             assert any(num_accepted for _, num_accepted in found)
         self.must_be_whole()
 
-    def answers(self, phase: Phase, seeds: Seeds, fault: Fault | None = None) -> list[Answer]:
-        """The answers, finished or failed, the fault having happened when the first of them got so far."""
+    def answers(self, phase: Phase, seeds: Seeds, fault: Fault | None = None, first: int = 0) -> list[Answer]:
+        """The answers, finished or failed, the fault having happened when the first of them got so far.
+
+        Each request has a prompt of its own; the first is that of number `first`.
+        """
         self.chat_model.engine.forget_prefixes()
-        answers = [self._begin(phase, number, seed) for number, seed in enumerate(seeds)]
+        answers = [self._begin(phase, number, seed) for number, seed in enumerate(seeds, first)]
         while not all(answer.sequence.is_finished for answer in answers):
             if fault is not None and any(map(phase.has_come, answers)):
                 fault()
@@ -150,15 +153,17 @@ def disturbed_launch(
     *worker: str,
     plan: PlanRequest | None = None,
     recovery: RecoveryPolicy | None = None,
+    shape: Mapping[str, object] | None = None,
     **options: object,
 ) -> Iterator[Launch]:
     """A small model over three stages, each loss a trouble of its own; what is left of it when it closes is checked.
 
+    `shape`: keys of the model's config that are not as usual.
     `worker`: run the workers through `tests.end_to_end.faulty_worker` with these arguments.
     """
     model_dir = directory / "model"
     if not model_dir.exists():
-        write_checkpoint(model_dir, {**CAUSAL, "num_layers": 6, "seq_length": 4096})
+        write_checkpoint(model_dir, {**CAUSAL, "num_layers": 6, "seq_length": 4096, **(shape or {})})
     plan = plan or PlanRequest(num_stages=NUM_STAGES, num_threads=1, prefill_chunk=16)
     policy = recovery or RecoveryPolicy(settled_s=0.0)
     lines: list[str] = []

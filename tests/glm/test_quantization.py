@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 
 from glm.attention import Segment
 from glm.checkpoint import Checkpoint
-from glm.config import load_config
+from glm.config import load_config, parse_config
 from glm.ends import Embedding, Head, end_placement
 from glm.errors import PrecisionError
+from glm.kernels.native import best_kernels
 from glm.linear import DenseLinear, QuantizedLinear, make_linear, make_weight
 from glm.model import Model
 from glm.positions import prompt_layout
 from glm.precision import Precision, compute_dtype
 from glm.quantization import INT4_GROUP_SIZE, QuantizedWeight, group_size, pack_int4, quantize, unpack_int4
-from tests.tiny_checkpoints import FAMILIES, publish_quantized, write_checkpoint
+from tests.tiny_checkpoints import FAMILIES, NATIVE, publish_quantized, write_checkpoint
 
 CPU = torch.device("cpu")
 INTEGERS = (Precision.INT8, Precision.INT4)
@@ -140,6 +141,22 @@ def test_blocks_of_rows_do_not_show() -> None:
             assert torch.equal(whole.values[row], alone.values[0])
         product = QuantizedLinear(whole, None)(x)
         torch.testing.assert_close(product, x @ whole.dequantize(torch.float32).t(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_a_weight_that_is_not_finite_shows(precision: Precision, bad: float) -> None:
+    """At every precision: the results of its row are not finite, all others are; no precision takes it for a zero."""
+    weight = normal(6, 64).double()
+    weight[2, 40] = bad
+    weight = weight.to(torch.float32)
+    cpu = torch.device("cpu")
+    dtype = compute_dtype(precision, cpu, parse_config(NATIVE))
+    for kernels in (None, best_kernels()):
+        found = make_linear(make_weight(weight, precision, dtype, cpu), None, kernels)(normal(9, 64, seed=1).to(dtype))
+        is_finite = found.isfinite()
+        assert not is_finite[:, 2].any()
+        assert is_finite[:, [0, 1, 3, 4, 5]].all()
 
 
 def test_group_sizes() -> None:
