@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from glm.printable import printable_line, printable_lines
+from glm.standard_streams import num_lost_writes
 
 Field = str | int | None
 Stream = Callable[[], TextIO | None]
@@ -51,15 +52,22 @@ class LineWriter:
             stream = self._stream()
             if stream is None:
                 return
-            try:
-                if self._num_lost:
-                    stream.write(f"\n{self._lost(self._num_lost)}\n")  # half of a line may have been written
-                    stream.flush()
-                    self._num_lost = 0
-                stream.write(f"{line}\n")
-                stream.flush()
-            except (OSError, ValueError):  # a full disk, a pipe that nobody reads, a stream that was closed
+            if self._num_lost and _is_written(
+                stream, f"\n{self._lost(self._num_lost)}\n"
+            ):  # the one before may be torn
+                self._num_lost = 0
+            if self._num_lost or not _is_written(stream, f"{line}\n"):
                 self._num_lost += 1
+
+
+def _is_written(stream: TextIO, text: str) -> bool:
+    before = num_lost_writes(stream)
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):  # a full disk, a pipe that nobody reads, a stream that was closed
+        return False
+    return num_lost_writes(stream) == before
 
 
 def lines_lost(number: int) -> str:

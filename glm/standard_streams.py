@@ -3,9 +3,12 @@
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from glm.printable import printable_lines
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -33,7 +36,9 @@ class _Output(io.FileIO):
 
 
 class _Notes(io.FileIO):
-    """stderr. What cannot be said there is lost, and nothing else with it."""
+    """stderr. What cannot be said there is lost, and nothing else with it; whoever wants to know is told by a count."""
+
+    num_lost = 0
 
     def write(self, data: "ReadableBuffer", /) -> int:
         try:
@@ -41,7 +46,14 @@ class _Notes(io.FileIO):
         except BrokenPipeError:
             raise
         except OSError:
+            self.num_lost += 1
             return memoryview(data).nbytes
+
+
+def num_lost_writes(stream: object) -> int:
+    """How often something could not be written to a stream that says nothing of it."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw.num_lost if isinstance(raw, _Notes) else 0
 
 
 def open_standard_streams() -> None:
@@ -83,6 +95,9 @@ def run_program(name: str, main: Callable[[], int]) -> NoReturn:
     except OutputError as error:
         code = EXIT_FAILED
         print(f"{name}: {error}", file=sys.stderr, flush=True)
+    except Exception:  # of our own, with whatever its text may quote
+        code = EXIT_FAILED
+        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr, flush=True)
     with suppress(OSError):
         sys.stderr.flush()
     os._exit(code)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from glm.printable import printable_line
+from glm.standard_streams import num_lost_writes
 
 MAX_LINES = 10
 PERIOD_S = 10.0
@@ -76,21 +77,25 @@ class _Lines(logging.StreamHandler[TextIO]):
     """Lines that cannot be written, as when a disk is full, are lost and counted; the next one says how many."""
 
     num_lost = 0
+    _is_written = True
 
     def emit(self, record: logging.LogRecord) -> None:
-        lost, self.num_lost = self.num_lost, 0
-        if lost:
-            with suppress(OSError, ValueError):
-                self.stream.write("\n")  # half of a line may have been written
+        if self.num_lost:
             text = "%d lines of this log could not be written"
-            super().emit(logging.LogRecord(record.name, logging.WARNING, "", 0, text, (lost,), None))
-        if self.num_lost:  # that one neither
-            self.num_lost = lost + 1
-        else:
-            super().emit(record)
+            lost = logging.LogRecord(record.name, logging.WARNING, "", 0, text, (self.num_lost,), None)
+            self.num_lost = 0 if self._write(lost, before="\n") else self.num_lost  # the line before may be torn
+        if self.num_lost or not self._write(record):
+            self.num_lost += 1
+
+    def _write(self, record: logging.LogRecord, before: str = "") -> bool:
+        lost_before, self._is_written = num_lost_writes(self.stream), True
+        with suppress(OSError, ValueError):
+            self.stream.write(before)
+        super().emit(record)
+        return self._is_written and num_lost_writes(self.stream) == lost_before
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - as logging has it
-        self.num_lost += 1
+        self._is_written = False
 
 
 def set_up_logging(*, as_json: bool = False) -> None:

@@ -5,10 +5,12 @@ import io
 import json
 import logging
 import re
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ from protocol import client
 from protocol.control import Failed, Leaving, Ready
 from protocol.data import StepFailed
 
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "marker-7b1e"
 SAID = {"level": "warning", "message": 'step 3 "failed"', "epoch": 2, "pid": 7, "time": "T", "worker": "stage-1"}
 PLAN = Plan((StagePlan("cpu", 0, 1, "fp32"),), EndsPlan("cpu", "fp32", "cpu", "cpu", "fp32"))
@@ -249,3 +252,34 @@ def test_what_peers_say_in_words_is_one_line_each(message: Any) -> None:
     words = repr(legible(message))
     assert "x1b" in words and not re.search(r"(?<!\\)\\(x1b|n)", words), words
     assert legible(Leaving(0, "bye")) == Leaving(0, "bye")
+
+
+PROGRAM = """
+import resource as r, sys
+from glm.standard_streams import open_standard_streams
+open_standard_streams()
+from {module} import {names}
+{say}("one")
+limits = r.getrlimit(r.RLIMIT_FSIZE)
+r.setrlimit(r.RLIMIT_FSIZE, (1, limits[1]))
+for number in range(3): {say}("lost")
+r.setrlimit(r.RLIMIT_FSIZE, limits)
+{say}("two")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "say"),
+    [
+        ("coordinator.log", "Log", "Log().say"),
+        ("stage_worker.log", "logger, set_up_logging; set_up_logging()", "logger.info"),
+    ],
+)
+def test_the_programs_own_stderr_tells_what_it_lost(module: str, names: str, say: str, tmp_path: Path) -> None:
+    """A file that may not grow, under the streams that both programs put in place of Python's."""
+    log = tmp_path / "log"
+    program = PROGRAM.format(module=module, names=names, say=say)
+    with log.open("w") as stderr:
+        subprocess.run([sys.executable, "-c", program], stderr=stderr, check=True, cwd=ROOT)
+    first, *_, told, last = log.read_text().splitlines()
+    assert first.endswith("one") and told.endswith("3 lines of this log could not be written") and last.endswith("two")
