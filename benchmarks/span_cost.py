@@ -3,8 +3,8 @@
     python -m benchmarks.span_cost [--shape chatglm2-6b] [--precision int4] [--layers 4] [--context 512] [--rounds 12]
                                    [--threads 2] [--tokens 1 2 4 8 16]
 
-A stage's layers take k tokens of one sequence, as a verification does; the same part by part, with torch's attention,
-as prompts go; then 1 token each of k sequences, as a batch does; then 4 sequences of k tokens. In turns, each between
+A stage's layers take k tokens of one sequence, as a verification does; the same part by part, with torch's attention;
+then 1 token each of k sequences, as a batch does; then 4 sequences of k tokens. In turns, each between
 two steps of one token that it is held against: the machine's moods cancel. Medians of these ratios; of the one token,
 its milliseconds a layer.
 """

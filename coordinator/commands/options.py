@@ -178,7 +178,9 @@ def _add_other_hosts_options(parser: argparse.ArgumentParser) -> None:
 def _add_scheduling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "speed",
-        "None of these changes a token of a greedy or seeded answer. The report of --stats says what they gave.",
+        "None of these changes a token of a greedy or seeded answer on a CPU, at any precision. (On a GPU, and where "
+        "the native kernels were not built, the last bits of sums depend on what is computed together.) The report of "
+        "--stats says what they gave.",
     )
     group.add_argument(
         "--no-speculation",

@@ -101,12 +101,13 @@ def test_a_token_is_computed_as_if_alone(emulated, dtype: torch.dtype, kind: str
 
 
 def check_sums_of_torch(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """In whatever order and dtype the processor at hand adds up: n products and a bias are n roundings at most, each of
-    half a unit in the last place of what the magnitudes come to, and another of the result."""
+    """In whatever order the processor at hand adds up in fp32: n products and a bias are n roundings at most, each of
+    half a unit in the last place of what the magnitudes come to; and two to the dtype, without the bias and with it."""
     magnitudes = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
-    wanted = x.double() @ weight.double().t() + bias.double()
-    half = torch.finfo(x.dtype).eps / 2
-    bound = x.shape[1] * torch.finfo(torch.float32).eps / 2 * magnitudes + 2 * half * (wanted.abs() + half)
+    sums = x.double() @ weight.double().t()
+    wanted = sums + bias.double()
+    bound = x.shape[1] * torch.finfo(torch.float32).eps / 2 * magnitudes
+    bound += torch.finfo(x.dtype).eps * (sums.abs() + wanted.abs()) + torch.finfo(x.dtype).tiny
     assert ((found.double() - wanted).abs() <= bound).all()
 
 
