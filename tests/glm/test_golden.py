@@ -179,15 +179,16 @@ def forward_pieces(model: Model, ids: list[int], sizes: list[int], layout: Promp
 POSITIONS_32K = (601, 603, 357, 205, 541, 297, 165, 220, 281, 551, 366)
 
 
-def test_the_longer_chatglm2_divides_its_positions(shared_dir: Path, tmp_path: Path) -> None:
-    """The ids are those of transformers' Glm with the same weights and a linear factor of 16."""
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.INT8])
+def test_the_longer_chatglm2_divides_its_positions(precision: Precision, shared_dir: Path, tmp_path: Path) -> None:
+    """The ids are those of transformers' Glm with the same weights and a linear factor of 16; native layers too."""
     for file in GoldenSet(shared_dir, "chatglm2-safetensors").checkpoint_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     before = Checkpoint(tmp_path).fingerprint()
     raw = json.loads((tmp_path / "config.json").read_text())
     longer = {**raw, "rope_ratio": 16, "_name_or_path": "THUDM/chatglm2-6b-32k"}
     (tmp_path / "config.json").write_text(json.dumps(longer))
-    greedy = Model.load(Checkpoint(tmp_path), load_config(tmp_path)).greedy(POSITIONS_32K, 12)
+    greedy = Model.load(Checkpoint(tmp_path), load_config(tmp_path), precision).greedy(POSITIONS_32K, 12)
     assert greedy == [425, 431, 265, 73, 262, 273, 578, 223, 457, 506, 73, 457]
     divided = Checkpoint(tmp_path).fingerprint()
     (tmp_path / "tokenizer_config.json").write_text('{"name_or_path": "THUDM/chatglm3-6b-32k"}')
