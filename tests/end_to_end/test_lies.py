@@ -134,16 +134,6 @@ def test_a_lying_worker_costs_no_more_than_its_stage(kind: type[Record], tmp_pat
         assert not any("\x1b" in line or "\n[pipeline] all is well" in line for line in liar.lines)
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("kind", [Step, StepFailed])
-def test_a_lying_neighbour_ends_no_worker(kind: type[Record], tmp_path: Path) -> None:
-    """What comes from the stage before: the worker behind it is the same process in the end."""
-    with contextlib.ExitStack() as stack:
-        liar = Liar(tmp_path, stack, (LAB2, ""))
-        for lie in lies(kind):
-            liar.tell(lie)
-
-
 def test_a_lying_client_fails_alone(tmp_path: Path) -> None:
     """Every field of every message of a client, with every kind of prompt: an answer or an error, and the next client
     gets the truth."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protocol.control import Failed, Inspect, Inspected, Ready, Release, Released
-from protocol.data import DropSequence, ForkSequence, Span, Step, TruncateSequence
+from protocol.data import DropSequence, ForkSequence, Span, Step, StepFailed, TruncateSequence
 from protocol.errors import ProtocolError
 from protocol.limits import MAX_STEP_BYTES
 from protocol.records import AnyRecord, with_changes
@@ -78,11 +78,14 @@ def test_a_false_step_fails_alone(joined: Pair, model_dir: Path) -> None:
     layout = (4, 3) if is_prefix else (None, None)
     before, step_id = resident_bytes(worker), 100
     updates = (ForkSequence(1, 2, 2), TruncateSequence(2, 1), DropSequence(2))
-    for lie in false(Step(1, 100, updates, (Span(1, 0, 5, *layout),), ()), (to_raw(hidden),)):
+    steps = false(Step(1, 100, updates, (Span(1, 0, 5, *layout),), ()), (to_raw(hidden),))
+    failures = false(StepFailed(1, 100, 0, "internal", "no", updates, ()))
+    for lie in (*steps, *failures):
         if lie.step_id > 10**6:
             continue  # what comes with a lower number afterwards was there before
         step_id += 10
-        send(coordinator.push_to(worker), with_changes(lie, step_id=min(lie.step_id, step_id)), (to_raw(hidden),))
+        tensors = (to_raw(hidden),) if isinstance(lie, Step) else ()
+        send(coordinator.push_to(worker), with_changes(lie, step_id=min(lie.step_id, step_id)), tensors)
         truth = Step(1, step_id + 5, (DropSequence(7),), (Span(3, 0, 5, *layout),), ())
         send(coordinator.push_to(worker), truth, (to_raw(hidden),))
         while (outcome := coordinator.collect()[0]).step_id != step_id + 5:
