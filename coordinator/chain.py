@@ -12,7 +12,6 @@ from coordinator.errors import GenerationError
 from coordinator.pipeline import FIRST_STEP_ID, Outcome, Pipeline
 from coordinator.recovery import Patience
 from coordinator.scheduler import Chunk, StepKind
-from coordinator.signals import signals_deferred
 from coordinator.timing import EndsClock
 from glm.ends import Embedding
 from glm.errors import faults_as
@@ -130,9 +129,8 @@ class Chain:
             ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
             hidden = self.embedding.forward(torch.tensor(ids, dtype=torch.int64))
         step = Step(self._epoch, flight.step_id, updates, flight.spans, ())
-        self._pipeline.wait_for_room(self._limit_s)
-        with signals_deferred():
-            self._pipeline.submit(step, hidden, self._limit_s)
+
+        def sent() -> None:
             self._in_flight.append(flight)
             del self.updates[: len(updates)]
             for chunk in chunks:
@@ -141,6 +139,8 @@ class Chain:
                 sequence.num_held = chunk.end + len(chunk.drafted)
                 sequence.num_steps_in_flight += 1
                 sequence.last_step_id = flight.step_id
+
+        self._pipeline.submit(step, hidden, self._limit_s, sent=sent)
 
 
 def _span(chunk: Chunk) -> Span:

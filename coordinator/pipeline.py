@@ -143,8 +143,18 @@ class Pipeline:
         except ProtocolError as error:
             raise StageLost(f"stage 1 cannot be connected to: {error}") from None
 
-    def wait_for_room(self, limit_s: Limit | None = None) -> None:
-        """Wait, watching the stages' health, while the first queue is full or not there.
+    def submit(
+        self,
+        step: Step,
+        hidden: torch.Tensor,
+        limit_s: Limit | None = None,
+        *,
+        sent: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Send a step down the chain; waits, watching the stages' health, where the first queue is full or not there.
+
+        It is sent whole, and `sent` called behind it, whatever interrupts: the first frame of one must not begin the
+        next, and what is on its way must be known.
 
         Raises:
             StepStuck: it took nothing for `limit_s()` seconds, although all stages live.
@@ -156,19 +166,12 @@ class Pipeline:
             self.took_nothing = True
             raise
         self._stood_still_s += waiting.stood_still_s
-
-    def submit(self, step: Step, hidden: torch.Tensor, limit_s: Limit | None = None) -> None:
-        """Send a step down the chain, whole whatever interrupts: the first frame of one must not begin the next.
-
-        Raises:
-            StepStuck: see `wait_for_room`.
-        """
-        self.wait_for_room(limit_s)
         submitted = _Submitted(time.monotonic(), self._stood_still_s, step.spans, tuple(hidden.shape))
         with signals_deferred():
             self._submitted[step.step_id] = submitted
             self.num_sent += 1
             send(self._push, step, (to_raw(hidden),))
+            sent()
 
     def collect(self, epoch: int, limit_s: Limit | None = None) -> Outcome:
         """The next outcome of this epoch, in the order of submission.

@@ -3,14 +3,20 @@
 Before and after, `glm.signals` has them end the process at once.
 """
 
+import inspect
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from glm.signals import NUMBERS, end_now
+
+# Each step defers signals: without the names that `signal` makes of numbers, which take ten times as long.
+_get_handler: Callable[[int], Any] = inspect.unwrap(signal.getsignal)
+_set_handler: Callable[[int, Any], Any] = inspect.unwrap(signal.signal)
+_NUMBERS = tuple(map(int, NUMBERS))
 
 
 @contextmanager
@@ -45,13 +51,13 @@ def signals_deferred() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    handlers = {number: handler for number in NUMBERS if callable(handler := signal.getsignal(number))}
+    handlers = {number: handler for number in _NUMBERS if callable(handler := _get_handler(number))}
     try:
         for number in handlers:
-            signal.signal(number, lambda number, _frame: arrived.append(number))
+            _set_handler(number, lambda number, _frame: arrived.append(number))
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            _set_handler(number, handler)
         if arrived:
             handlers[signal.Signals(arrived[0])](arrived[0], None)

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,9 @@ class InProcessPipeline:
         self.steps: list[Step] = []
         self._outcomes: deque[Outcome] = deque()
 
-    def wait_for_room(self, _limit_s: object = None) -> None:
-        """There always is."""
-
-    def submit(self, step: Step, hidden: torch.Tensor, _limit_s: object = None) -> None:
+    def submit(
+        self, step: Step, hidden: torch.Tensor, _limit_s: object = None, *, sent: Callable[[], None] = lambda: None
+    ) -> None:
         self.steps.append(step)
         started_at_s, timings = time.monotonic(), []
         message: Step | StepFailed = step
@@ -55,6 +55,7 @@ class InProcessPipeline:
         if not failed:
             message = Step(step.epoch, step.step_id, step.updates, step.spans, tuple(timings))
         self._outcomes.append(Outcome(message, None if failed else hidden, started_at_s, time.monotonic()))
+        sent()
 
     def collect(self, epoch: int, _limit_s: object = None) -> Outcome:
         outcome = self._outcomes.popleft()

@@ -5,6 +5,7 @@ Its one stage keeps the token ids themselves as its KV cache, by the rules of th
 
 import random
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from types import SimpleNamespace
 
@@ -58,13 +59,13 @@ class HashPipeline:
         self._kv_budget_tokens = kv_budget_tokens
         self._in_flight: deque[tuple[Step, list[int]]] = deque()
 
-    def wait_for_room(self, _limit_s: object = None) -> None:
-        """There always is."""
-
-    def submit(self, step: Step, hidden: torch.Tensor, _limit_s: object = None) -> None:
+    def submit(
+        self, step: Step, hidden: torch.Tensor, _limit_s: object = None, *, sent: Callable[[], None] = lambda: None
+    ) -> None:
         self.steps.append(step)
         self._in_flight.append((step, [int(i) for i in hidden[:, 0].tolist()]))
         self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        sent()
 
     def collect(self, epoch: int, _limit_s: object = None) -> Outcome:
         step, ids = self._in_flight.popleft()

@@ -178,7 +178,7 @@ def test_an_interrupted_walk_leaves_the_next_request_untouched(shared_dir: Path)
         assert [stage.num_sequences for stage in pipeline.stages] == [0, 0]
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
