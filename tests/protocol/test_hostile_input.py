@@ -109,7 +109,7 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "error", "words"),
     [
         (set_in("p", to="http"), FrameError, '"glmpipe"'),
-        (set_in("v", to=1), VersionError, "version 1, this program version 12: install the same"),
+        (set_in("v", to=1), VersionError, f"version 1, this program version {PROTOCOL_VERSION}: install the same"),
         (set_in("v", to=True), VersionError, "version True"),
         (set_in("t", to="Stop"), MessageError, "'Stop' is no message type"),
         (set_in("t", to="Ping"), MessageError, "Ping: Object contains unknown field 'epoch'"),
