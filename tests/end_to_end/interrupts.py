@@ -21,6 +21,8 @@ UGLY = re.compile(
 )
 MARK = "GLMPIPE_TEST_MARK"
 DEADLINE_S = 90.0
+ENDING_S = 0.1
+"""A process that has done all and is being taken apart by the system takes no signal any more."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Ended:
         faults = [f"{len(new)} lines: {new}"] if len(new) > 1 else []
         faults += [f"said {line}" for line in self.said_after if UGLY.search(line)]
         faults += [f"left {name}" for name in self.left]
-        if self.after_s is not None and self.returncode != 128 + number:
+        was_ending = self.returncode == 0 and self.after_s is not None and self.after_s < ENDING_S
+        if self.after_s is not None and self.returncode != 128 + number and not was_ending:
             faults.append(f"exit code {self.returncode}")
         return faults
 
