@@ -82,7 +82,13 @@ def plain(line: str) -> str:
 
 
 def interrupted(
-    words: list[str], place: Place, number: signal.Signals | None, moment_s: float, *, settled: bool = True
+    words: list[str],
+    place: Place,
+    number: signal.Signals | None,
+    moment_s: float,
+    *,
+    settled: bool = True,
+    program: tuple[str, ...] = (sys.executable, "-P", "-m", "coordinator"),
 ) -> Ended:
     """Run `glmpipe` with these words, and send it a signal, if any, `moment_s` after it begins.
 
@@ -92,7 +98,7 @@ def interrupted(
     log = place.root / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "coordinator", *words],
+            [*program, *words],
             env=place.environment(mark),
             stdin=subprocess.PIPE,
             stdout=file,

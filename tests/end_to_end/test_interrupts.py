@@ -3,12 +3,14 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.interrupts import Place, command_lines, interrupted, moments, plain
+from tests.end_to_end.interrupts import ROOT, Place, command_lines, interrupted, moments, plain
 from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 from tests.tiny_tokenizers import train_chatglm2
 
@@ -61,3 +63,20 @@ def _life_s(words: list[str], place: Place, usual: set[str]) -> float:
     usual |= {plain(line) for line in (place.root / "log").read_text().splitlines()}
     assert ended.returncode in (0, 130), (place.root / "log").read_text()
     return time.monotonic() - began_s
+
+
+def test_python_itself_is_started_with_signals_blocked(place: Place) -> None:
+    """Of the command as it is installed: no traceback while Python starts; 130, or what shells call so."""
+    if subprocess.run(["env", "--block-signal=INT", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("env cannot block signals here")
+    script = place.root / "glmpipe"
+    shutil.copy(ROOT / "bin" / "glmpipe", script)
+    python = place.root / "python3"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    assert interrupted(["--version"], place, None, 0.0, program=(str(script),)).returncode == 0
+    faults = []
+    for moment_s in moments("script", 0.3, 5 * MANY):
+        ended = interrupted(["cache"], place, signal.SIGINT, moment_s, settled=False, program=(str(script),))
+        faults += [fault for fault in ended.faults(signal.SIGINT, frozenset()) if fault != "exit code -2"]
+    assert faults == []
