@@ -3,7 +3,7 @@
 Before and after, `glm.signals` has them end the process at once.
 """
 
-import inspect
+import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from glm.signals import NUMBERS, end_now
 
-# Each step defers signals: without the names that `signal` makes of numbers, which take ten times as long.
-_get_handler: Callable[[int], Any] = inspect.unwrap(signal.getsignal)
-_set_handler: Callable[[int, Any], Any] = inspect.unwrap(signal.signal)
+# Each step defers signals: without the names that `signal` makes of numbers, which take most of its time.
+_plain = importlib.import_module("_signal")
+_get_handler: Callable[[int], Any] = _plain.getsignal
+_set_handler: Callable[[int, Any], Any] = _plain.signal
 _NUMBERS = tuple(map(int, NUMBERS))
 
 
