@@ -204,6 +204,17 @@ def test_what_is_not_a_number_shows(kernels: NativeKernels, bad: float) -> None:
 
 
 @for_all_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_finite_number_of_16_bits_comes_back(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    """Multiplied by one and added to zeros: normal, subnormal, of both signs. (Subnormal bf16 may count as zero.)"""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    is_kept = numbers.isfinite() & ((numbers.abs() >= torch.finfo(dtype).tiny) | torch.tensor(dtype == torch.float16))
+    numbers = torch.where(is_kept, numbers, 0).view(-1, 32)
+    found = make_linear(torch.eye(32).to(dtype), None, kernels)(numbers)
+    assert torch.equal(found, numbers)
+
+
+@for_all_kernels
 def test_unknown_kinds_are_dequantised_first(kernels: NativeKernels) -> None:
     """int4 in groups of another size, and a dtype that no layer has; what is dequantised is multiplied natively, each
     token as if it were alone."""

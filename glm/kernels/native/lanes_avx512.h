@@ -267,7 +267,8 @@ struct Dense {
             for (int r = 0; r < kPanel; ++r)
                 weights[r] = Lanes::load(rows[r] + i * kColumns, w.columns - i * kColumns);
             if (Tokens == 1 && i % 4 == 0)
-                for (int r = 0; r < kPanel; ++r) ask_for(rows[r] + i * kColumns, kAhead);
+                for (int r = 0; r < kPanel; ++r)  // the next panel, as it will be used
+                    ask_for(rows[r] + i * kColumns, kPanel * w.columns * int64_t(sizeof(Scalar)));
             for (int t = 0; t < Tokens; ++t)
                 for (int r = 0; r < kPanel; ++r)
                     sums[t][r] = Lanes::add_product(sums[t][r], weights[r], x[t * steps + i]);

@@ -81,25 +81,21 @@ inline float to_float(Fp16 value) {
     return as_float(bits | uint32_t(value.bits & 0x8000) << 16);
 }
 
-// Rounds to nearest, ties to even.
+// Rounds to nearest, ties to even; in a form that compilers vectorise.
 inline void put(float value, float &out) { out = value; }
 inline void put(float value, Bf16 &out) {
     const uint32_t bits = as_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        out = {uint16_t(bits >> 16 | 0x40)};  // NaN
-    else
-        out = {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = bits >> 16 | 0x40;
+    out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 inline void put(float value, Fp16 &out) {
     const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffff;
-    uint32_t half;
-    if (magnitude >= 0x47800000)  // 2^16: infinity, or NaN
-        half = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    else if (magnitude < 0x38800000)  // 2^-14: subnormal; beside 0.5 the last place is that of the result
-        half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
-    else
-        half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    out = {uint16_t(half | (bits >> 16 & 0x8000))};
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Below 2^-14: beside 0.5 the last place is that of the result. From 2^16 on: infinity, or NaN.
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+    const uint32_t infinite = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    out.bits = uint16_t((magnitude >= 0x47800000 ? infinite : finite) | (bits >> 16 & 0x8000));
 }
 
 // Said explicitly, so that every number of tokens is rounded alike (setup.py turns contraction off).
