@@ -4,14 +4,14 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from glm.printable import printable_lines
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+    pass
 
 EXIT_FAILED = 1
 EXIT_BROKEN_PIPE = 141
@@ -21,39 +21,49 @@ class OutputError(Exception):
     """stdout was closed, or what it goes to takes no more."""
 
 
-class _Output(io.FileIO):
+class _Output(io.TextIOWrapper):
     """stdout, whose failures are told as its own. That nobody reads any more (`| head`) stays a BrokenPipeError."""
 
-    def write(self, data: "ReadableBuffer", /) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OutputError(
-                f"stdout cannot be written: {error.strerror}; what was to be said there is lost"
-            ) from None
+    def write(self, text: str, /) -> int:
+        with _told():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _told():
+            super().flush()
 
 
-class _Notes(io.FileIO):
-    """stderr. What cannot be said there is lost, and nothing else with it; whoever wants to know is told by a count."""
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout cannot be written: {error.strerror}; what was to be said there is lost") from None
+
+
+class _Notes(io.TextIOWrapper):
+    """stderr. What cannot be said there is lost, and nothing else with it; whoever wants to know is told by a count.
+
+    Without a buffer, and caught above what writes: an exception out of a signal's handler must not come between.
+    """
 
     num_lost = 0
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, text: str, /) -> int:
         try:
-            return super().write(data)
+            return super().write(text)
         except BrokenPipeError:
             raise
         except OSError:
             self.num_lost += 1
-            return memoryview(data).nbytes
+            return len(text)
 
 
 def num_lost_writes(stream: object) -> int:
     """How often something could not be written to a stream that says nothing of it."""
-    raw = getattr(getattr(stream, "buffer", None), "raw", None)
-    return raw.num_lost if isinstance(raw, _Notes) else 0
+    return stream.num_lost if isinstance(stream, _Notes) else 0
 
 
 def open_standard_streams() -> None:
@@ -68,15 +78,15 @@ def open_standard_streams() -> None:
             os.set_inheritable(os.open(os.devnull, flags), True)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - a descriptor, for good
-    sys.stdout = _text(sys.stdout, _Output(1, "w", closefd=False))
-    sys.stderr = _text(sys.stderr, _Notes(2, "w", closefd=False), is_notes=True)
+    out, notes = io.FileIO(1, "w", closefd=False), io.FileIO(2, "w", closefd=False)
+    # A character that the encoding lacks is replaced, which ends no answer.
+    before = _encoding(sys.stdout), _encoding(sys.stderr)
+    sys.stdout = _Output(io.BufferedWriter(out), before[0], errors="replace", line_buffering=out.isatty())
+    sys.stderr = _Notes(notes, before[1], errors="replace", write_through=True)
 
 
-def _text(before: TextIO | None, raw: io.FileIO, *, is_notes: bool = False) -> TextIO:
-    """A character that the encoding lacks is replaced, which ends no answer."""
-    encoding = "utf-8" if before is None else before.encoding
-    is_direct = is_notes or raw.isatty()
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="replace", line_buffering=is_direct)
+def _encoding(stream: TextIO | None) -> str:
+    return "utf-8" if stream is None else stream.encoding
 
 
 def run_program(name: str, main: Callable[[], int]) -> NoReturn:
