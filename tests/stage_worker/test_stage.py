@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from glm.checkpoint import Checkpoint
 from glm.config import load_config
-from glm.model import LayerStack
+from glm.model import MOST_AT_ONCE, LayerStack
 from glm.precision import Precision
 from protocol.data import DropSequence, ForkSequence, KvUpdate, Span, Step, TruncateSequence
 from stage_worker.errors import AbandonedError, InspectError, StepError
@@ -192,12 +192,13 @@ def test_a_prefix_prompt_and_its_tail(prefix: LayerStack) -> None:
 
 
 def test_an_abandoned_step_grows_nothing(causal: LayerStack) -> None:
-    """Asked before every layer; a step given up half-way leaves its sequences as they were."""
+    """Asked before every layer, if tokens are many; a step given up half-way leaves its sequences as they were."""
     stage = Stage(causal, 100)
     feed(stage, 1, 0, TOKENS[:4])
     asked: list[int] = []
+    many = MOST_AT_ONCE + 1
     with pytest.raises(AbandonedError):
-        stage.run(step(span(1, 4, 1)), TOKENS[:1], lambda: asked.append(1) or len(asked) > 1)  # type: ignore[func-returns-value]
+        stage.run(step(span(1, 4, many)), TOKENS[:many], lambda: asked.append(1) or len(asked) > 1)  # type: ignore[func-returns-value]
     assert len(asked) == 2
     assert stage.kv_tokens == 4
 
