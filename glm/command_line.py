@@ -39,6 +39,9 @@ class Parser(argparse.ArgumentParser):
         """As usual, but nothing is left unknown."""
         words = list(sys.argv[1:] if args is None else args)
         if not {"-h", "--help"}.isdisjoint(words):
+            if self._subparsers is None:  # whatever else is wrong
+                self.print_help()
+                self.exit()
             return super().parse_known_args(words, namespace)
         words = self._words_first(words)
         unknown = tuple(dict.fromkeys(self._unknown_options(words)))

@@ -14,7 +14,6 @@ from pathlib import Path
 from glm.command_line import Parser
 from glm.signals import undone_at_signals
 from protocol.errors import SecurityError
-from protocol.key_files import read_private
 
 TOKEN_VARIABLE = "GLMPIPE_JOIN_TOKEN"
 _TOKEN = re.compile(r"[!-~]{1,256}")
@@ -31,6 +30,8 @@ def read_token(parser: Parser, given: argparse.Namespace) -> str | None:
     origin = TOKEN_VARIABLE
     if given.token_file is not None:
         origin = f"--token-file {given.token_file}"
+        from protocol.key_files import read_private  # brings ZeroMQ, for which --help does not wait
+
         try:
             token = _from_stdin() if given.token_file == "-" else read_private(Path(given.token_file)).strip()
         except SecurityError as error:
