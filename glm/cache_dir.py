@@ -15,13 +15,18 @@ SWITCH_VARIABLE = "GLMPIPE_CACHE"
 
 def cache_dir(environment: Mapping[str, str] = os.environ) -> Path | None:
     """`$GLMPIPE_CACHE_DIR`, else `glmpipe` in `$XDG_CACHE_HOME` (`~/.cache`); None where it is off, or has no place."""
-    if environment.get(SWITCH_VARIABLE, "on").lower() in ("off", "0", "no", "false"):
+    if is_switched_off(environment):
         return None
     if chosen := environment.get(DIRECTORY_VARIABLE):
         return expanded(chosen).absolute()
     own = home()
     base = environment.get("XDG_CACHE_HOME") or (own and own / ".cache")
     return Path(base).absolute() / "glmpipe" if base else None
+
+
+def is_switched_off(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `$GLMPIPE_CACHE` says that nothing is kept."""
+    return environment.get(SWITCH_VARIABLE, "on").lower() in ("off", "0", "no", "false")
 
 
 def make_private(directory: Path) -> None:

@@ -40,7 +40,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show or prune."""
-    from glm.cache_dir import cache_dir
+    from glm.cache_dir import cache_dir, is_switched_off
     from glm.layer_cache import entries
 
     limits = [name for name in ("older_than", "max_size") if getattr(options, name) is not None]
@@ -48,9 +48,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("only prune removes something: write `glmpipe cache prune` before what it is to remove")
     cache = options.cache_dir or cache_dir()
     if cache is None:
-        print(
-            "there is no cache: it is switched off (GLMPIPE_CACHE), or has no place (HOME and XDG_CACHE_HOME are unset)"
-        )
+        why = "is switched off (GLMPIPE_CACHE)" if is_switched_off() else "has no place: set HOME or XDG_CACHE_HOME"
+        print(f"the cache {why}")
         return 0
     try:
         if options.action == "prune":

@@ -295,7 +295,7 @@ def test_the_plan_in_launchs_help_is_one_of_its_model(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["cache"], 0, "there is no cache"),
+        (["cache"], 0, "the cache has no place: set HOME"),
         (["generate", "--ids", "5", "--model", "{}"], 2, "no weights"),
         (["generate", "--ids", "5", "--model", "~/{}"], 2, "no model"),
         (["keys", "list"], 2, "no such home directory is known (HOME is unset)"),
