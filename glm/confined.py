@@ -21,24 +21,27 @@ class Confined:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self.begun = self._start()
-        """What it said to the source: nothing, `error` and a text, or None where it was lost."""
+        """What it said to the source: nothing, `error` and a text (also of the system), or None where it was lost."""
 
     def ask(self, question: Any) -> dict[str, Any] | None:
         """Its answer, which may be an `error`; None: it took more time or memory than it has, and was lost."""
         with self._lock:
-            if self.process.poll() is not None:
-                self._start()
+            if self.process.poll() is not None and "error" in (begun := self._start() or {}):
+                return begun
             return self._ask(question)
 
     def _start(self) -> dict[str, Any] | None:
-        # A session of its own: Ctrl-C in a terminal is for the program that the user runs.
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", str(_PROGRAM), self._what],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            # A session of its own: Ctrl-C in a terminal is for the program that the user runs.
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", str(_PROGRAM), self._what],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:  # no descriptors or memory: it passes, and the next question tries again
+            return {"error": f"no process for it can be started just now: {error.strerror}"}
         self._close = weakref.finalize(self, _end, self.process)
         return self._ask(self._source)
 

@@ -1,11 +1,12 @@
 """This process's TCP connections as the kernel knows them: what has come by each, how many there are, and their end."""
 
 import contextlib
+import ctypes
 import os
 import socket as sockets
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -19,6 +20,11 @@ _RECEIVED_AT = 128
 """Of `tcpi_bytes_received` in what Linux says about a connection."""
 _RESET = struct.pack("ii", 1, 0)
 """As a linger: nothing of a connection stays, here or in the peer's queue, when ZeroMQ closes it."""
+_ATTACH_FILTER, _DETACH_FILTER = 26, 27
+_INSTRUCTIONS = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+"""For the kernel's packet filter: of a TCP header take the flags; is it a SYN, drop it; keep the rest."""
+_NO_SYN = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in _INSTRUCTIONS))
+_NO_SYN_PROGRAM = struct.pack("@HP", len(_INSTRUCTIONS), ctypes.addressof(_NO_SYN))
 _DESCRIPTORS = Path("/proc/self/fd")
 IS_SUPPORTED = hasattr(sockets, "TCP_INFO") and _DESCRIPTORS.is_dir()
 
@@ -66,6 +72,39 @@ class Connection:
         finally:
             if copy is not None:
                 os.close(copy)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening TCP socket of this process."""
+
+    fd: int
+    inode: int
+
+    def keep_shut(self, is_shut: bool) -> bool:
+        """Have the kernel drop whatever asks to connect, who asks again in a second; or no more. False: it is gone.
+
+        ZeroMQ accepts connections as fast as they come, in a thread of its own: this is what holds them back.
+        """
+        with borrowed(self.fd, self.inode) as tcp:
+            if tcp is None:
+                return False
+            with contextlib.suppress(OSError):  # no filter to take away; a kernel without filters
+                if is_shut:
+                    tcp.setsockopt(sockets.SOL_SOCKET, _ATTACH_FILTER, _NO_SYN_PROGRAM)
+                else:
+                    tcp.setsockopt(sockets.SOL_SOCKET, _DETACH_FILTER, 0)
+        return True
+
+
+def listeners(ports: Collection[int]) -> list[Listener]:
+    """Those that listen at one of these ports."""
+    found = []
+    for fd, inode in open_sockets():
+        with contextlib.suppress(OSError), borrowed(fd, inode) as tcp:
+            if tcp is not None and tcp.getsockopt(sockets.SOL_SOCKET, sockets.SO_ACCEPTCONN):
+                found += [Listener(fd, inode)] if tcp.getsockname()[1] in ports else []
+    return found
 
 
 def open_sockets() -> Iterator[tuple[int, int]]:

@@ -20,22 +20,27 @@ from typing import Any, TypeVar
 
 import zmq
 
-from protocol.connections import IS_SUPPORTED, Connection, borrowed, num_open, open_sockets
+from protocol.connections import IS_SUPPORTED, Connection, Listener, borrowed, listeners, num_open, open_sockets
 from protocol.descriptors import descriptor_limit
 
 Who = TypeVar("Who")
 LOOK_S = 0.1
 """How often somebody should `look`, at least: see `FloodGuard.pause_s`."""
 CROWDED_LOOK_S = 0.02
+FEW_LOOK_S = 0.005
 FEW_DESCRIPTORS = 8192
-"""Below this limit a tenth of a second is enough for strangers to take all there are: some ten thousand a second."""
+"""Below this limit a tenth of a second is enough for strangers to take all there are: some ten thousand a second.
+
+Then nobody else is let in as soon as there are too many, until half of the descriptors are free again: ZeroMQ ends the
+process when a local client comes and there is none left.
+"""
 MOST_STRANGERS = 256
-"""Connections, of all hosts, that nobody knows to have shaken hands; and no more than a quarter of the descriptors."""
+"""Connections, of all hosts, that nobody knows to have shaken hands; and no more than an eighth of the descriptors."""
 STRANGER_S = 3.0
 """Whoever is still connected after so long has shaken hands, or ZeroMQ would have ended it (`sockets.HANDSHAKE_MS`)."""
 MOST_OF_ONE_ADDRESS = 64
 MOST_CONNECTIONS = 512
-"""That have shaken hands, at one socket."""
+"""That have shaken hands, at one socket; and no more than an eighth of the descriptors."""
 BENCH_S = 10.0
 """How long whoever was put out is not let in again."""
 MAX_KEYS = 16
@@ -109,6 +114,9 @@ class FloodGuard:
         self._looked_at_s = clock()
         self._is_search_due = False
         self._is_crowded = False
+        self._listeners: tuple[frozenset[int], list[Listener]] = (frozenset(), [])
+        self._is_shut = False
+        self._num_others = 0
 
     def watch(self, domain: str, inflow: Inflow) -> None:
         """Bound what comes in under this rule."""
@@ -122,7 +130,9 @@ class FloodGuard:
     @property
     def pause_s(self) -> float:
         """How long it may take until the next `look`."""
-        return CROWDED_LOOK_S if self._is_crowded or descriptor_limit() < FEW_DESCRIPTORS else LOOK_S
+        if descriptor_limit() < FEW_DESCRIPTORS:
+            return FEW_LOOK_S
+        return CROWDED_LOOK_S if self._is_crowded else LOOK_S
 
     def refuses(self, domain: str, address: str, key: str) -> bool:
         """Whether this key or address was put out a moment ago, or that host has as many connections as it may have."""
@@ -130,7 +140,8 @@ class FloodGuard:
         if any(self._benched_until_s.get((domain, who), 0.0) > now_s for who in (address, key)):
             return True
         there = [c for c in self._connections if c.domain == domain and now_s - c.since_s > STRANGER_S]
-        return len(there) >= MOST_CONNECTIONS or sum(c.address == address for c in there) >= MOST_OF_ONE_ADDRESS
+        most = min(MOST_CONNECTIONS, descriptor_limit() // 8)
+        return len(there) >= most or sum(c.address == address for c in there) >= MOST_OF_ONE_ADDRESS
 
     def let_in(self, domain: str, address: str, key: str) -> None:
         """Somebody is about to be: before its first message comes, its connection is found."""
@@ -158,18 +169,35 @@ class FloodGuard:
 
     def _thin_out(self, now_s: float) -> None:
         """Of the host that has most strangers here the oldest goes, until they are few."""
-        most = min(MOST_STRANGERS, descriptor_limit() // 4)
-        if not IS_SUPPORTED or num_open() - len(self._connections) + len(self._strangers(now_s)) <= most:
+        limit, num_now = descriptor_limit(), num_open()
+        most = min(MOST_STRANGERS, limit // 8)
+        if not IS_SUPPORTED or num_now - len(self._connections) + len(self._strangers(now_s)) <= most:
             self._is_crowded = False
+            self._keep_shut(False)
             return
+        self._keep_shut(limit < FEW_DESCRIPTORS and (self._is_shut or num_now - self._num_others > most))
         self._search(is_new=True)
         crowds: dict[tuple[str, str], list[Connection]] = {}
         strangers = self._strangers(now_s)
         for stranger in strangers:
             crowds.setdefault((stranger.domain, stranger.address), []).append(stranger)
         self._is_crowded = len(strangers) > most
+        self._num_others = num_now - len(strangers)
         for (domain, address), num_gone in surplus({who: len(crowd) for who, crowd in crowds.items()}, most).items():
             self._end_strangers(domain, address, crowds[domain, address][:num_gone])
+        self._keep_shut(self._is_shut and num_open() > limit // 2)
+
+    def _keep_shut(self, is_shut: bool) -> None:
+        """Let nobody else connect, whoever it is; or everybody again."""
+        if is_shut == self._is_shut:
+            return
+        ports = frozenset(inflow.port for inflow in self._inflows.values() if inflow.port)
+        known, there = self._listeners
+        if known != ports or not all(listener.keep_shut(is_shut) for listener in there):
+            self._listeners = ports, listeners(ports)
+            for listener in self._listeners[1]:
+                listener.keep_shut(is_shut)
+        self._is_shut = is_shut
 
     def _strangers(self, now_s: float) -> list[Connection]:
         """Connections to here, the oldest first, that are new and have said nothing yet which anybody took."""

@@ -24,6 +24,8 @@ pytestmark = [
 NUM_HELD = 3000
 FEW = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (1024, r.getrlimit(r.RLIMIT_NOFILE)[1]))"
 """What a shell grants at first; NUM_HELD are far more."""
+NO_MORE = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (1024, 1024))"
+"""What some containers and services grant in all."""
 
 
 @contextlib.contextmanager
@@ -62,8 +64,9 @@ def wait_for(log: Path, words: str) -> None:
         time.sleep(0.1)
 
 
-def test_strangers_take_no_descriptors_away(tmp_path: Path, base: Path) -> None:
-    """With the 1024 descriptors that a shell grants: local clients are answered, and lost workers started again."""
+@pytest.mark.parametrize("limit", [FEW, NO_MORE], ids=["at first", "in all"])
+def test_strangers_take_no_descriptors_away(tmp_path: Path, base: Path, limit: str) -> None:
+    """With 1024 descriptors, at first or in all: local clients are answered, and lost workers started again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= hard < 4 * NUM_HELD:
         pytest.skip(f"this system grants {hard} descriptors")
@@ -76,7 +79,7 @@ def test_strangers_take_no_descriptors_away(tmp_path: Path, base: Path) -> None:
         lab = stack.enter_context(contextlib.closing(Lab(tmp_path)))
         words = ("launch", lab.plan, "--model", model, "--listen", lab.endpoint, "--keys", tmp_path / "keys")
         stderr = stack.enter_context(log.open("w"))
-        launch = stack.enter_context(start(*words, stderr=stderr.fileno(), change=f"{FEW}; {PATIENT}"))
+        launch = stack.enter_context(start(*words, stderr=stderr.fileno(), change=f"{limit}; {PATIENT}"))
         assert launch.stdout is not None
         endpoint = launch.stdout.readline().split()[-1]
         port = int(lab.endpoint.rpartition(":")[2])

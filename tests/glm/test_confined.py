@@ -1,5 +1,7 @@
 """The process for what a model brings along: one for each model, and each question has its own answer."""
 
+import errno
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from glm.chat_format import ChatMessage, chat_format_for
 from glm.chat_template import TemplateProcess
+from glm.errors import ChatFormatError
 from glm.tokenizer import load_tokenizer
 from tests.tiny_tokenizers import tiny_config, train_tokenizer_json
 
@@ -57,3 +60,22 @@ def test_a_model_has_one_template_process(tmp_path: Path, monkeypatch: pytest.Mo
         ids = list(pool.map(lambda text: chat_format_for(tokenizer).encode([ChatMessage("user", text)]), asked))
     assert [tokenizer.decode(each) for each in ids] == asked
     assert len(started) == 1
+
+
+def test_a_process_that_cannot_be_started_just_now_is_one_requests_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without descriptors the error says so, not that the template is slow; the next question starts it again."""
+    template = TemplateProcess("{{ x }}")
+    template.confined.process.kill()
+    template.confined.process.wait()
+
+    def popen(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", popen)
+        for _ in range(2):
+            with pytest.raises(ChatFormatError, match=r"can be started just now: Too many open files"):
+                template.render({"x": "1"})
+        with pytest.raises(ChatFormatError, match=r"can be started just now: Too many open files"):
+            TemplateProcess("{{ x }}")
+    assert template.render({"x": "2"}) == "2"

@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 import zmq
 
-from protocol import flood_guard
+from protocol import connections, flood_guard
 from protocol.connections import HEARTBEAT_BYTES_PER_S, IS_SUPPORTED
-from protocol.flood_guard import BENCH_S, CROWDED_LOOK_S, LOOK_S, STRANGER_S, Flood, FloodGuard, Inflow, surplus
+from protocol.flood_guard import (
+    BENCH_S,
+    CROWDED_LOOK_S,
+    FEW_LOOK_S,
+    LOOK_S,
+    STRANGER_S,
+    Flood,
+    FloodGuard,
+    Inflow,
+    surplus,
+)
 from protocol.security import Gatekeeper, KeyPair, be_client, new_key_pair
 from protocol.sockets import Socket, bind, connect, data_socket, receive_from
 
@@ -41,16 +51,21 @@ class Door:
         peer = self.dial(address)
         return self.accept(address, key), peer
 
-    def dial(self, address: str) -> socket.socket:
+    def dial(self, address: str, timeout_s: float | None = None) -> socket.socket:
         peer = self._stack.enter_context(socket.socket())
+        peer.settimeout(timeout_s)
         peer.bind((address, 0))
         peer.connect(self._listener.getsockname())
         return peer
 
     def accept(self, address: str, key: str) -> socket.socket:
-        own = self._stack.enter_context(self._listener.accept()[0])
+        own = self.accept_quietly()
         self.guard.let_in("data", address, key)
         return own
+
+    def accept_quietly(self) -> socket.socket:
+        """Of somebody who shows no key."""
+        return self._stack.enter_context(self._listener.accept()[0])
 
     def look(self, after_s: float = 2 * LOOK_S) -> None:
         self.now_s += after_s
@@ -309,6 +324,24 @@ def test_strangers_beyond_their_number_go_the_oldest_first(door: Door, monkeypat
     assert not any(is_ended(peer) for _, peer in (old, heard, quiet))
     assert {(f.address, f.held_bytes, f.num_strangers) for f in door.floods} == {("127.0.0.2", 0, 1)}
     assert door.guard.pause_s == CROWDED_LOOK_S
+
+
+def test_nobody_comes_in_while_few_descriptors_are_left(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strangers beyond their number shut the door before the last descriptor is gone, until they are; then it opens."""
+    num_open = connections.num_open()
+    monkeypatch.setattr(flood_guard, "descriptor_limit", lambda: 4 * num_open)
+    monkeypatch.setattr(flood_guard, "MOST_STRANGERS", 2)
+    assert door.guard.pause_s == FEW_LOOK_S
+    door.look(0.01)
+    crowd = [(door.dial("127.0.0.2"), door.accept_quietly()) for _ in range(2 * num_open)]
+    door.look(0.01)
+    with pytest.raises(TimeoutError):
+        door.dial("127.0.0.3", timeout_s=0.2)
+    for stranger, own in crowd:
+        stranger.close()
+        own.close()
+    door.look(0.01)
+    door.dial("127.0.0.3", timeout_s=10.0)
 
 
 def test_nobody_holds_more_connections_than_a_host_needs(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
