@@ -35,6 +35,8 @@ def read_input(name: str | Path, what: str, most_bytes: int) -> bytes:
                 found = read_up_to(file, most_bytes + 1)
     except OSError as error:
         raise UsageError(f"{what} {name} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{what} {str(name)!r} cannot be read: no file has such a name") from None
     if len(found) > most_bytes:
         raise UsageError(f"{what} {name} is larger than {most_bytes >> 20} MiB, the most that is read of such a file")
     return found

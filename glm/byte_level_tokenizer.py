@@ -45,7 +45,9 @@ GLM4_SPECIAL = (
 LONGEST_BLANK = 100_000
 """Characters of white space, line ends aside, that tiktoken's engine may walk back over; it gives up at 500,000."""
 # What Unicode calls white space, without line ends: Python's own `\s` has four more.
-BLANK_RUN = "[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{%d,}+"
+BLANK = r"[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+BLANK_RUN = f"(?<!{BLANK}){BLANK}{{%d,}}+"
+"""Looked for only where a run begins: from each of its characters on, a text of shorter runs would take minutes."""
 LONG_TEXT = 4096
 """From so many characters on other threads go on while a text is cut; handing over costs more than a short text."""
 

@@ -135,6 +135,7 @@ def test_the_public_names_are_shown() -> None:
     ("arguments", "words"),
     [
         ({"plan": 5}, "plan is a int"),
+        ({"plan": "a\0b"}, "no file has such a name"),
         ({"plan": {}}, "no stage"),
         ({"plan": {"stage": [{"device": "cpu", "layers": "1-4"}]}}, "layer"),
         ({"plan": {"stagge": []}}, "stagge"),

@@ -180,6 +180,13 @@ def test_long_blanks_apart_change_no_id(text: str, longest: int, directories: di
     assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
 
 
+def test_long_blanks_are_looked_for_once_a_run() -> None:
+    """Not again from each of a run's characters, which takes minutes, the interpreter's lock held, of a long text."""
+    found = re.compile(BLANK_RUN % 3)
+    assert [run.span() for run in found.finditer(" \u3000\t\n\u00a0    x   ")] == [(0, 3), (4, 9), (10, 13)]
+    assert found.match("      ", 1) is None
+
+
 class _PanicException(BaseException):
     """As what libraries written in Rust raise when they give up: no Exception."""
 
