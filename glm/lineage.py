@@ -32,7 +32,7 @@ _HINTS: tuple[tuple[str, Ancestor], ...] = (
     ("glm-4", "glm4"),
     ("glm4", "glm4"),
 )
-_SIZE = r"[-_ ]?(?:all[-_])?\d+b"  # `chatglm3-6b` names a model, `ChatGLM3` mostly the checkout it was trained in
+_SIZE = r"[-_ ]?(?:all[-_])?\d+[bm]"  # `chatglm3-6b` names a model, `ChatGLM3` mostly the checkout it was trained in
 _EARLY_TRANSFORMERS = "4.27.1"  # ChatGLM3's code needs a later one
 
 

@@ -177,5 +177,5 @@ def _find_tokenizer_file(
     names = " or ".join(name for name, _ in candidates)
     raise NoTokenizerError(
         f"{model_dir} has no {names}, so text cannot be turned into token ids: "
-        "copy the file from where the model was published, or give token ids instead of text"
+        "copy the file from where the model was published, or give token ids (--ids) instead of text"
     )

@@ -246,7 +246,12 @@ CONFIG = {
     "torch_dtype": "float16",
     "use_cache": True,
 }
-TOKENIZER_CONFIG = {"tokenizer_class": "ChatGLMTokenizer", "remove_space": False, "do_lower_case": False}
+TOKENIZER_CONFIG = {
+    "name_or_path": "glmpipe-demo-chatglm2-3m",  # says how it was taught to chat
+    "tokenizer_class": "ChatGLMTokenizer",
+    "remove_space": False,
+    "do_lower_case": False,
+}
 
 
 def write_checkpoint(out: Path, tokenizer_model: bytes, weights: Weights) -> None:

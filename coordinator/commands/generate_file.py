@@ -103,7 +103,7 @@ def _spooled() -> Iterator[Path]:
 
 def _check(options: argparse.Namespace) -> None:
     if options.out is None:
-        raise UsageError("--prompts needs --out: the file that the answers go to")
+        raise UsageError("--prompts needs --out: the file that the answers go to, or - for standard output")
     for name in ("json", "stats"):
         if getattr(options, name):
             raise UsageError(f"--{name} is about a single answer; with --prompts, drop it")

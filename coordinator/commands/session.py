@@ -260,7 +260,8 @@ def opened(
     log = log_of(options)
 
     def say_looking(find_s: float) -> None:
-        log.say(f"no running `glmpipe launch` is seen yet; looking for one for {find_s:g} s")
+        wanted = f"launch with pid {options.connect}" if options.connect.isdecimal() else "running `glmpipe launch`"
+        log.say(f"no {wanted} is seen yet; looking for one for {find_s:g} s")
 
     with wrong_use():
         endpoint = endpoint_of(options.connect or None, find_s=FIND_S, on_looking=say_looking)

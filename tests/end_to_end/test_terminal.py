@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -189,3 +190,28 @@ def test_a_chat_waits_for_a_launch_of_this_moment_and_outlives_it(base: Path) ->
             child.sendline("echo code $?")
             child.expect("code 0")
     assert re.match(r"user:\n日本的首都是哪里？\n\nassistant:\n.*东京", (base / "kept.txt").read_text())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_chat_under_make_is_suspended_with_make(base: Path, tmp_path: Path) -> None:
+    """`make chat`, Ctrl-Z: the shell is back; fg: the chat goes on; left, it is no error. Twice."""
+    program, stamp = tmp_path / "glmpipe", tmp_path / "installed"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -m tests.coordinator.fake_backend\n")
+    program.chmod(0o755)
+    stamp.touch()
+    with shell(base) as bash:
+        bash.sendline(f"make --no-print-directory -o {stamp} STAMP={stamp} BIN={tmp_path} chat")
+        bash.expect("fake-model")
+        bash.expect_exact("> ")
+        for question in ("你好", "again"):
+            bash.send("\x1a")
+            bash.expect("Stopped")
+            bash.expect_exact(PROMPT)
+            bash.sendline("fg")
+            bash.send(f"{question}\r")
+            bash.expect(rf"\d: {question}")
+            bash.expect_exact("> ")
+        bash.send("\x04")
+        bash.expect_exact(PROMPT)
+        bash.sendline('echo "code $?"')
+        bash.expect("code 0")
