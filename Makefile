@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 .PHONY: chat lint check test test-launches test-rest faults fuzz format clean
 
 # With job control Ctrl-C reaches the chat alone. Make would wait for its end, too, but then call it an error. Ctrl-Z (148)
-# reaches the chat alone as well, so that make and this shell have to be stopped, and the chat taken up again after them.
+# reaches the chat alone as well: make is stopped after it, and the chat goes on as soon as make does.
 chat: $(STAMP)           ## a chat with the demo model, split over two stage workers
 	@if [ -t 0 ]; then set -m; fi; $(BIN)/glmpipe chat --layers cpu=1-3 --layers cpu=4-6; code=$$?; \
-	while [ $$code -eq 148 ]; do kill -STOP 0; fg > /dev/null; code=$$?; done; exit $$code
+	while [ $$code -eq 148 ]; do kill -STOP $$PPID; \
+	while ps -o stat= -p $$PPID | grep -q T; do sleep 0.2; done; fg > /dev/null; code=$$?; done; exit $$code
 
 lint: $(STAMP)           ## format, lint and types
 	$(BIN)/ruff format --check .
