@@ -45,7 +45,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # The native kernels' sources are here so that libraries of an older checkout are built anew.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard glm/kernels/native/*)
+$(STAMP): pyproject.toml constraints.txt setup.py bin/glmpipe $(wildcard glm/kernels/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"

@@ -20,7 +20,7 @@ from coordinator.errors import ClosedError, ConnectError, CoordinatorError, Gene
 from coordinator.legible import legible
 from coordinator.runtime_dir import is_deserted
 from coordinator.talking import Talking
-from coordinator.which_launch import FIND_S, endpoint_of
+from coordinator.which_launch import FIND_S, endpoint_faults_as_usage, endpoint_of
 from glm.logprobs import TokenLogprob
 from glm.sampling_params import seed_after
 from protocol import sockets
@@ -71,12 +71,13 @@ def connect(
     One that is still loading is waited for as long as it says so; `on_waiting` hears now and then what that waits for.
 
     Raises:
-        ConnectError: there is none, or it does not answer within the deadline. UsageError: several could be meant.
-        EndpointError: the endpoint is not one glmpipe uses.
+        ConnectError: there is none, or it does not answer within the deadline. UsageError: several could be meant,
+            or the endpoint is not one glmpipe uses.
     """
     backend = RemoteBackend(endpoint_of(endpoint))
     try:
-        backend.greet(deadline_s, on_waiting)
+        with endpoint_faults_as_usage():
+            backend.greet(deadline_s, on_waiting)
     except BaseException:
         backend.close()
         raise

@@ -59,7 +59,7 @@ class Reconnecting(Protocol):
         """Use the launch that `name` means; None: the same one, else the only one there is. `patient` waits for one.
 
         Raises:
-            CoordinatorError: there is none, or several could be meant. EndpointError: that is no endpoint.
+            CoordinatorError: there is none, several could be meant, or that is no endpoint.
         """
         ...
 

@@ -1,8 +1,8 @@
 """Which running launch `--connect` means: the one that is named, the only one there is, or the only one that serves."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from coordinator.legible import legible
 from coordinator.runtime_dir import RunningLaunch, find_running
 from protocol.client import Describe, Description, Error
 from protocol.endpoints import checked_endpoint, ipc_path
-from protocol.errors import ProtocolError
+from protocol.errors import EndpointError, ProtocolError
 from protocol.messages import Plane
 from protocol.sockets import Socket, client_socket, connect, send
 from protocol.wire import decode
@@ -23,6 +23,15 @@ FIND_S = 5.0
 _LOOK_AGAIN_S = 0.1
 ASK_S = 2.0
 """How long several launches have to say what they are; one that computes a long prompt says nothing meanwhile."""
+
+
+@contextmanager
+def endpoint_faults_as_usage() -> Iterator[None]:
+    """An endpoint that cannot be used is a mistake of whoever named it: UsageError."""
+    try:
+        yield
+    except EndpointError as error:
+        raise UsageError(str(error)) from None
 
 
 def endpoint_of(
@@ -37,16 +46,19 @@ def endpoint_of(
     One that was started a moment ago is looked for for `find_s`; `on_looking` hears of that.
 
     Raises:
-        ConnectError: there is no such launch. UsageError: there are several. EndpointError: that is no endpoint.
+        ConnectError: there is no such launch. UsageError: there are several, or that is no endpoint.
     """
     if name is None:
         _wait_for(find_running, find_s, on_looking)
         return _only_one(ask_s).endpoint
+    if not isinstance(name, str):
+        raise UsageError(f"the launch is {name!r}; it must be a text: an endpoint, a socket's path or a pid")
     if name.isdecimal():
         pid = int(name)
         _wait_for(lambda: [each for each in find_running(everywhere=True) if each.pid == pid], find_s, on_looking)
         return _of_pid(pid).endpoint
-    endpoint = checked_endpoint(f"ipc://{name}" if name.startswith("/") else name)
+    with endpoint_faults_as_usage():
+        endpoint = checked_endpoint(f"ipc://{name}" if name.startswith("/") else name)
     path = ipc_path(endpoint)
     if path is not None and not Path(path).exists():
         raise ConnectError(f"{path} does not exist: the launch has ended, or its endpoint is another one")

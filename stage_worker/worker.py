@@ -1,5 +1,6 @@
 """The worker's main thread: takes commands from the control link and steps from the data plane, one at a time."""
 
+import logging
 import math
 import time
 
@@ -82,15 +83,17 @@ class Worker:
                 self._link.send(Released(command.request_id, command.epoch, freed))
 
     def _take_assignment(self, assign: Assign) -> None:
+        level = logging.WARNING
         try:
             self._load(assign)
             return
         except LoadError as error:  # kept no longer than this: its traceback holds what was loaded
             failed = Failed(assign.request_id, assign.epoch, error.code, clip_text(error.text))
         except AbandonedError:
+            level = logging.INFO  # as was asked
             failed = Failed(assign.request_id, assign.epoch, "bad_request", "released while loading")
         self._give_up()
-        logger.warning("epoch %d not taken: %s", assign.epoch, failed.text)
+        logger.log(level, "epoch %d not taken: %s", assign.epoch, failed.text)
         self._link.send(failed)
 
     def _load(self, assign: Assign) -> None:

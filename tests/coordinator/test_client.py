@@ -12,7 +12,7 @@ from coordinator import client as client_module
 from coordinator import which_launch
 from coordinator.batch import Request
 from coordinator.client import RemoteBackend, connect
-from coordinator.errors import ConnectError, GenerationError, StageLost
+from coordinator.errors import ConnectError, GenerationError, StageLost, UsageError
 from coordinator.runtime_dir import CLIENT_SOCKET, RuntimeDir
 from protocol import sockets
 from protocol.client import (
@@ -28,7 +28,6 @@ from protocol.client import (
     Generate,
     TextPrompt,
 )
-from protocol.errors import EndpointError
 from protocol.limits import MAX_PROMPT
 from protocol.messages import Plane
 from protocol.records import with_changes
@@ -233,7 +232,7 @@ def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stale").touch()
     with pytest.raises(ConnectError, match=r"nobody answered at .*stale within 0\.2 s"):
         connect(f"ipc://{tmp_path}/stale", deadline_s=0.2)
-    with pytest.raises(EndpointError):
+    with pytest.raises(UsageError):
         connect("tcp://example.org:1")
 
 

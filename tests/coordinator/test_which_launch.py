@@ -13,7 +13,6 @@ from coordinator.errors import ConnectError, UsageError
 from coordinator.reception import Reception
 from coordinator.runtime_dir import CLIENT_SOCKET, RunningLaunch, RuntimeDir, find_running
 from coordinator.which_launch import endpoint_of
-from protocol.errors import EndpointError
 from tests.coordinator.test_client import FakeLaunch, answering
 
 
@@ -71,8 +70,9 @@ def test_a_pid_that_no_launch_has() -> None:
     """Those that run are named."""
     with pytest.raises(ConnectError, match="has the pid 99; those that run: 11, 12, 13"):
         endpoint_of("99")
-    with pytest.raises(EndpointError):
-        endpoint_of("lab2")
+    for wrong in ("lab2", "", 5, b"x"):
+        with pytest.raises(UsageError, match=r"no endpoint|must be a text"):
+            endpoint_of(wrong)  # type: ignore[arg-type]
 
 
 def test_a_launch_of_this_place_hides_those_of_others(base: Path) -> None:

@@ -108,10 +108,10 @@ def test_workers_keep_their_weights_for_the_next_coordinator(five: list[Host], p
     assert "revoked" in running[1].log
     launch.wait_for("left: the key of lab3 has been revoked")
     launch.wait_for("stage 2 (cpu of lab3, layers 3-4, pid ")
-    launch.wait_for("--token")
-    token = launch.log.partition("--token ")[2].split()[0]
+    launch.wait_for(", good once")
+    token = launch.log.rpartition("which asks for the token that is in ")[2].partition(", good once")[0]
     said(workers[1], "keys", "new", "--replace")
-    start_worker(workers[1], launching, "--token", token).wait_for("serving epoch")
+    start_worker(workers[1], launching, "--token-file", token).wait_for("serving epoch")
     assert said(launching, "generate", "--connect", *QUESTION) == before
 
     old = said(workers[2], "keys", "show").strip()
@@ -172,5 +172,5 @@ def test_files_that_differ_are_found_when_layers_are_assigned(five: list[Host], 
     assert launch.process.wait(DEADLINE_S) == 1
     found = re.search(r"stage 2 \(cpu of lab3, layers 3-4, pid \d+\): (.*) is not the checkpoint", launch.log)
     assert found is not None and found[1] == str(model)
-    assert "--token" not in launch.log and "serving at" not in launch.log
+    assert "good once" not in launch.log and "serving at" not in launch.log
     assert [worker.process.poll() for worker in (there, *fit)] == [None] * 3
