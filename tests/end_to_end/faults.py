@@ -54,6 +54,8 @@ DECODE = Phase("decode", SHORT, 24, 1.0, lambda answer: len(answer.sequence.new_
 SPECULATION = Phase("speculation", SHORT, 64, 0.1, lambda answer: answer.sequence.num_accepted > 0)
 """The small model's likeliest texts run in circles, so that drafts out of them are accepted."""
 PHASES = (PREFILL, DECODE, SPECULATION)
+_MOST_TRIES = 8
+"""A busy machine may find no draft worth its time in a whole answer: then the moment for a fault is still to come."""
 
 
 @dataclass(slots=True)
@@ -111,15 +113,17 @@ class Launch:
 
         Each request has a prompt of its own; the first is that of number `first`.
         """
-        self.chat_model.engine.forget_prefixes()
-        answers = [self._begin(phase, number, seed) for number, seed in enumerate(seeds, first)]
-        while not all(answer.sequence.is_finished for answer in answers):
-            if fault is not None and any(map(phase.has_come, answers)):
-                fault()
-                fault = None
-            self.chat_model.step(answers)
-        assert fault is None, f"the moment for the fault, in {phase.name}, never came"
-        return answers
+        for _ in range(_MOST_TRIES):
+            self.chat_model.engine.forget_prefixes()
+            answers = [self._begin(phase, number, seed) for number, seed in enumerate(seeds, first)]
+            while not all(answer.sequence.is_finished for answer in answers):
+                if fault is not None and any(map(phase.has_come, answers)):
+                    fault()
+                    fault = None
+                self.chat_model.step(answers)
+            if fault is None:
+                return answers
+        raise AssertionError(f"the moment for the fault, in {phase.name}, never came")
 
     def must_be_whole(self) -> None:
         """One worker a stage and no other, no socket but theirs, nothing cached; a request is served."""
