@@ -57,8 +57,8 @@ def test_what_config_json_tells(keys: dict[str, Any], dialect: str, is_certain: 
     ("keys", "tokenizer", "folder", "dialect"),
     [
         # A ChatGLM2 that was trained in the checkout of ChatGLM3, or loaded from there.
-        ({"_name_or_path": "/root/ChatGLM3/output/checkpoint-3000", **LONG}, {}, "model", "chatglm2"),
-        ({"_name_or_path": "/root/ChatGLM3/chatglm2-6b", **LONG}, {}, "model", "chatglm2"),
+        ({"_name_or_path": "/data/ChatGLM3/output/checkpoint-3000", **LONG}, {}, "model", "chatglm2"),
+        ({"_name_or_path": "/data/ChatGLM3/chatglm2-6b", **LONG}, {}, "model", "chatglm2"),
         ({"_name_or_path": "ChatGLM3", **LONG}, {}, "model", "chatglm2"),
         ({"_name_or_path": "C:\\ChatGLM3\\out"}, {"name_or_path": "THUDM/chatglm2-6b"}, "model", "chatglm2"),
         # Nameless ones.
@@ -190,5 +190,5 @@ def test_published_configs(published: str, dialect: str, shared_dir: Path) -> No
 def test_published_tokenizers(published: str, shared_dir: Path) -> None:
     """The publisher's tokenizer alone tells, whatever config.json calls itself."""
     dialect = {"chatglm2-6b": "chatglm2", "chatglm3-6b": "chatglm3", "glm-4-9b-chat": "glm4"}[published]
-    config = tiny_config("chatglm2", name="/root/ChatGLM3/output", max_context=4096)
+    config = tiny_config("chatglm2", name="/data/ChatGLM3/output", max_context=4096)
     assert detect_dialect(config, shared_dir / "tokenizers" / published) == dialect
