@@ -9,6 +9,7 @@ import tokenizers
 
 from glm.config import ModelConfig
 from glm.sentencepiece_tokenizer import LONGEST_BLANK
+from tests.tiny_checkpoints import CAUSAL, write_checkpoint
 
 TEXTS = [
     "Hello, world! This is a small text about pipelines, stages and workers.",
@@ -119,3 +120,10 @@ def train_tokenizer_json(model_dir: Path, chat_template: str | None = None) -> N
     if chat_template is not None:
         settings["chat_template"] = chat_template
     (model_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_talking_model(path: Path) -> Path:
+    """Four layers of random weights with a tokenizer, in that directory; the same path."""
+    write_checkpoint(path, {**CAUSAL, "padded_vocab_size": 1024})
+    train_chatglm2(path)
+    return path

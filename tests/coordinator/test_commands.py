@@ -12,8 +12,8 @@ from coordinator.cli import main
 from tests.commands import PATIENT, glmpipe, start
 from tests.coordinator.test_bench import SMALL_MATRICES
 from tests.coordinator.test_trace import assert_no_overlaps, read, rows_of
-from tests.tiny_checkpoints import CAUSAL, write_checkpoint
-from tests.tiny_tokenizers import train_chatglm2
+from tests.tiny_checkpoints import CAUSAL
+from tests.tiny_tokenizers import write_talking_model
 
 TWO_STAGES = ("--stages", "2", "--threads", "1")
 pytestmark = pytest.mark.slow
@@ -22,10 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers of random weights with a tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    write_checkpoint(path, {**CAUSAL, "padded_vocab_size": 1024})
-    train_chatglm2(path)
-    return path
+    return write_talking_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def read_terminal(terminal: int) -> str:

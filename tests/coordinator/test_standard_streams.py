@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_checkpoints import CAUSAL, write_checkpoint
-from tests.tiny_tokenizers import train_chatglm2
+from tests.tiny_tokenizers import write_talking_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TAKES_NOTHING = {">&-": "Bad file descriptor", ">/dev/full": "No space left on device"}
@@ -26,10 +25,7 @@ SLOW = [
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers of random weights with a tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    write_checkpoint(path, {**CAUSAL, "padded_vocab_size": 1024})
-    train_chatglm2(path)
-    return path
+    return write_talking_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def run(words: list[str], redirection: str, model_dir: Path, **settings: str) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.interrupts import ROOT, Place, command_lines, interrupted, moments, plain
-from tests.tiny_checkpoints import CAUSAL, write_checkpoint
-from tests.tiny_tokenizers import train_chatglm2
+from tests.tiny_tokenizers import write_talking_model
 
 pytestmark = pytest.mark.slow
 MANY = int(os.environ.get("GLMPIPE_INTERRUPTS", "2"))
@@ -25,10 +24,7 @@ COMMANDS = ("chat", "generate", "launch", "keys", "convert", "cache", "score", "
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers of random weights with a tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    write_checkpoint(path, {**CAUSAL, "padded_vocab_size": 1024})
-    train_chatglm2(path)
-    return path
+    return write_talking_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
